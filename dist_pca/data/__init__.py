@@ -1,0 +1,1 @@
+"""From shards to batches: which sample comes when, how it is read, decoded and cropped."""

@@ -1,0 +1,114 @@
+"""Augmentation: random resize, crop and flip, drawn from the seed and the sample's position alone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dist_pca.config import DataConfig
+from dist_pca.data.randomness import Domain, Purpose, draw
+from dist_pca.errors import UserError
+from dist_pca.shards.manifest import Manifest
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A window on a resized image. All sizes are (height, width) in pixels."""
+
+    resized: tuple[int, int]
+    """Size that the whole image is resized to."""
+    top: int
+    left: int
+    size: tuple[int, int]
+    flip: bool
+    """Whether the window is mirrored left to right."""
+
+
+def resized_size(size: tuple[int, int], shorter_edge: int) -> tuple[int, int]:
+    """(height, width) of an image once its shorter edge measures `shorter_edge`, its proportions kept."""
+    height, width = size
+    shorter = min(size)
+    return round(height * shorter_edge / shorter), round(width * shorter_edge / shorter)
+
+
+def draw_crop(size: tuple[int, int], config: DataConfig, *, seed: int, domain: Domain, position: int) -> Crop:
+    """Draw a crop, a pure function of its arguments.
+
+    Args:
+        size: (height, width) of the image; large enough as `check_crop` sees it.
+        config: Ranges: `shorter_edge`, `crop` and `flip`.
+        seed: Seed of the run.
+        domain: The two domains draw independently.
+        position: Position of the sample in the endless stream.
+    """
+    edge, top, left, flip = (int(bits) for bits in draw(4, seed, domain, Purpose.CROP, position))
+    low, high = config.shorter_edge
+    resized = resized_size(size, low + edge % (high - low + 1))
+    height, width = config.crop
+    return Crop(
+        resized=resized,
+        top=top % (resized[0] - height + 1),
+        left=left % (resized[1] - width + 1),
+        size=config.crop,
+        flip=flip < config.flip * 2**64,
+    )
+
+
+def apply_crop(image: Image.Image, label: Image.Image | None, crop: Crop) -> tuple[Pixels, Pixels | None]:
+    """Cut the same window out of an RGB image (antialiased, bicubic) and its label (nearest neighbour).
+
+    Returns:
+        The image as 3 x height x width, and the label as height x width.
+    """
+    pixels = np.ascontiguousarray(_cut(image, crop, Image.Resampling.BICUBIC).transpose(2, 0, 1))
+    if label is None:
+        return pixels, None
+    return pixels, np.ascontiguousarray(_cut(label, crop, Image.Resampling.NEAREST))
+
+
+def resize_for_evaluation(image: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resize an RGB image (height x width x 3) to `size` (height, width), antialiased, bicubic."""
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def check_crop(manifest: Manifest, shorter_edge: tuple[int, int], crop: tuple[int, int]) -> None:
+    """Make sure that the crop fits into every image at the smallest shorter edge.
+
+    Raises:
+        UserError: it does not; the image into which it fits least is named.
+    """
+
+    def slack(entry: tuple[str, tuple[int, int]]) -> int:
+        height, width = resized_size(entry[1], shorter_edge[0])
+        return min(height - crop[0], width - crop[1])
+
+    sizes = (
+        (key, (height, width))
+        for shard in manifest.shards
+        for key, height, width in zip(shard.keys, shard.heights, shard.widths, strict=True)
+    )
+    key, size = tightest = min(sizes, key=slack)
+    if slack(tightest) < 0:
+        height, width = resized_size(size, shorter_edge[0])
+        raise UserError(
+            f"data.crop: {crop[0]} x {crop[1]} does not fit into {manifest.folder}: image {key!r} ({size[0]} x "
+            f"{size[1]}) measures {height} x {width} at a shorter edge of {shorter_edge[0]}; lower data.crop or raise "
+            "data.shorter_edge"
+        )
+
+
+def _cut(picture: Image.Image, crop: Crop, resampling: Image.Resampling) -> Pixels:
+    # Resizing only the window's part of the picture gives the same pixels as resizing all of it.
+    down, across = picture.height / crop.resized[0], picture.width / crop.resized[1]
+    height, width = crop.size
+    box = (
+        crop.left * across,
+        crop.top * down,
+        min((crop.left + width) * across, picture.width),
+        min((crop.top + height) * down, picture.height),
+    )
+    pixels = np.asarray(picture.resize((width, height), resampling, box=box))
+    return pixels[:, ::-1] if crop.flip else pixels

@@ -1,0 +1,63 @@
+"""Class tables: names in train-id order and the colours they are shown in."""
+
+from dataclasses import dataclass
+
+IGNORE_INDEX = 255
+"""Train id of pixels that belong to no class."""
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """A class: its name and its 8-bit RGB colour."""
+
+    name: str
+    color: tuple[int, int, int]
+
+
+CITYSCAPES_CLASSES = (
+    ClassInfo("road", (128, 64, 128)),
+    ClassInfo("sidewalk", (244, 35, 232)),
+    ClassInfo("building", (70, 70, 70)),
+    ClassInfo("wall", (102, 102, 156)),
+    ClassInfo("fence", (190, 153, 153)),
+    ClassInfo("pole", (153, 153, 153)),
+    ClassInfo("traffic light", (250, 170, 30)),
+    ClassInfo("traffic sign", (220, 220, 0)),
+    ClassInfo("vegetation", (107, 142, 35)),
+    ClassInfo("terrain", (152, 251, 152)),
+    ClassInfo("sky", (70, 130, 180)),
+    ClassInfo("person", (220, 20, 60)),
+    ClassInfo("rider", (255, 0, 0)),
+    ClassInfo("car", (0, 0, 142)),
+    ClassInfo("truck", (0, 0, 70)),
+    ClassInfo("bus", (0, 60, 100)),
+    ClassInfo("train", (0, 80, 100)),
+    ClassInfo("motorcycle", (0, 0, 230)),
+    ClassInfo("bicycle", (119, 11, 32)),
+)
+"""The 19 evaluated classes of Cityscapes, by train id, in the data set's own colours."""
+
+
+def _without(names: tuple[str, ...], *left_out: str) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in left_out)
+
+
+_CITYSCAPES_19 = tuple(info.name for info in CITYSCAPES_CLASSES)
+_SYNTHIA_16 = _without(_CITYSCAPES_19, "terrain", "truck", "train")
+
+LABEL_SETS: dict[str, tuple[str, ...]] = {
+    "cityscapes_19": _CITYSCAPES_19,
+    "synthia_16": _SYNTHIA_16,
+    "synthia_13": _without(_SYNTHIA_16, "wall", "fence", "pole"),
+}
+"""Class names of each named set, in train-id order; all are Cityscapes classes."""
+
+
+def label_set(name: str) -> tuple[ClassInfo, ...]:
+    """The classes of a named label set with their Cityscapes colours.
+
+    Raises:
+        KeyError: no set in `LABEL_SETS` has this name.
+    """
+    wanted = LABEL_SETS[name]
+    return tuple(info for info in CITYSCAPES_CLASSES if info.name in wanted)

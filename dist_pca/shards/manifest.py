@@ -1,0 +1,168 @@
+"""The manifest of a shard folder: what is in each shard, where each sample lies, and how to tell that it is whole."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from dist_pca.errors import UserError
+from dist_pca.shards.classes import ClassInfo
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "dist-pca-shards"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file and, column by column, its samples in the order they are stored."""
+
+    name: str
+    """File name inside the shard folder."""
+    bytes: int
+    """Size of the file."""
+    sha256: str
+    """Checksum of the file, in hexadecimal."""
+    keys: list[str]
+    """WebDataset key of each sample, unique in the folder."""
+    offsets: list[int]
+    """Byte offset of each sample's first tar header."""
+    lengths: list[int]
+    """Bytes from there to the end of the sample's last member, padded to 512: that slice is a tar of this sample."""
+    heights: list[int]
+    """Image height in pixels."""
+    widths: list[int]
+    """Image width in pixels."""
+    pixel_counts: list[list[int]]
+    """Labelled pixels per sample and class (samples x classes); empty without labels."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything known about a shard folder without opening a shard."""
+
+    folder: Path
+    """Where the shards lie; not stored."""
+    recipe: str
+    recipe_version: int
+    split: str
+    labelled: bool
+    classes: tuple[ClassInfo, ...]
+    """Classes by train id."""
+    shards: tuple[Shard, ...]
+    fingerprint: str = ""
+    """Digest of what the shards were built from (recipe, options, raw file names and sizes)."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all shards."""
+        return sum(len(shard.keys) for shard in self.shards)
+
+    @property
+    def pixel_counts(self) -> list[int]:
+        """Labelled pixels per class in all shards; zeros without labels."""
+        rows = (row for shard in self.shards for row in shard.pixel_counts)
+        return [sum(column) for column in zip(*rows, strict=True)] or [0] * len(self.classes)
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read a shard folder's manifest and check it against the files' names and sizes (not their checksums).
+
+    Raises:
+        UserError: the folder or its manifest is missing, is not JSON, was written in another format version or is
+            inconsistent, or a shard that it lists is missing or has another size.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise UserError(f"shards {folder}: no such folder; make it with `dist-pca shards build`")
+    if not path.is_file():
+        raise UserError(f"shards {folder}: no {MANIFEST_NAME} in it; make the shards with `dist-pca shards build`")
+    try:
+        raw = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); build the shards again with --force") from error
+    _check_format(path, raw)
+    try:
+        manifest = _ADAPTER.validate_python({**raw, "folder": folder})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {key}: {first['msg']}; build the shards again with --force") from None
+    for shard in manifest.shards:
+        _check_shard(manifest, shard)
+    return manifest
+
+
+def save_manifest(manifest: Manifest) -> None:
+    """Write the manifest into its folder, whole or not at all."""
+    content = {"format": FORMAT, "version": VERSION} | _ADAPTER.dump_python(manifest, mode="json", exclude={"folder"})
+    path = manifest.folder / MANIFEST_NAME
+    aside = path.with_name(f".{MANIFEST_NAME}.part")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(content, file, separators=(",", ":"))
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_checksums(manifest: Manifest) -> None:
+    """Read every shard and compare its checksum with the manifest's.
+
+    Raises:
+        UserError: a shard's bytes are not those that were built; the first such shard is named.
+    """
+    for shard in manifest.shards:
+        if file_sha256(manifest.folder / shard.name) != shard.sha256:
+            raise UserError(
+                f"{manifest.folder / shard.name}: the bytes differ from those built (SHA-256 in {MANIFEST_NAME}); "
+                "copy the file again or rebuild the shards with --force"
+            )
+
+
+def _check_format(path: Path, raw: Any) -> None:
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise UserError(f"{path}: not a manifest of dist-pca shards; make one with `dist-pca shards build`")
+    if raw.get("version") != VERSION:
+        raise UserError(
+            f"{path}: format version {raw.get('version')!r}, this dist-pca reads version {VERSION}; "
+            "build the shards again with --force or install the dist-pca that made them"
+        )
+
+
+def _check_shard(manifest: Manifest, shard: Shard) -> None:
+    path = manifest.folder / shard.name
+    if Path(shard.name).name != shard.name:
+        raise UserError(f"{manifest.folder / MANIFEST_NAME}: shard name {shard.name!r} leaves the folder")
+    if not path.is_file():
+        raise UserError(f"{path}: listed in {MANIFEST_NAME} but missing; copy it back or build again with --force")
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise UserError(
+            f"{path}: {size} bytes, {MANIFEST_NAME} says {shard.bytes}; copy it again or build again with --force"
+        )
+    samples = len(shard.keys)
+    columns = [shard.offsets, shard.lengths, shard.heights, shard.widths]
+    if manifest.labelled:
+        columns.append([len(row) for row in shard.pixel_counts if len(row) == len(manifest.classes)])
+    if any(len(column) != samples for column in columns):
+        raise UserError(
+            f"{manifest.folder / MANIFEST_NAME}: {shard.name}: columns do not all list {samples} samples; "
+            "build the shards again with --force"
+        )

@@ -1,0 +1,234 @@
+"""A recipe: how one data set's raw files become samples. Read from YAML, typed, and refused with the key at fault."""
+
+import difflib
+import re
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from typing_extensions import Self
+
+from dist_pca.config import NonNegative, Positive, Section
+from dist_pca.errors import UserError
+from dist_pca.resources import resource
+from dist_pca.shards.classes import LABEL_SETS, ClassInfo, label_set
+
+IGNORE = "ignore"
+"""Stands where a class name stands and means: no class."""
+
+Byte = Annotated[int, Field(ge=0, le=255)]
+Color = tuple[Byte, Byte, Byte]
+
+
+class NamedColor(Section):
+    """A class name and an RGB colour."""
+
+    name: str
+    color: Color
+
+
+class Pairing(Section):
+    """Where an image's label file is, both relative to the data set's root."""
+
+    match: str
+    """Regular expression that the whole image path matches."""
+    replace: str
+    """Label path, in which \\1, \\2, ... stand for the groups of `match`."""
+
+    @field_validator("match")
+    @classmethod
+    def _check_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from None
+        return value
+
+
+class Split(Section):
+    """Images of one split and their labels."""
+
+    images: tuple[str, ...] = Field(min_length=1)
+    """Globs relative to the root; `**` spans folders. Files that are not images are passed over."""
+    label: Pairing | None = None
+    """None: the split has no labels."""
+    list_file: str | None = None
+    """Text file below the root, one image a line, as a path or the end of one, with or without extension; only
+    listed images belong to the split."""
+
+
+class Coding(Section):
+    """What the values of a label file mean."""
+
+    kind: Literal["index", "channel", "color"]
+    """`index`: one channel of ids, or a palette image, of which the palette index is the id. `channel`: ids in one
+    channel of an 8-bit or 16-bit image. `color`: a class is an RGB colour."""
+    channel: NonNegative = 0
+    """The channel read under `channel`."""
+    ids: dict[NonNegative, str] = {}
+    """Class name (or `ignore`) of each raw id; empty where ids are train ids already, with 255 for ignore."""
+    colors: tuple[NamedColor, ...] = ()
+    """Class names (or `ignore`) of colours under `color`; a class may have several."""
+    other: Literal["ignore", "error"] = "error"
+    """What becomes of values that the table does not hold."""
+
+    @model_validator(mode="after")
+    def _check_table(self) -> Self:
+        if self.kind == "color" and (self.ids or not self.colors):
+            raise ValueError("kind `color` takes its table from `colors`, not from `ids`")
+        if self.kind != "color" and self.colors:
+            raise ValueError(f"kind `{self.kind}` takes its table from `ids`, not from `colors`")
+        if max(self.ids, default=0) > 65535:
+            raise ValueError(f"ids: {max(self.ids)} does not fit in 16 bits")
+        return self
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names in the table, without `ignore`."""
+        names = [*self.ids.values(), *(entry.name for entry in self.colors)]
+        return [name for name in names if name != IGNORE]
+
+
+class Recipe(Section):
+    """How one data set becomes shards."""
+
+    name: str
+    version: Positive
+    """Raise it when the same raw files would become other samples."""
+    description: str = ""
+    label_set: str | None = None
+    """Class table by name; or give `classes`, or `classes_file`."""
+    classes: tuple[NamedColor, ...] = ()
+    """Class table, in train-id order."""
+    classes_file: str | None = None
+    """YAML file below the root that holds the class table, a list of {name, color}."""
+    coding: Coding
+    splits: dict[str, Split] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Self:
+        given = [key for key in ("label_set", "classes", "classes_file") if getattr(self, key)]
+        if len(given) != 1:
+            raise ValueError(f"give one of label_set, classes and classes_file, got {', '.join(given) or 'none'}")
+        if self.label_set is not None and self.label_set not in LABEL_SETS:
+            raise ValueError(
+                f"label_set: no set {self.label_set!r}; the nearest is {_nearest(self.label_set, LABEL_SETS)}"
+            )
+        if self.classes_file is None:
+            _check_table(self.coding, self._known_classes())
+        return self
+
+    def _known_classes(self) -> tuple[ClassInfo, ...]:
+        if self.label_set is not None:
+            return label_set(self.label_set)
+        return tuple(ClassInfo(entry.name, entry.color) for entry in self.classes)
+
+    def class_table(self, root: Path, *, required: bool = True) -> tuple[ClassInfo, ...]:
+        """Classes in train-id order; read from `classes_file` below `root` where the recipe says so.
+
+        Where they are not `required` (no labels are read), a missing file is an empty table.
+
+        Raises:
+            UserError: the file is missing or is not a class table, or the label coding names a class it lacks.
+        """
+        if self.classes_file is None:
+            return self._known_classes()
+        path = root / self.classes_file
+        if not path.is_file() and not required:
+            return ()
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; write the class table there, a YAML list of {{name, color}}")
+        try:
+            entries = TypeAdapter(tuple[NamedColor, ...]).validate_python(_load_yaml(path))
+            classes = tuple(ClassInfo(entry.name, entry.color) for entry in entries)
+            _check_table(self.coding, classes)
+        except ValidationError as error:
+            raise UserError(f"{path}: {_explain(error)}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        return classes
+
+    def split(self, name: str | None) -> str:
+        """Name of the split asked for; None is the only one.
+
+        Raises:
+            UserError: there is no such split, or there are several and none was named.
+        """
+        names = ", ".join(self.splits)
+        if name is None and len(self.splits) == 1:
+            return next(iter(self.splits))
+        if name is None:
+            raise UserError(f"recipe {self.name}: has the splits {names}; name one with --split")
+        if name not in self.splits:
+            nearest = _nearest(name, self.splits)
+            raise UserError(f"recipe {self.name}: no split {name!r}; the nearest is {nearest}, all are {names}")
+        return name
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Read a recipe: a shipped one by name, or a YAML file by path.
+
+    Raises:
+        UserError: there is no such recipe, the file is not YAML, a key is unknown (the nearest is named) or missing,
+            or a value does not fit.
+    """
+    path = Path(name) if Path(name).suffix in {".yaml", ".yml"} else resource("shards", str(name))
+    if not path.is_file():
+        raise UserError(f"recipe {path}: no such file")
+    try:
+        return Recipe.model_validate(_load_yaml(path))
+    except ValidationError as error:
+        raise UserError(f"recipe {path}: {_explain(error)}") from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key written twice, the likeliest slip in a table of ids, which YAML otherwise lets pass."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value}", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+
+
+def _check_table(coding: Coding, classes: tuple[ClassInfo, ...]) -> None:
+    names = [info.name for info in classes]
+    if not 0 < len(names) <= 254:
+        raise ValueError(f"classes: {len(names)} of them; labels are 8-bit with 255 for ignore, so 1 to 254 fit")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"classes: {twice!r} is listed twice")
+    for name in coding.class_names:
+        if name not in names:
+            raise ValueError(f"coding: no class {name!r}; the nearest is {_nearest(name, [*names, IGNORE])!r}")
+
+
+def _explain(error: ValidationError) -> str:
+    # A misspelt key is also a missing one; the misspelling says more.
+    detail = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = {field for model in (Recipe, Split, Pairing, Coding, NamedColor) for field in model.model_fields}
+        return f"{key}: unknown key; the nearest is {_nearest(str(detail['loc'][-1]), known)}"
+    if detail["type"] == "missing":
+        return f"{key}: required and missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, got {detail['input']!r}"
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+    nearest: str = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.0)[0]
+    return nearest

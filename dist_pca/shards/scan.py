@@ -1,0 +1,144 @@
+"""Which raw files are samples: globs, split lists, selection, and each image's label."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from dist_pca.errors import UserError
+from dist_pca.shards.images import SUFFIXES
+from dist_pca.shards.recipe import Pairing, Recipe, Split
+
+_LONGEST_KEY = 80  # with ".label.png" a key must fit in the 100 characters of a tar header
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """An image and its label, as paths relative to the root, and the key they get in a shard."""
+
+    key: str
+    image: str
+    label: str | None
+
+
+def scan(
+    recipe: Recipe,
+    root: Path,
+    split: str,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    unlabelled: bool = False,
+) -> list[RawSample]:
+    """List a split's samples in the order of their paths.
+
+    Args:
+        recipe: How the data set is laid out.
+        root: The data set's folder.
+        split: One of the recipe's splits.
+        include: Globs on image paths relative to `root`, in which `*` spans folders; an image must match one of them.
+        exclude: Globs likewise; an image must match none of them.
+        unlabelled: Leave labels aside.
+
+    Raises:
+        UserError: the root is missing, nothing is selected, a listed image does not exist, or labels are missing
+            (the first ones are named).
+    """
+    if not root.is_dir():
+        raise UserError(f"root {root}: no such folder; give the folder that holds the raw data set")
+    rules = recipe.splits[split]
+    images = _images(root, rules)
+    if not images:
+        globs = ", ".join(rules.images)
+        raise UserError(
+            f"root {root}: no image matches {globs} (recipe {recipe.name}, split {split}); check the folder"
+        )
+    if rules.list_file is not None:
+        images = _listed(images, root / rules.list_file)
+    images = _selected(images, include, exclude)
+    keys = unique_keys(images)
+    if unlabelled or rules.label is None:
+        return [RawSample(key, image, None) for key, image in zip(keys, images, strict=True)]
+    labels = [_label_of(image, rules.label, recipe) for image in images]
+    missing = [(image, label) for image, label in zip(images, labels, strict=True) if not (root / label).is_file()]
+    if missing:
+        image, label = missing[0]
+        raise UserError(
+            f"root {root}: {len(missing)} of {len(images)} images have no label, the first is {image} "
+            f"(expected {label}); add the labels, leave the images out with --exclude, or build with --unlabelled"
+        )
+    return [RawSample(*sample) for sample in zip(keys, images, labels, strict=True)]
+
+
+def _images(root: Path, rules: Split) -> list[str]:
+    paths = {path for pattern in rules.images for path in root.glob(pattern)}
+    files = (path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path.relative_to(root).as_posix() for path in files)
+
+
+def _listed(images: Sequence[str], path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the recipe lists the split's images there")
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    wanted = {line for line in lines if line and not line.startswith("#")}
+    if not wanted:
+        raise UserError(f"{path}: lists no image; write one a line")
+    named = {image: wanted.intersection(_names(image)) for image in images}
+    unknown = wanted.difference(*named.values())
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} of {len(wanted)} lines name no image, the first is {min(unknown)!r}; "
+            "write paths as they are below the root, or their ends"
+        )
+    return [image for image in images if named[image]]
+
+
+def _names(image: str) -> Iterable[str]:
+    parts = PurePosixPath(image).parts
+    for start in range(len(parts)):
+        tail = "/".join(parts[start:])
+        yield tail
+        yield tail.rpartition(".")[0]
+
+
+def _selected(images: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    for option, globs in (("--include", include), ("--exclude", exclude)):
+        for pattern in globs:
+            if not any(fnmatchcase(image, pattern) for image in images):
+                raise UserError(f"{option} {pattern!r}: matches none of {len(images)} images, such as {images[0]}")
+    kept = [
+        image
+        for image in images
+        if (not include or any(fnmatchcase(image, pattern) for pattern in include))
+        and not any(fnmatchcase(image, pattern) for pattern in exclude)
+    ]
+    if not kept:
+        raise UserError(f"--include and --exclude leave none of {len(images)} images; widen one or narrow the other")
+    return kept
+
+
+def _label_of(image: str, pairing: Pairing, recipe: Recipe) -> str:
+    match = re.fullmatch(pairing.match, image)
+    if match is None:
+        raise UserError(f"recipe {recipe.name}: label.match {pairing.match!r} does not match the image {image}")
+    try:
+        return match.expand(pairing.replace)
+    except (re.error, IndexError) as error:
+        raise UserError(f"recipe {recipe.name}: label.replace {pairing.replace!r} is no template ({error})") from None
+
+
+def unique_keys(images: Sequence[str]) -> list[str]:
+    """WebDataset keys: the path without its extension, and a digest of it where that is long or not unique."""
+    plain = [re.sub(r"[^A-Za-z0-9_-]", "_", image.rpartition(".")[0]) for image in images]
+    count = Counter(plain)
+    return [
+        key if count[key] == 1 and len(key) <= _LONGEST_KEY else f"{key[: _LONGEST_KEY - 17]}-{_digest(image)}"
+        for key, image in zip(plain, images, strict=True)
+    ]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

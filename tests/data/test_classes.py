@@ -1,0 +1,82 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_pca.data.classes import class_table, lookup_table
+from dist_pca.errors import UserError
+from dist_pca.shards.classes import CITYSCAPES_CLASSES, LABEL_SETS, ClassInfo
+from dist_pca.shards.manifest import Manifest
+from tests.data.shards import data_config
+
+SOURCE = Manifest(Path("simulator"), "r", 1, "all", True, CITYSCAPES_CLASSES, ())
+
+
+def domain(*names: str, labelled: bool = True) -> Manifest:
+    return Manifest(Path("camera"), "r", 1, "all", labelled, tuple(ClassInfo(name, (0, 0, 0)) for name in names), ())
+
+
+def test_equal_tables_are_taken_as_they_are() -> None:
+    assert class_table(data_config(), SOURCE, domain(*LABEL_SETS["cityscapes_19"])) == CITYSCAPES_CLASSES
+    assert class_table(data_config(), SOURCE, None) == CITYSCAPES_CLASSES
+
+
+def test_an_unlabelled_target_has_no_say() -> None:
+    assert class_table(data_config(), SOURCE, domain("cat", labelled=False)) == CITYSCAPES_CLASSES
+
+
+@pytest.mark.parametrize(
+    ("target", "difference"),
+    [
+        (("road", "pavement"), "train id 1: sidewalk in simulator, pavement in camera"),
+        (("road",), "train id 1: sidewalk in simulator, none in camera"),
+        ((*LABEL_SETS["cityscapes_19"], "boat"), "train id 19: none in simulator, boat in camera"),
+    ],
+)
+def test_different_tables_are_refused_with_their_first_difference(target: tuple[str, ...], difference: str) -> None:
+    with pytest.raises(UserError, match=rf"{difference}; name a common subset in data\.classes"):
+        class_table(data_config(), SOURCE, domain(*target))
+
+
+@pytest.mark.parametrize("choice", ["synthia_13", LABEL_SETS["synthia_13"]])
+def test_a_common_subset_is_taken_from_different_tables(choice: str | tuple[str, ...]) -> None:
+    table = class_table(data_config(classes=choice), SOURCE, domain(*reversed(LABEL_SETS["synthia_16"])))
+    assert tuple(info.name for info in table) == LABEL_SETS["synthia_13"]
+    assert set(table) < set(CITYSCAPES_CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("synthia_12", "no label set 'synthia_12'; did you mean 'synthia_1[36]'"),
+        (("road", "rod"), "'rod' is no class of simulator; did you mean 'road'"),
+        (("road", "sky", "road"), "'road' is there twice"),
+        ((), "an empty list"),
+    ],
+)
+def test_a_choice_that_cannot_be_met_is_refused(choice: str | tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.classes: {message}"):
+        class_table(data_config(classes=choice), SOURCE, None)
+
+
+def test_a_class_that_only_one_domain_has_is_refused() -> None:
+    with pytest.raises(UserError, match="'terrain' is no class of camera"):
+        class_table(data_config(classes="cityscapes_19"), SOURCE, domain(*LABEL_SETS["synthia_16"]))
+
+
+def test_a_source_without_labels_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^data\.source: simulator holds no labels"):
+        class_table(data_config(), replace(SOURCE, labelled=False), None)
+
+
+def test_labels_are_looked_up_by_name() -> None:
+    table = lookup_table(domain("sky", "boat", "road"), [ClassInfo("road", (1, 1, 1)), ClassInfo("sky", (2, 2, 2))])
+    assert (table.shape, table.dtype) == ((256,), np.uint8)
+    assert table[[0, 1, 2]].tolist() == [1, 255, 0]
+    assert set(table[3:].tolist()) == {255}
+
+
+def test_shards_without_any_of_the_classes_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^shards camera: none of the classes road, only cat, dog"):
+        lookup_table(domain("cat", "dog"), [ClassInfo("road", (0, 0, 0))])

@@ -1,0 +1,136 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from dist_pca.data.transform import (
+    Crop,
+    apply_crop,
+    check_crop,
+    draw_crop,
+    resize_for_evaluation,
+    resized_size,
+)
+from dist_pca.errors import UserError
+from tests.data.shards import data_config, make_shards
+
+SIZE = (60, 100)
+
+
+def ramp() -> tuple[Image.Image, list[Image.Image]]:
+    """An image whose red is twice the row and green twice the column, and labels that are the row and the column.
+
+    Interpolation keeps straight ramps, so both must tell the same place after any resize.
+    """
+    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]].astype(np.uint8)
+    image = Image.fromarray(np.stack([2 * rows, 2 * columns, rows], axis=-1))
+    return image, [Image.fromarray(rows), Image.fromarray(columns)]
+
+
+crops = st.builds(
+    lambda position, flip, seed: draw_crop(
+        SIZE,
+        data_config(shorter_edge=(40, 90), crop=(30, 50), flip=flip),
+        seed=seed,
+        domain="source",
+        position=position,
+    ),
+    st.integers(0, 2**40),
+    st.sampled_from([0.0, 1.0]),
+    st.integers(0, 2**32),
+)
+
+
+@given(crops)
+def test_image_and_label_show_the_same_place(crop: Crop) -> None:
+    image, labels = ramp()
+    for channel, label in enumerate(labels):
+        pixels, ids = apply_crop(image, label, crop)
+        assert ids is not None
+        assert (pixels.shape, ids.shape) == ((3, *crop.size), crop.size)
+        assert (pixels.dtype, ids.dtype) == (np.uint8, np.uint8)
+        assert np.abs(pixels[channel] / 2 - ids).max() <= 1
+
+
+@given(crops)
+def test_a_crop_is_a_window_of_the_whole_resized_image(crop: Crop) -> None:
+    image, labels = ramp()
+    height, width = crop.resized
+    window = (slice(crop.top, crop.top + crop.size[0]), slice(crop.left, crop.left + crop.size[1]))
+    whole = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).astype(int)[window]
+    for axis, label in enumerate(labels):
+        pixels, ids = apply_crop(image, label, replace(crop, flip=False))
+        assert np.abs(pixels.transpose(1, 2, 0) - whole).max() <= 1
+        assert ids is not None
+        # Half-pixel centres in whole numbers; a centre on the border of two pixels may take either.
+        centre = (2 * np.mgrid[window][axis] + 1) * SIZE[axis]
+        nearest, remainder = np.divmod(centre, 2 * crop.resized[axis])
+        assert ((ids == nearest) | ((remainder == 0) & (ids == nearest - 1))).all()
+
+
+@given(crops)
+def test_a_flip_mirrors_image_and_label(crop: Crop) -> None:
+    image, (label, _) = ramp()
+    plain, mirrored = (apply_crop(image, label, replace(crop, flip=flip)) for flip in (False, True))
+    for one, other in zip(plain, mirrored, strict=True):
+        assert one is not None
+        assert other is not None
+        assert np.array_equal(one, other[..., ::-1])
+
+
+def test_an_image_without_label_is_cropped_alone() -> None:
+    crop = Crop(resized=SIZE, top=10, left=20, size=(30, 40), flip=False)
+    image, _ = ramp()
+    pixels, label = apply_crop(image, None, crop)
+    assert label is None
+    assert np.array_equal(pixels, np.asarray(image)[10:40, 20:60].transpose(2, 0, 1))
+
+
+def test_draws_cover_their_whole_range_and_nothing_else() -> None:
+    config = data_config(shorter_edge=(30, 34), crop=(28, 48), flip=0.25)
+    drawn = [draw_crop(SIZE, config, seed=0, domain="source", position=position) for position in range(4000)]
+    assert {min(crop.resized) for crop in drawn} == {30, 31, 32, 33, 34}
+    for edge in (30, 34):
+        height, width = resized_size(SIZE, edge)
+        places = [(crop.top, crop.left) for crop in drawn if crop.resized == (height, width)]
+        assert {top for top, _ in places} == set(range(height - 28 + 1))
+        assert {left for _, left in places} == set(range(width - 48 + 1))
+    assert 0.22 < np.mean([crop.flip for crop in drawn]) < 0.28
+
+
+def test_draws_depend_on_seed_domain_and_position_alone() -> None:
+    config = data_config(shorter_edge=(30, 90), crop=(28, 48))
+    one = draw_crop(SIZE, config, seed=5, domain="source", position=9)
+    assert draw_crop(SIZE, config, seed=5, domain="source", position=9) == one
+    assert draw_crop(SIZE, config, seed=6, domain="source", position=9) != one
+    assert draw_crop(SIZE, config, seed=5, domain="target", position=9) != one
+    assert draw_crop(SIZE, config, seed=5, domain="source", position=10) != one
+
+
+@given(st.tuples(st.integers(1, 4000), st.integers(1, 4000)), st.integers(1, 2000))
+def test_resizing_sets_the_shorter_edge_and_keeps_proportions(size: tuple[int, int], edge: int) -> None:
+    resized = resized_size(size, edge)
+    assert min(resized) == edge
+    assert abs(max(resized) - max(size) * edge / min(size)) <= 0.5
+
+
+def test_a_crop_that_fits_nowhere_is_refused_with_the_image_that_is_too_small(tmp_path: Path) -> None:
+    manifest = make_shards(tmp_path / "shards", [2, 2])
+    wide, narrow = manifest.shards
+    manifest = replace(manifest, shards=(wide, replace(narrow, widths=[40, 30])))
+    check_crop(manifest, (48, 60), (48, 60))
+    with pytest.raises(UserError) as caught:
+        check_crop(manifest, (48, 60), (48, 61))
+    assert str(caught.value).startswith("data.crop: 48 x 61 does not fit")
+    assert "'001-001' (24 x 30) measures 48 x 60 at a shorter edge of 48" in str(caught.value)
+
+
+def test_evaluation_resizes_to_height_and_width() -> None:
+    image, _ = ramp()
+    resized = resize_for_evaluation(np.asarray(image), (30, 70))
+    assert (resized.shape, resized.dtype) == ((30, 70, 3), np.uint8)
+    assert np.array_equal(resized, np.asarray(image.resize((70, 30), Image.Resampling.BICUBIC)))

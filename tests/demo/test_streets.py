@@ -1,0 +1,114 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from dist_pca.demo.streets import CLASSES, DAY, DUSK, Look, render_street, write_streets
+from dist_pca.shards.recipe import load_recipe
+
+LOOKS = pytest.mark.parametrize("look", [DAY, DUSK], ids=lambda look: look.name)
+
+
+@LOOKS
+def test_a_street_is_the_same_every_time_it_is_drawn(look: Look) -> None:
+    first, again = (render_street(3, look, seed=1) for _ in range(2))
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(first[1], again[1])
+
+
+def test_a_street_does_not_depend_on_those_drawn_before_it() -> None:
+    alone, _ = render_street(5, DUSK, seed=1)
+    render_street(4, DAY, seed=1)
+    np.testing.assert_array_equal(render_street(5, DUSK, seed=1)[0], alone)
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_looks_that_share_a_camera_mount_share_every_label(index: int) -> None:
+    _, by_day = render_street(index, DAY, seed=2)
+    _, by_dusk = render_street(index, replace(DUSK, mount=DAY.mount), seed=2)
+    np.testing.assert_array_equal(by_day, by_dusk)
+
+
+def test_the_mounts_of_the_looks_differ() -> None:
+    assert not np.array_equal(render_street(0, DAY, seed=2)[1], render_street(0, DUSK, seed=2)[1])
+
+
+def test_another_index_or_seed_is_another_street() -> None:
+    labels = [render_street(index, DAY, seed=seed)[1] for index, seed in ((0, 0), (1, 0), (0, 1))]
+    assert all((labels[a] != labels[b]).mean() > 0.05 for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+@LOOKS
+def test_every_class_occurs_and_no_other_value(look: Look) -> None:
+    labels = np.stack([render_street(index, look, seed=0)[1] for index in range(30)])
+    assert set(np.unique(labels)) == set(range(len(CLASSES)))
+
+
+@pytest.mark.parametrize("size", [(160, 256), (96, 200)])
+def test_size_is_height_and_width(size: tuple[int, int]) -> None:
+    image, label = render_street(0, DAY, seed=0, size=size)
+    assert image.shape == (*size, 3)
+    assert label.shape == size
+    assert image.dtype == label.dtype == np.dtype(np.uint8)
+
+
+def test_thin_things_are_two_pixels_wide() -> None:
+    pole = [info.name for info in CLASSES].index("pole")
+    widths = []
+    for index in range(10):
+        _, label = render_street(index, DAY, seed=0)
+        edges = np.diff(np.pad((label == pole).astype(np.int8), ((0, 0), (1, 1))), axis=1)
+        widths += (np.nonzero(edges == -1)[1] - np.nonzero(edges == 1)[1]).tolist()
+    # What stands in front may leave a narrower strip of a few.
+    assert np.mean(np.array(widths) >= 2) > 0.9
+
+
+def _brightness_and_noise(look: Look) -> tuple[float, float]:
+    """Mean value, and mean step between neighbours in the sky, where the street itself is smooth."""
+    sky = [info.name for info in CLASSES].index("sky")
+    streets = [render_street(index, look, seed=0) for index in range(8)]
+    images, labels = np.stack([image for image, _ in streets]), np.stack([label for _, label in streets])
+    inside = (labels[..., 1:] == sky) & (labels[..., :-1] == sky)
+    return float(images.mean()), float(np.abs(np.diff(images.astype(float), axis=2))[inside].mean())
+
+
+def test_dusk_is_darker_and_noisier_than_day() -> None:
+    (day, clean), (dusk, noisy) = _brightness_and_noise(DAY), _brightness_and_noise(DUSK)
+    assert dusk < 0.85 * day
+    assert noisy > 1.3 * clean
+
+
+def test_written_streets_are_images_with_labels_of_the_same_name(tmp_path: Path) -> None:
+    write_streets(tmp_path, DUSK, split="val", indices=[7, 9], seed=3)
+    names = ["val-00007.png", "val-00009.png"]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == names
+    image, label = render_street(9, DUSK, seed=3)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / names[1])), image)
+    with Image.open(tmp_path / "labels" / names[1]) as stored:
+        assert stored.mode == "L"
+        np.testing.assert_array_equal(np.asarray(stored), label)
+
+
+def test_written_class_table_is_in_label_order(tmp_path: Path) -> None:
+    write_streets(tmp_path, DAY, split="train", indices=[], seed=0)
+    table = yaml.safe_load((tmp_path / "classes.yaml").read_text())
+    assert table == [{"name": info.name, "color": list(info.color)} for info in CLASSES]
+
+
+def test_the_folder_recipe_reads_what_is_written(tmp_path: Path) -> None:
+    write_streets(tmp_path, DAY, split="train", indices=[], seed=0)
+    assert load_recipe("folder").class_table(tmp_path) == CLASSES
+
+
+def test_the_same_streets_are_written_as_the_same_bytes(tmp_path: Path) -> None:
+    trees = []
+    for name in ("first", "second"):
+        write_streets(tmp_path / name, DUSK, split="train", indices=range(2), seed=0)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        trees.append({path.relative_to(tmp_path / name): path.read_bytes() for path in files})
+    assert len(trees[0]) == 5
+    assert trees[0] == trees[1]

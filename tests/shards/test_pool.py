@@ -1,0 +1,76 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dist_pca.shards.build import build_shards
+from dist_pca.shards.manifest import load_manifest
+from tests.shards.trees import random_image, save
+
+REPOSITORY = Path(__file__).parents[2]
+SECONDS = 60
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Enough pixels for a build to last for seconds."""
+    save(random_image(0, 900, 900), tmp_path / "raw/images/000.png")
+    for number in range(1, 60):
+        os.link(tmp_path / "raw/images/000.png", tmp_path / f"raw/images/{number:03d}.png")
+    return tmp_path / "raw"
+
+
+@contextmanager
+def _half_built(raw: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A build on two workers, both of which have begun to write."""
+    code = (
+        "from dist_pca.cli import main; import sys; "
+        f"sys.argv = ['dist-pca', 'shards', 'build', 'folder', '--root', {str(raw)!r}, '--out', {str(out)!r}, "
+        "'--unlabelled', '--workers', '2', '--samples-per-shard', '30']; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + SECONDS
+    parts = [out / ".building" / f"shard-{index:06d}.tar" for index in range(2)]
+    try:
+        while not all(part.is_file() and part.stat().st_size for part in parts):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert not list(out.glob("shard-*.tar"))
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def test_a_killed_build_leaves_no_shard_no_worker_and_nothing_in_the_next_ones_way(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with _half_built(raw, out) as process:
+        process.kill()
+        process.communicate(timeout=SECONDS)  # returns once the workers, which share its output, are gone too
+    assert [path.name for path in out.iterdir()] == [".building"]
+    build_shards("folder", raw, out, unlabelled=True, include=["*/00?.png"], workers=1)
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "shard-000000.tar"]
+    assert load_manifest(out).samples == 10
+
+
+def test_ctrl_c_clears_up_and_exits_130(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with _half_built(raw, out) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        printed, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130
+    assert b"Traceback" not in printed
+    assert not out.exists()

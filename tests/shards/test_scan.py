@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from dist_pca.errors import UserError
+from dist_pca.shards.recipe import Recipe, load_recipe
+from dist_pca.shards.scan import RawSample, scan, unique_keys
+from tests.shards.trees import make_camvid, make_cityscapes, make_folder, random_image, save
+
+LABEL = np.zeros((4, 6), np.uint8)
+
+
+def _with_list(recipe: Recipe, list_file: str) -> Recipe:
+    split = recipe.splits["all"].model_copy(update={"list_file": list_file})
+    return recipe.model_copy(update={"splits": {"all": split}})
+
+
+def test_images_are_paired_with_labels_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    make_cityscapes(tmp_path, "val", "munster", [LABEL])
+    make_cityscapes(tmp_path, "val", "lindau", [LABEL])
+    make_cityscapes(tmp_path, "train", "aachen", [LABEL])
+    assert [sample.label for sample in scan(load_recipe("cityscapes"), tmp_path, "val")] == [
+        "gtFine/val/lindau/lindau_000000_000019_gtFine_labelIds.png",
+        "gtFine/val/munster/munster_000000_000019_gtFine_labelIds.png",
+    ]
+
+
+def test_camvid_takes_one_sequence_or_a_folder_of_several(tmp_path: Path) -> None:
+    make_camvid(tmp_path / "day", [LABEL])
+    make_camvid(tmp_path / "dusk", [LABEL])
+    recipe = load_recipe("camvid")
+    assert [sample.image for sample in scan(recipe, tmp_path, "all")] == [
+        "day/images/day_f00000.png",
+        "dusk/images/dusk_f00000.png",
+    ]
+    assert scan(recipe, tmp_path / "day", "all") == [
+        RawSample("images_day_f00000", "images/day_f00000.png", "labels/day_f00000.png")
+    ]
+
+
+def test_selection_by_glob_splits_a_sequence_in_two(tmp_path: Path) -> None:
+    make_camvid(tmp_path / "day", [LABEL] * 12)
+    recipe = load_recipe("camvid")
+    late = scan(recipe, tmp_path, "all", include=["*_f0001[01].png"])
+    early = scan(recipe, tmp_path, "all", exclude=["*_f0001[01].png"])
+    assert (len(early), len(late)) == (10, 2)
+    assert not {sample.image for sample in early} & {sample.image for sample in late}
+
+
+def test_a_glob_that_matches_nothing_is_refused_with_an_example(tmp_path: Path) -> None:
+    make_camvid(tmp_path / "day", [LABEL])
+    with pytest.raises(
+        UserError, match=r"--include 'night/\*': matches none of 1 images, such as day/images/day_f00000"
+    ):
+        scan(load_recipe("camvid"), tmp_path, "all", include=["night/*"])
+
+
+def test_a_selection_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    make_camvid(tmp_path / "day", [LABEL])
+    with pytest.raises(UserError, match="leave none of 1 images"):
+        scan(load_recipe("camvid"), tmp_path, "all", exclude=["day/*"])
+
+
+@pytest.mark.parametrize("line", ["images/001.png", "images/001", "001.png", "001"])
+def test_a_split_list_names_images_by_path_or_its_end(tmp_path: Path, line: str) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "train.txt").write_text(f"# chosen\n\n{line}\n")
+    samples = scan(_with_list(load_recipe("folder"), "train.txt"), tmp_path, "all")
+    assert [sample.image for sample in samples] == ["images/001.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("001\n777\n", "1 of 2 lines name no image, the first is '777'"), ("\n", "lists no image")]
+)
+def test_a_split_list_that_does_not_fit_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "train.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        scan(_with_list(load_recipe("folder"), "train.txt"), tmp_path, "all")
+
+
+def test_a_missing_split_list_is_named(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    with pytest.raises(UserError, match=r"train\.txt: no such file"):
+        scan(_with_list(load_recipe("folder"), "train.txt"), tmp_path, "all")
+
+
+def test_any_image_extension_at_any_depth_is_found_and_other_files_are_passed_over(tmp_path: Path) -> None:
+    for name in ("a.JPG", "b/c.webp", "b/d/e.bmp"):
+        save(random_image(0), tmp_path / "images" / name)
+        save(Image.fromarray(LABEL), tmp_path / "labels" / Path(name).with_suffix(".png"))
+    (tmp_path / "images/Thumbs.db").touch()
+    labels = [sample.label for sample in scan(load_recipe("folder"), tmp_path, "all")]
+    assert labels == ["labels/a.png", "labels/b/c.png", "labels/b/d/e.png"]
+
+
+def test_images_without_a_label_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+    make_folder(tmp_path, samples=4)
+    (tmp_path / "labels/001.png").unlink()
+    (tmp_path / "labels/003.png").unlink()
+    with pytest.raises(UserError, match=r"2 of 4 images have no label, the first is images/001\.png"):
+        scan(load_recipe("folder"), tmp_path, "all")
+    assert len(scan(load_recipe("folder"), tmp_path, "all", unlabelled=True)) == 4
+
+
+def test_a_missing_root_and_an_empty_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        scan(load_recipe("gta5"), tmp_path / "nowhere", "all")
+    with pytest.raises(UserError, match=r"no image matches images/\*\.png"):
+        scan(load_recipe("gta5"), tmp_path, "all")
+
+
+PATHS = st.lists(st.text(st.sampled_from("ab._-/é"), min_size=1, max_size=120), unique=True, max_size=20)
+
+
+@given(PATHS)
+def test_keys_are_unique_and_fit_a_tar_header_without_dots(paths: list[str]) -> None:
+    images = [f"{path}.{extension}" for path in paths for extension in ("png", "jpg")]
+    keys = unique_keys(images)
+    assert len(set(keys)) == len(images)
+    assert all(len(f"{key}.label.png") <= 100 and "." not in key and "/" not in key for key in keys)
+    assert all(key.isascii() for key in keys)
