@@ -179,7 +179,7 @@ class TrainingConfig(Section):
     """Micro-batches per update on each rank."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of the network; weights, norms' statistics and losses stay fp32."""
-    zero_stage: Literal[0, 1, 2, 3] | None = None
+    zero_stage: Literal[1, 2, 3] | None = None
     """DeepSpeed ZeRO stage; None takes the launcher's."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
@@ -223,7 +223,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.objective.adapt and self.data.target is None:
-            raise ValueError("data.target: missing while objective.adapt is true; name a shard folder or set objective.adapt=false")
+            raise ValueError(
+                "data.target: missing while objective.adapt is true; name a shard folder or set objective.adapt=false"
+            )
         pairs = self.objective.adapt and self.objective.association.scope == "pair"
         if pairs and self.training.source_batch != self.training.target_batch:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 import atexit
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import count, islice
@@ -66,7 +66,7 @@ def stream(
     global_batch: int,
     accumulation: int,
     start_step: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One rank's endless stream of micro-batches, in the order (step, accumulation index).
 
     Which samples a step takes and how they are cropped depends on seed and step alone. Closing the iterator ends its
@@ -113,7 +113,7 @@ def stream(
 
 def evaluation_stream(
     manifest: Manifest, rank: int, world_size: int, *, classes: Sequence[ClassInfo], workers: int = 2
-) -> Iterator[EvaluationSample]:
+) -> Generator[EvaluationSample, None, None]:
     """Every sample once over all ranks: rank r of W takes the samples r, r + W, ... in the manifest's order.
 
     Args:
@@ -136,7 +136,7 @@ def evaluation_stream(
     return _as_arrays(samples)
 
 
-def _load(*stages: Callable[..., Any], workers: int, pin_memory: bool) -> Iterator[Any]:
+def _load(*stages: Callable[..., Any], workers: int, pin_memory: bool) -> Generator[Any, None, None]:
     loader = webdataset.WebLoader(
         webdataset.DataPipeline(*stages, _hand_over_errors),
         batch_size=None,
@@ -147,10 +147,10 @@ def _load(*stages: Callable[..., Any], workers: int, pin_memory: bool) -> Iterat
         generator=torch.Generator(),
     )
     items = iter(loader)
-    # Processes that ignore SIGTERM must be told to end: by whoever closes this generator, at the end of the program,
-    # or at the end of a multiprocessing child, which runs no atexit functions.
+    # Processes that ignore SIGTERM must be told to end: by whoever closes this generator, at the end of the program, or
+    # at the end of a multiprocessing child, which runs no atexit functions, before its queues close (priority 10).
     atexit.register(items.close)
-    at_child_exit = Finalize(None, items.close, exitpriority=0)
+    at_child_exit = Finalize(None, items.close, exitpriority=11)
     try:
         for item in items:
             if isinstance(item, UserError):
@@ -231,6 +231,6 @@ def _whole_sample(table: Pixels | None, sample: dict[str, Any]) -> tuple[str, to
     return sample["__key__"], torch.from_numpy(np.array(image)), train_ids
 
 
-def _as_arrays(samples: Iterator[Any]) -> Iterator[EvaluationSample]:
+def _as_arrays(samples: Iterator[Any]) -> Generator[EvaluationSample, None, None]:
     for key, image, train_ids in samples:
         yield EvaluationSample(key, image.numpy(), None if train_ids is None else train_ids.numpy())

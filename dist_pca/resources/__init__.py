@@ -22,7 +22,9 @@ def resource(kind: Kind, name: str) -> Path:
     if path.is_file():
         return path
     nearest = difflib.get_close_matches(name, names(kind), n=1, cutoff=0.0)[0]
-    raise UserError(f"{kind}/{name}: no such file comes with dist-pca; the nearest is {nearest}, all are {', '.join(names(kind))}")
+    raise UserError(
+        f"{kind}/{name}: no such file comes with dist-pca; the nearest is {nearest}, all are {', '.join(names(kind))}"
+    )
 
 
 def names(kind: Kind) -> list[str]:

@@ -1,3 +1,4 @@
+import gzip
 import io
 import os
 import tarfile
@@ -63,6 +64,14 @@ def test_a_shard_that_is_no_tar_or_is_gone_names_itself_and_the_key(tmp_path: Pa
         read(manifest, 0, 0)
     with pytest.raises(UserError, match=r"shard-000001\.tar: sample '001-000' is unreadable .*No such file"):
         read(manifest, 1, 0)
+
+
+def test_a_compressed_shard_is_refused_rather_than_inflated(tmp_path: Path) -> None:
+    manifest = make_shards(tmp_path / "shards", [1])
+    path = tmp_path / "shards" / manifest.shards[0].name
+    path.write_bytes(gzip.compress(path.read_bytes(), compresslevel=0))
+    with pytest.raises(UserError, match=r"shard-000000\.tar: sample '000-000' is unreadable"):
+        read(manifest, 0, 0)
 
 
 @pytest.mark.parametrize("key", ["../outside", "/etc/outside", "a/../../outside"])

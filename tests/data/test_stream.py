@@ -3,7 +3,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from itertools import islice
 from multiprocessing import active_children
@@ -33,7 +33,7 @@ def evaluated(manifest: Manifest) -> list[EvaluationSample]:
     return list(evaluation_stream(manifest, 0, 1, classes=CLASSES, workers=0))
 
 
-def start(manifest: Manifest, keys: dict[str, Any] | None = None, **arguments: Any) -> Iterator[Batch]:
+def start(manifest: Manifest, keys: dict[str, Any] | None = None, **arguments: Any) -> Generator[Batch, None, None]:
     defaults = {
         "domain": "source",
         "seed": 3,
@@ -46,9 +46,9 @@ def start(manifest: Manifest, keys: dict[str, Any] | None = None, **arguments: A
     return stream(data_config(**keys or {}), manifest, **{**defaults, **arguments})
 
 
-def take(batches: Iterator[Batch], count: int) -> list[Batch]:
+def take(batches: Generator[Batch, None, None], count: int) -> list[Batch]:
     taken = list(islice(batches, count))
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     return taken
 
 

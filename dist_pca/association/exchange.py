@@ -1,0 +1,58 @@
+"""Pixels from rank to rank, with gradients that flow home."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Ranks in the group (the world by default); 1 outside of torch.distributed."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce_sum(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Sum of a tensor over ranks, without a gradient; the tensor itself is left alone."""
+    total = value.detach().clone()
+    if world_size(group) > 1:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def all_gather(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Rows of all ranks, in rank order: [n_r, ...] on each rank r, uneven or empty, gives [sum n_r, ...] on all.
+
+    The gradient of every rank's copy is summed and returned to the rank that owns the row (reduce-scatter). A loss on
+    gathered rows whose gradients are later averaged over W ranks must therefore be `W * local sum / global count`.
+    """
+    if world_size(group) == 1:
+        return x
+    gathered: torch.Tensor = _AllGather.apply(x, group)
+    return gathered
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        ranks = world_size(group)
+        counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(ranks)]
+        dist.all_gather(counts, torch.tensor([len(x)], device=x.device), group=group)
+        ctx.group, ctx.counts = group, [int(count) for count in counts]
+        ctx.rank = dist.get_rank(group)
+        # Collectives want equal shapes on every rank, so all travel padded to the largest.
+        parts = [x.new_empty((max(ctx.counts), *x.shape[1:])) for _ in range(ranks)]
+        dist.all_gather(parts, _padded(x, max(ctx.counts)), group=group)
+        return torch.cat([part[:count] for part, count in zip(parts, ctx.counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        parts = [_padded(part, max(ctx.counts)) for part in gradient.split(ctx.counts)]
+        home = torch.empty_like(parts[0])
+        dist.reduce_scatter(home, parts, group=ctx.group)
+        return home[: ctx.counts[ctx.rank]], None
+
+
+def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
+    if len(x) == rows:
+        return x.contiguous()
+    return torch.cat([x, x.new_zeros((rows - len(x), *x.shape[1:]))])

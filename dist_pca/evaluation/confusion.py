@@ -1,0 +1,57 @@
+"""Confusion counts and the scores that follow from them.
+
+Scores come from integer counts over all pixels of all images, so that they do not depend on how images are shared out.
+"""
+
+import torch
+
+from dist_pca.shards.classes import IGNORE_INDEX
+
+
+def confusion_matrix(
+    prediction: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX
+) -> torch.Tensor:
+    """Count pixels by true and predicted class.
+
+    Args:
+        prediction: Train ids below `num_classes`, any shape and integer type.
+        label: True train ids of the same shape.
+        num_classes: Number of classes K.
+        ignore_index: True train id of pixels that are not counted.
+
+    Returns:
+        int64, K x K; entry (t, p) counts pixels of class t predicted as p.
+
+    Raises:
+        ValueError: a label is neither below `num_classes` nor the ignore index.
+    """
+    counted = label != ignore_index
+    pairs = label[counted].long() * num_classes + prediction[counted].long()
+    counts = torch.bincount(pairs, minlength=num_classes**2)
+    if len(counts) > num_classes**2:
+        raise ValueError(f"a label is neither below {num_classes} nor the ignore index {ignore_index}")
+    return counts.view(num_classes, num_classes)
+
+
+def iou(confusion: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of each class, float64, K.
+
+    A class that occurs neither in the truth nor in the prediction has no union: it is nan.
+    """
+    intersection = confusion.diagonal().double()
+    return intersection / (confusion.sum(0) + confusion.sum(1) - confusion.diagonal())
+
+
+def mean_iou(confusion: torch.Tensor, members: list[int] | None = None) -> float:
+    """Mean intersection over union (mIoU) of some classes, by index, or of all.
+
+    Every pixel counts, those of classes outside `members` too: a road taken for one of them lowers the road's IoU.
+    Classes absent from both truth and prediction are left out of the mean; it is nan if none is left.
+    """
+    values = iou(confusion)
+    return values[members].nanmean().item() if members is not None else values.nanmean().item()
+
+
+def pixel_accuracy(confusion: torch.Tensor) -> float:
+    """Share of counted pixels that are predicted right; nan if there are none."""
+    return (confusion.diagonal().sum().double() / confusion.sum()).item()

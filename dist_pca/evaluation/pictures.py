@@ -1,0 +1,81 @@
+"""Pictures that show predictions beside what they should be."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from dist_pca.shards.classes import ClassInfo
+
+Pixels = npt.NDArray[np.uint8]
+Row = tuple[Pixels, Pixels | None, Sequence[Pixels]]
+"""An RGB image (height x width x 3), its true train ids (height x width) if known, and predicted train ids."""
+
+_CELL_WIDTH = 480
+_GAP = 8
+_FONT_SIZE = 18
+_LINE = 28
+_SWATCH = 18
+
+
+def color_labels(label: Pixels, classes: Sequence[ClassInfo]) -> Pixels:
+    """Train ids (height x width) as RGB in the classes' colours (height x width x 3); all other ids are black."""
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(classes)] = [info.color for info in classes]
+    colored: Pixels = palette[label]
+    return colored
+
+
+def comparison_picture(rows: Sequence[Row], classes: Sequence[ClassInfo], titles: Sequence[str]) -> Image.Image:
+    """One image per row: the input, the truth if any row has one, and each prediction, over a legend of the classes.
+
+    Args:
+        rows: Images of any sizes, each with as many predictions as there are titles.
+        classes: Classes by train id.
+        titles: What the predictions are, for example before and after adaptation.
+    """
+    with_truth = any(truth is not None for _, truth, _ in rows)
+    headings = ["input", *(["truth"] if with_truth else []), *titles]
+    width = _GAP + len(headings) * (_CELL_WIDTH + _GAP)
+    heights = [round(_CELL_WIDTH * image.shape[0] / image.shape[1]) for image, _, _ in rows]
+    font = ImageFont.load_default(_FONT_SIZE)
+    legend = _legend(classes, width, font)
+    body = _GAP + _LINE + sum(height + _GAP for height in heights)
+    picture = Image.new("RGB", (width, body + legend.height), "white")
+    draw = ImageDraw.Draw(picture)
+    lefts = [_GAP + column * (_CELL_WIDTH + _GAP) for column in range(len(headings))]
+    for left, heading in zip(lefts, headings, strict=True):
+        draw.text((left + _CELL_WIDTH / 2, _GAP + _LINE / 2), heading, "black", font, anchor="mm")
+    top = _GAP + _LINE
+    for (image, truth, predictions), height in zip(rows, heights, strict=True):
+        size = (_CELL_WIDTH, height)
+        picture.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (lefts[0], top))
+        labels = [*([truth] if with_truth else []), *predictions]
+        for left, label in zip(lefts[1:], labels, strict=True):
+            if label is not None:
+                colored = Image.fromarray(color_labels(label, classes))
+                picture.paste(colored.resize(size, Image.Resampling.NEAREST), (left, top))
+        top += height + _GAP
+    picture.paste(legend, (0, body))
+    return picture
+
+
+def _legend(
+    classes: Sequence[ClassInfo], width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+) -> Image.Image:
+    entries = [*((info.name, info.color) for info in classes), ("none of these", (0, 0, 0))]
+    places = []
+    left, top = _GAP, 0
+    for name, _ in entries:
+        entry_width = _SWATCH + _GAP + round(font.getlength(name)) + 2 * _GAP
+        if left > _GAP and left + entry_width > width:
+            left, top = _GAP, top + _LINE
+        places.append((left, top))
+        left += entry_width
+    legend = Image.new("RGB", (width, top + _LINE + _GAP), "white")
+    draw = ImageDraw.Draw(legend)
+    for (name, color), (left, top) in zip(entries, places, strict=True):
+        draw.rectangle((left, top, left + _SWATCH, top + _SWATCH), color)
+        draw.text((left + _SWATCH + _GAP, top + _SWATCH / 2), name, "black", font, anchor="lm")
+    return legend

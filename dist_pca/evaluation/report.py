@@ -1,0 +1,149 @@
+"""Scores of a network, and the tables that show them."""
+
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from typing_extensions import Self
+
+from dist_pca.errors import UserError
+from dist_pca.evaluation.confusion import iou, mean_iou, pixel_accuracy
+from dist_pca.shards.classes import LABEL_SETS, ClassInfo
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well a network labels a set of images; all scores are in 0..1, nan where there is nothing to score."""
+
+    classes: tuple[str, ...]
+    """Class names by train id."""
+    iou: tuple[float, ...]
+    """Intersection over union of each class."""
+    mean_iou: float
+    """Mean of `iou` over the classes that occur."""
+    pixel_accuracy: float
+    """Share of labelled pixels predicted right."""
+    images: int
+    """Number of images."""
+    label_sets: dict[str, float]
+    """Mean of `iou` over the classes of each named label set."""
+
+    def to_json(self) -> str:
+        """JSON with null for nan."""
+        return json.dumps({key: _nan_to_none(value) for key, value in asdict(self).items()}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        return cls(
+            classes=tuple(values["classes"]),
+            iou=tuple(map(_none_to_nan, values["iou"])),
+            mean_iou=_none_to_nan(values["mean_iou"]),
+            pixel_accuracy=_none_to_nan(values["pixel_accuracy"]),
+            images=values["images"],
+            label_sets={name: _none_to_nan(value) for name, value in values["label_sets"].items()},
+        )
+
+
+def score(confusion: torch.Tensor, classes: Sequence[ClassInfo], images: int, label_sets: Sequence[str] = ()) -> Scores:
+    """Scores of a confusion matrix over `classes`.
+
+    The mean of a label set is over its classes' IoUs in the whole matrix; pixels of other classes still count.
+
+    Raises:
+        UserError: a label set is unknown or has a class that is not among `classes`.
+    """
+    members = label_set_members(label_sets, classes)
+    return Scores(
+        classes=tuple(info.name for info in classes),
+        iou=tuple(iou(confusion).tolist()),
+        mean_iou=mean_iou(confusion),
+        pixel_accuracy=pixel_accuracy(confusion),
+        images=images,
+        label_sets={name: mean_iou(confusion, indices) for name, indices in members.items()},
+    )
+
+
+def label_set_members(names: Sequence[str], classes: Sequence[ClassInfo]) -> dict[str, list[int]]:
+    """Train ids of each named label set's classes.
+
+    Raises:
+        UserError: a label set is unknown or has a class that is not among `classes`.
+    """
+    train_ids = {info.name: train_id for train_id, info in enumerate(classes)}
+    members = {}
+    for name in names:
+        if name not in LABEL_SETS:
+            nearest = difflib.get_close_matches(name, LABEL_SETS, n=1, cutoff=0.0)[0]
+            raise UserError(f"evaluation.label_sets: no label set {name!r}; the nearest is {nearest}")
+        missing = [member for member in LABEL_SETS[name] if member not in train_ids]
+        if missing:
+            raise UserError(
+                f"evaluation.label_sets: {name} needs {', '.join(missing)}, which this run has no classes for; "
+                "leave the set out or add them to data.classes"
+            )
+        members[name] = [train_ids[member] for member in LABEL_SETS[name]]
+    return members
+
+
+def table(scores: Scores, title: str = "IoU") -> Table:
+    """One network's scores in per cent."""
+    return compare_table([(title, scores)])
+
+
+def compare_table(runs: Sequence[tuple[str, Scores]]) -> Table:
+    """Networks' scores side by side in per cent, the best of each row in bold.
+
+    Two networks get a column with their difference in percentage points. A dash stands where there is nothing to score.
+    """
+    result = Table("class")
+    for title, _ in runs:
+        result.add_column(title, justify="right")
+    if len(runs) == 2:
+        result.add_column("difference", justify="right")
+    by_class, summaries = ([part(scores) for _, scores in runs] for part in (_by_class, _summary))
+    for part in (by_class, summaries):
+        for name in dict.fromkeys(name for values in part for name in values):
+            result.add_row(name, *_cells([values.get(name, math.nan) for values in part]))
+        result.add_section()
+    result.add_row("images", *(str(scores.images) for _, scores in runs))
+    return result
+
+
+def _by_class(scores: Scores) -> dict[str, float]:
+    return dict(zip(scores.classes, scores.iou, strict=True))
+
+
+def _summary(scores: Scores) -> dict[str, float]:
+    sets = {f"mIoU {name}": value for name, value in scores.label_sets.items()}
+    return {"mIoU": scores.mean_iou, **sets, "pixel accuracy": scores.pixel_accuracy}
+
+
+def _cells(values: Sequence[float]) -> list[str]:
+    known = [value for value in values if not math.isnan(value)]
+    differ = len(set(known)) > 1
+    cells = []
+    for value in values:
+        text = "-" if math.isnan(value) else f"{100 * value:.1f}"
+        cells.append(f"[bold]{text}[/bold]" if differ and value == max(known) else text)
+    if len(values) == 2:
+        cells.append(f"{100 * (values[1] - values[0]):+.1f}" if len(known) == 2 else "-")
+    return cells
+
+
+def _nan_to_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nan_to_none(part) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return [_nan_to_none(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _none_to_nan(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,1 @@
+"""The network: a timm backbone, a head, and pixel features for association."""

@@ -1,0 +1,103 @@
+"""Backbones: any timm network that can give feature maps, for images of any size."""
+
+import difflib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.models._features import FeatureGetterNet
+from torch import nn
+from torch.nn import functional as F
+
+from dist_pca.errors import UserError
+
+# A plain transformer's blocks are read through its final norm, as its own classifier reads them.
+_TRANSFORMER = {"dynamic_img_size": True, "feature_cls": partial(FeatureGetterNet, norm=True)}
+_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "timm.models.vision_transformer": _TRANSFORMER,
+    "timm.models.deit": _TRANSFORMER,
+    "timm.models.eva": _TRANSFORMER,
+    "timm.models.swin_transformer": {"strict_img_size": False},
+    "timm.models.swin_transformer_v2": {"strict_img_size": False},
+}
+"""What lifts a family's fixed input size, by the timm module that defines it; other families have none to lift."""
+
+
+class Backbone(nn.Module):
+    """A timm network that gives feature maps.
+
+    Dilated networks are fully convolutional and take images as they are. The others, whose patches or windows must
+    tile the image, see it resized bilinearly to the nearest multiple of their stride: unlike padding, that keeps every
+    map aligned with the whole image.
+    """
+
+    channels: tuple[int, ...]
+    """Channels of each map, finest first."""
+    strides: tuple[int, ...]
+    """Pixels per position of each map, finest first."""
+    mean: tuple[float, ...]
+    """Mean of the RGB values in 0..1 that the pretrained weights expect."""
+    std: tuple[float, ...]
+    """Standard deviation of the RGB values in 0..1 that the pretrained weights expect."""
+
+    def __init__(self, body: nn.Module, *, dilated: bool) -> None:
+        super().__init__()
+        self.body = body
+        info: Any = body.feature_info
+        cfg: Any = body.pretrained_cfg
+        self.channels = tuple(info.channels())
+        self.strides = tuple(info.reduction())
+        self.mean = tuple(cfg["mean"])
+        self.std = tuple(cfg["std"])
+        self.multiple = 1 if dilated else max(self.strides)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps, finest first, each B x C x h x w, of normalised images B x 3 x H x W."""
+        size = [max(1, round(edge / self.multiple)) * self.multiple for edge in images.shape[-2:]]
+        if size != list(images.shape[-2:]):
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        maps: list[torch.Tensor] = self.body(images)
+        if getattr(self.body, "output_fmt", "NCHW") == "NHWC":
+            return [feature_map.permute(0, 3, 1, 2).contiguous() for feature_map in maps]
+        return maps
+
+
+def build_backbone(name: str, output_stride: int | None) -> Backbone:
+    """A timm network with random weights.
+
+    Args:
+        name: Its name in timm, with or without a tag of pretrained weights.
+        output_stride: Stride of the deepest map; None leaves the family's own.
+
+    Raises:
+        UserError: timm has no such network, it gives no feature maps, or its family cannot have this stride.
+    """
+    if not timm.is_model(name):
+        nearest = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.0))
+        raise UserError(f"model.backbone: timm has no network {name!r}; the nearest are {nearest}")
+    if output_stride is not None:
+        try:
+            return Backbone(_create(name, output_stride=output_stride), dilated=True)
+        except (TypeError, AssertionError):
+            # How timm's families say that they cannot dilate, or not to this stride; their own stride may be the one.
+            pass
+    backbone = Backbone(_create(name), dilated=False)
+    if output_stride not in (None, backbone.strides[-1]):
+        raise UserError(
+            f"model.output_stride: {name} cannot have {output_stride}; its own stride is {backbone.strides[-1]}, "
+            "which null takes"
+        )
+    return backbone
+
+
+def _create(name: str, **options: int) -> nn.Module:
+    family = timm.models.model_entrypoint(name).__module__
+    try:
+        body: nn.Module = timm.create_model(name, features_only=True, **_OPTIONS.get(family, {}), **options)
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"model.backbone: {name} cannot be built for feature maps ({error}); choose another timm network"
+        ) from error
+    return body

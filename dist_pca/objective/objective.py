@@ -1,0 +1,144 @@
+"""The full objective: `L_ce + b1 L_lov + b2 (L_fass + L_cass) + b3 L_lsr` (PLCA, equation 10)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from dist_pca.association import Association, associate_pairs, diffuse
+from dist_pca.association.exchange import world_size
+from dist_pca.association.similarity import Similarity
+from dist_pca.config import AssociationConfig, Level, ObjectiveConfig
+from dist_pca.objective.lovasz import lovasz_softmax
+from dist_pca.objective.reduction import world_mean
+from dist_pca.objective.smoothness import smoothness
+
+IGNORE_INDEX = 255
+SIMILARITY: dict[Level, Similarity] = {"features": "cosine", "predictions": "kl"}
+
+
+class Domain(NamedTuple):
+    """What the network said of one domain's crops, and their labels."""
+
+    logits: torch.Tensor
+    """[B, K, h, w]"""
+    features: torch.Tensor
+    """[B, C, h', w']"""
+    labels: torch.Tensor | None
+    """Integer [B, H, W] at crop resolution, 255 ignored. The target's serve diagnosis alone."""
+
+
+def objective(
+    config: ObjectiveConfig,
+    source: Domain,
+    target: Domain | None,
+    *,
+    step: int,
+    accumulation: int = 1,
+    node: dist.ProcessGroup | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of one micro-batch and its terms for the log.
+
+    Collective; every term is the mean over all ranks' pixels, scaled so that gradients averaged over ranks are those of
+    one process on the concatenated micro-batch.
+
+    Args:
+        config: Weights and switches.
+        source: Labelled domain.
+        target: Unlabelled domain, None when training on the source alone.
+        step: Update, for the association's start and ramp.
+        accumulation: Micro-batches per update, for the released Lovasz convention.
+        node: This node's ranks, for the association scope `node`.
+    """
+    if source.labels is None:
+        raise ValueError("the source has no labels")
+    labels = source.labels.long()
+    logits = source.logits.float()
+    full = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    labelled = (labels != IGNORE_INDEX).sum()
+    terms = {"ce": world_mean(F.cross_entropy(full, labels, ignore_index=IGNORE_INDEX, reduction="sum"), labelled)}
+    loss = terms["ce"]
+
+    if config.lovasz.weight > 0:
+        terms["lovasz"] = lovasz_softmax(
+            full.softmax(dim=1).permute(0, 2, 3, 1).flatten(0, 2),
+            labels.flatten(),
+            ignore_index=IGNORE_INDEX,
+            over_world=config.lovasz.scope == "world",
+        )
+        released = world_size() * accumulation if config.lovasz.convention == "released" else 1
+        loss = loss + config.lovasz.weight * released * terms["lovasz"]
+
+    if config.adapt and target is not None:
+        if config.smoothness.weight > 0:
+            terms["smoothness_source"] = smoothness(logits, config.smoothness.threshold)
+            terms["smoothness_target"] = smoothness(target.logits.float(), config.smoothness.threshold)
+            loss = loss + config.smoothness.weight * (terms["smoothness_source"] + terms["smoothness_target"])
+        weight = association_weight(config.association, step)
+        if weight > 0:
+            for level in config.association.levels:
+                found = _associate_level(config.association, level, source, target, node)
+                loss = loss + weight * found.loss
+                terms |= {
+                    f"association_{level}": found.loss,
+                    f"kept_{level}": found.kept,
+                    f"cover_ratio_{level}": found.cover_ratio,
+                    f"consistent_ratio_{level}": found.consistent_ratio,
+                    f"correct_ratio_{level}": found.correct_ratio,
+                    f"nats_over_chance_{level}": found.nats_over_chance,
+                    f"kept_per_class_{level}": found.kept_per_class,
+                }
+    return loss, {"loss": loss} | terms
+
+
+def association_weight(config: AssociationConfig, step: int) -> float:
+    """Weight of the association term at a step: 0 before `start_step`, then linear over `ramp_steps`."""
+    if step < config.start_step:
+        return 0.0
+    if config.ramp_steps == 0:
+        return config.weight
+    return config.weight * min(1.0, (step - config.start_step + 1) / config.ramp_steps)
+
+
+def _associate_level(
+    config: AssociationConfig, level: Level, source: Domain, target: Domain, node: dist.ProcessGroup | None
+) -> Association:
+    similarity = SIMILARITY[level]
+    source_rows, target_rows = (
+        (domain.features.float() if level == "features" else domain.logits.float().softmax(dim=1)).flatten(2).mT
+        for domain in (source, target)
+    )
+    source_grid, target_grid = (
+        (domain.features if level == "features" else domain.logits).shape[-2:] for domain in (source, target)
+    )
+    source_labels, target_labels = labels_at(source.labels, source_grid), labels_at(target.labels, target_grid)
+    assert source_labels is not None
+    if config.diffusion > 0:
+        target_rows = diffuse(target_rows, config.diffusion, similarity, detach_statistics=config.detach_statistics)
+    # One pool per pair of images, or one pool of all images here; [B, n, C] becomes a list of [n, C].
+    pools = [rows.unbind() if config.scope == "pair" else [rows.flatten(0, 1)] for rows in (source_rows, target_rows)]
+    label_pools = [
+        None if labels is None else labels.unbind() if config.scope == "pair" else [labels.flatten()]
+        for labels in (source_labels, target_labels)
+    ]
+    assert label_pools[0] is not None
+    return associate_pairs(
+        *pools,
+        label_pools[0],
+        similarity=similarity,
+        num_classes=source.logits.shape[1],
+        target_labels=label_pools[1],
+        group=node if config.scope == "node" else None,
+        gather=config.scope in ("node", "world"),
+        ignore_index=IGNORE_INDEX,
+        detach_statistics=config.detach_statistics,
+        implementation=config.implementation,
+    )
+
+
+def labels_at(labels: torch.Tensor | None, grid: torch.Size) -> torch.Tensor | None:
+    """Labels [B, H, W] at a grid's positions by nearest neighbour, int64 [B, h * w]."""
+    if labels is None:
+        return None
+    return F.interpolate(labels[:, None].float(), size=grid, mode="nearest").flatten(1).long()

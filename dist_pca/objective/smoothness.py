@@ -1,0 +1,19 @@
+"""Adaptive label smoothness (PLCA, section 3.3)."""
+
+import torch
+
+from dist_pca.objective.reduction import world_mean
+
+
+def smoothness(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Mean over positions of `sg(l / threshold - 1) * l`, `l` being the mean of `-log P` over classes.
+
+    Its gradient sharpens a position whose `l` is below the threshold and smooths one whose `l` is above.
+
+    Args:
+        logits: [B, K, h, w]. Collective: the mean is over the positions of all ranks.
+        threshold: lambda of the paper, in nats.
+    """
+    mean_negative_log = -torch.log_softmax(logits, dim=1).mean(dim=1)
+    weighted = (mean_negative_log.detach() / threshold - 1) * mean_negative_log
+    return world_mean(weighted.sum(), torch.tensor(weighted.numel(), device=logits.device))

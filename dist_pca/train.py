@@ -1,0 +1,55 @@
+"""The training process: `accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_pca.train CONFIG`."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dist_pca.config import RunConfig, load_config
+from dist_pca.errors import UserError
+from dist_pca.resources import resource
+
+
+def resolve_config(name: str, overrides: list[str]) -> RunConfig:
+    """The run described by a file or a shipped config's name, and overrides."""
+    path = Path(name)
+    return load_config(
+        path if path.suffix in (".yaml", ".yml") or path.is_file() else resource("configs", name), overrides
+    )
+
+
+def main(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a config that comes with dist-pca.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=100")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
+) -> None:
+    """Train a run in this process, as one of those that `accelerate launch` started."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        run = resolve_config(config, overrides or [])
+        # After parsing: a wrong key should not wait for these imports.
+        from dist_pca.training.loop import check, train
+
+        plan = check(run, world_size=int(os.environ.get("WORLD_SIZE", "1")), resume=resume)
+    except UserError as error:
+        if rank != 0:
+            # Every rank finds the same; the launcher ends this one once rank 0 has said it.
+            time.sleep(30)
+        else:
+            Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {error}")
+        sys.exit(UserError.EXIT_CODE)
+    try:
+        train(plan)
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] rank {rank}: {error}")
+        # Other ranks may wait for this one in a collective; leaving at once lets the launcher end them.
+        sys.stderr.flush()
+        os._exit(UserError.EXIT_CODE)
+
+
+if __name__ == "__main__":
+    typer.run(main)

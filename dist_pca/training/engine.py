@@ -1,0 +1,173 @@
+"""The process group, the device and the DeepSpeed engine: everything that depends on how the run was started."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_pca.config import RunConfig
+from dist_pca.errors import UserError
+
+LAUNCHER_FIELDS = {
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "training.zero_stage",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "training.accumulation",
+    "ACCELERATE_GRADIENT_CLIPPING": "optimizer.clip_norm",
+    "ACCELERATE_MIXED_PRECISION": "training.precision",
+}
+PRECISIONS = {"no": "fp32"}
+BUCKET_ELEMENTS = 50_000_000
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    accelerator: Any
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    node: dist.ProcessGroup | None
+    """This node's ranks; None where one node is the world."""
+
+
+def reconcile_launcher(config: RunConfig) -> int:
+    """The ZeRO stage of the run, once the launcher's settings and the config's are known not to contradict.
+
+    Raises:
+        UserError: two values disagree; both are named. Or the precision cannot run on this device.
+    """
+    training = config.training
+    ours = {
+        "training.zero_stage": training.zero_stage,
+        "training.accumulation": training.accumulation,
+        "optimizer.clip_norm": config.optimizer.clip_norm,
+        "training.precision": training.precision,
+    }
+    for variable, key in LAUNCHER_FIELDS.items():
+        value = os.environ.get(variable)
+        if value is None or value in ("auto", "none") or ours[key] is None:
+            continue
+        theirs = PRECISIONS.get(value, value)
+        agrees = theirs == ours[key] if key == "training.precision" else float(theirs) == float(str(ours[key]))
+        # The launcher always exports its defaults, which say nothing.
+        is_default = theirs in ("fp32", "1", "1.0") and key != "training.zero_stage"
+        if not agrees and not is_default:
+            raise UserError(
+                f"{key} is {ours[key]} in the config and {theirs} in the launcher ({variable}); "
+                f"make them equal or remove one of the two"
+            )
+    stage = training.zero_stage or int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
+    if stage not in (1, 2, 3):
+        raise UserError(f"training.zero_stage is {stage}; use 1, 2 or 3")
+    if training.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("training.precision: fp16 does not run on CPU; use bf16 or fp32")
+    return stage
+
+
+def start_world(config: RunConfig) -> World:
+    """Join the other processes, as `accelerate launch` started them; alone if nothing did.
+
+    Raises:
+        UserError: launcher and config disagree, or the processes that came up are not those that were launched.
+    """
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    stage = reconcile_launcher(config)
+    for name in list(os.environ):
+        # From here on the run's config is the only source; Accelerate refuses to have two.
+        if name in LAUNCHER_FIELDS or name.startswith(("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS")):
+            del os.environ[name]
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    launched, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    use_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    # Accelerate skips DeepSpeed altogether where this is set; DeepSpeed chooses the CPU by itself.
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    if not use_cuda:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    accelerator = Accelerator(
+        deepspeed_plugin=_plugin(deepspeed_config(config, stage)),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if use_cuda else "gloo")],
+        mixed_precision="no",
+    )
+    came_up = dist.get_world_size() if dist.is_initialized() else 1
+    if came_up != launched or accelerator.num_processes != launched:
+        raise UserError(
+            f"the launcher started {launched} processes and {came_up} found each other; start them with "
+            "`accelerate launch --config_file` and one of the files in launch/accelerate/"
+        )
+    return World(
+        accelerator, dist.get_rank(), launched, local_size, accelerator.device, _node_group(launched, local_size)
+    )
+
+
+def join_ranks() -> tuple[int, int, torch.device]:
+    """Rank, world size and device of a process that runs a network but trains none, without DeepSpeed."""
+    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), size, device
+
+
+def deepspeed_config(config: RunConfig, stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from the run's and nothing else."""
+    values: dict[str, Any] = {
+        # Only reported by DeepSpeed; batches are made by our own streams, possibly more than one image at a time.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.training.accumulation,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+        },
+    }
+    if stage == 3:
+        values["zero_optimization"] |= {
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "stage3_param_persistence_threshold": 100_000,
+        }
+    if config.training.precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.training.precision]
+        values["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    return values
+
+
+def _plugin(values: dict[str, Any]) -> Any:
+    from accelerate import DeepSpeedPlugin
+
+    class Plugin(DeepSpeedPlugin):  # type: ignore[misc]
+        """Accelerate's plugin without its call into transformers, which serves that library's models alone."""
+
+        def set_deepspeed_weakref(self) -> None:
+            return
+
+    return Plugin(hf_ds_config=values, zero3_init_flag=False)
+
+
+def _node_group(size: int, local_size: int) -> dist.ProcessGroup | None:
+    if size == local_size:
+        return None
+    first_ranks = range(0, size, local_size)
+    groups = [dist.new_group(list(range(first, first + local_size))) for first in first_ranks]
+    own: dist.ProcessGroup = groups[dist.get_rank() // local_size]
+    return own
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

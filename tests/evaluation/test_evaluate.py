@@ -1,0 +1,115 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dist_pca.config import RunConfig
+from dist_pca.errors import UserError
+from dist_pca.evaluation.confusion import confusion_matrix
+from dist_pca.evaluation.evaluate import evaluate
+from dist_pca.evaluation.inference import predict
+from dist_pca.evaluation.report import Scores, score
+from dist_pca.model.segmenter import Segmenter, build_segmenter
+from dist_pca.shards.classes import ClassInfo
+from dist_pca.shards.manifest import Manifest, load_manifest
+from tests.data.shards import CLASSES, HEIGHT, WIDTH, sample_members, write_shards
+from tests.ranks import run_on_ranks
+
+
+def run(**evaluation: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "test",
+            "data": {"source": "s", "target": "t", "shorter_edge": (20, 28), "crop": (16, 16), "workers": 0},
+            "model": {"backbone": "test_resnet", "weights": "scratch", "head": "pyramid", "head_channels": 8},
+            "training": {"steps": 1},
+            "evaluation": evaluation,
+        }
+    )
+
+
+def segmenter() -> Segmenter:
+    """A network that predicts every class somewhere."""
+    torch.manual_seed(3)
+    network = build_segmenter(run().model, len(CLASSES))
+    torch.nn.init.normal_(network.head.classifier.weight)
+    return network
+
+
+def scores_on_rank(rank: int, world_size: int, folder: Path) -> str:
+    manifest = load_manifest(folder)
+    return evaluate(segmenter(), manifest, CLASSES, run(), device="cpu", rank=rank, world_size=world_size).to_json()
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("shards") / "labelled"
+    return write_shards(
+        folder, [[sample_members(seed) for seed in (0, 1, 2)], [sample_members(seed) for seed in (3, 4)]]
+    )
+
+
+def expected_scores(classes: int = len(CLASSES)) -> Scores:
+    """The same counted by hand from the samples' own bytes."""
+    network = segmenter().eval()
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    for seed in range(5):
+        members = sample_members(seed)
+        image, label = (torch.from_numpy(decode(members[name])) for name in ("png", "label.png"))
+        prediction = predict(network, image.permute(2, 0, 1)[None], (HEIGHT, WIDTH), (HEIGHT, WIDTH))
+        counts += confusion_matrix(prediction[0], label, classes, 255)
+    return score(counts, CLASSES, 5)
+
+
+def decode(content: bytes) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(content)))
+
+
+def test_every_image_is_scored_once(manifest: Manifest) -> None:
+    scores = evaluate(segmenter(), manifest, CLASSES, run(), device="cpu")
+    assert scores == expected_scores()
+    assert scores.images == 5
+    assert 0 < scores.mean_iou < 1
+    assert min(scores.iou) > 0
+
+
+def test_scores_are_equal_on_any_number_of_ranks(manifest: Manifest, tmp_path: Path) -> None:
+    single = scores_on_rank(0, 1, manifest.folder)
+    assert run_on_ranks(scores_on_rank, 2, tmp_path, manifest.folder) == [single, single]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_its_mode_and_with_its_weights(manifest: Manifest, training: bool) -> None:
+    model = segmenter().train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluate(model, manifest, CLASSES, run(), device="cpu")
+    assert model.training is training
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_labels_of_classes_that_the_model_does_not_know_are_ignored(manifest: Manifest) -> None:
+    torch.manual_seed(3)
+    model = build_segmenter(run().model, 1)
+    scores = evaluate(model, manifest, CLASSES[:1], run(), device="cpu")
+    assert scores.iou == (1.0,)
+
+
+def test_shards_without_labels_are_refused(tmp_path: Path) -> None:
+    manifest = write_shards(tmp_path / "shards", [[sample_members(0, labelled=False)]], labelled=False)
+    with pytest.raises(UserError, match=r"^shards .*: no labels to score against"):
+        evaluate(segmenter(), manifest, CLASSES, run(), device="cpu")
+
+
+def test_a_label_set_that_does_not_fit_is_refused_before_anything_runs(manifest: Manifest) -> None:
+    model = segmenter()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
+    with pytest.raises(UserError, match=r"^evaluation\.label_sets: synthia_13 needs sidewalk"):
+        evaluate(model, manifest, CLASSES, run(label_sets=("synthia_13",)), device="cpu")
+
+
+def test_shards_of_other_classes_are_refused(manifest: Manifest) -> None:
+    with pytest.raises(UserError, match="none of the classes"):
+        evaluate(segmenter(), manifest, (ClassInfo("mountain", (0, 0, 0)),), run(), device="cpu")

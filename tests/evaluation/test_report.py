@@ -1,0 +1,108 @@
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dist_pca.errors import UserError
+from dist_pca.evaluation.report import Scores, compare_table, score, table
+from dist_pca.shards.classes import CITYSCAPES_CLASSES, LABEL_SETS, ClassInfo, label_set
+
+CLASSES = (ClassInfo("road", (1, 2, 3)), ClassInfo("sky", (4, 5, 6)), ClassInfo("car", (7, 8, 9)))
+COUNTS = torch.tensor([[8, 2, 0], [0, 10, 0], [0, 0, 0]])
+
+
+def text(content: Table) -> list[list[str]]:
+    """Cells of each line of a table, styled cells between asterisks."""
+    console = Console(file=io.StringIO(), width=200)
+    cells = [
+        [str(cell).replace("[bold]", "*").replace("[/bold]", "*") for cell in column.cells]
+        for column in content.columns
+    ]
+    assert console.measure(content).minimum > 0
+    return [list(line) for line in zip(*cells, strict=True)]
+
+
+def test_scores_follow_from_the_confusion_counts() -> None:
+    scores = score(COUNTS, CLASSES, 7)
+    assert scores.classes == ("road", "sky", "car")
+    assert scores.iou[:2] == pytest.approx((8 / 10, 10 / 12))
+    assert math.isnan(scores.iou[2])
+    assert scores.mean_iou == pytest.approx((8 / 10 + 10 / 12) / 2)
+    assert scores.pixel_accuracy == pytest.approx(18 / 20)
+    assert scores.images == 7
+    assert scores.label_sets == {}
+
+
+def test_a_label_sets_score_is_the_mean_of_its_classes_iou_in_the_whole_table() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 100, (19, 19), generator=generator)
+    scores = score(counts, CITYSCAPES_CLASSES, 1, ["synthia_16", "synthia_13"])
+    by_class = dict(zip(scores.classes, scores.iou, strict=True))
+    for name in ("synthia_16", "synthia_13"):
+        members = LABEL_SETS[name]
+        assert scores.label_sets[name] == pytest.approx(sum(by_class[member] for member in members) / len(members))
+
+
+def test_an_unknown_label_set_is_refused_with_the_nearest() -> None:
+    with pytest.raises(
+        UserError, match=r"^evaluation\.label_sets: no label set 'synthia16'; the nearest is synthia_16"
+    ):
+        score(COUNTS, CLASSES, 1, ["synthia16"])
+
+
+def test_a_label_set_with_classes_that_the_run_lacks_is_refused_naming_them() -> None:
+    counts = torch.zeros(16, 16, dtype=torch.int64)
+    with pytest.raises(
+        UserError, match=r"cityscapes_19 needs terrain, truck, train, which this run has no classes for"
+    ):
+        score(counts, label_set("synthia_16"), 1, ["cityscapes_19"])
+
+
+def test_json_is_strict_and_reads_back_to_the_same_scores() -> None:
+    scores = replace(score(COUNTS, CLASSES, 7), label_sets={"synthia_13": math.nan, "synthia_16": 0.5})
+    content = scores.to_json()
+    strict = json.loads(content, parse_constant=pytest.fail)
+    assert strict["iou"][2] is None
+    back = Scores.from_json(content)
+    assert repr(back) == repr(scores)
+
+
+def test_one_networks_table_lists_classes_means_and_images_in_per_cent() -> None:
+    scores = replace(score(COUNTS, CLASSES, 7), label_sets={"synthia_16": 0.5})
+    assert text(table(scores)) == [
+        ["road", "80.0"],
+        ["sky", "83.3"],
+        ["car", "-"],
+        ["mIoU", "81.7"],
+        ["mIoU synthia_16", "50.0"],
+        ["pixel accuracy", "90.0"],
+        ["images", "7"],
+    ]
+
+
+def test_two_networks_stand_side_by_side_with_their_difference_and_the_best_in_bold() -> None:
+    before = score(COUNTS, CLASSES, 7)
+    after = score(torch.tensor([[9, 1, 0], [5, 5, 0], [0, 0, 1]]), CLASSES, 7)
+    content = compare_table([("before", before), ("after", after)])
+    assert [column.header for column in content.columns] == ["class", "before", "after", "difference"]
+    lines = text(content)
+    assert lines[0] == ["road", "*80.0*", "60.0", "-20.0"]
+    assert lines[2] == ["car", "-", "100.0", "-"]
+    assert lines[-1][:3] == ["images", "7", "7"]
+
+
+def test_nothing_is_bold_where_networks_are_equal() -> None:
+    scores = score(COUNTS, CLASSES, 7)
+    assert text(compare_table([("a", scores), ("b", scores)]))[0] == ["road", "80.0", "80.0", "+0.0"]
+
+
+def test_networks_with_other_classes_share_a_table() -> None:
+    other = score(torch.tensor([[1]]), (ClassInfo("bus", (0, 0, 0)),), 1)
+    lines = text(compare_table([("a", score(COUNTS, CLASSES, 7)), ("b", other)]))
+    assert [line[0] for line in lines[:4]] == ["road", "sky", "car", "bus"]
+    assert lines[3] == ["bus", "-", "100.0", "-"]

@@ -1,0 +1,142 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from dist_pca.config import ModelConfig
+from dist_pca.model.batch_norm import average_batch_norm, synchronise
+from dist_pca.model.segmenter import build_segmenter
+from tests.ranks import run_on_ranks
+
+SHARES = (3, 2)
+"""Images of each rank: ranks need not hold equally many."""
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        BatchNormAct2d(4, act_layer=nn.SiLU),
+        nn.Conv2d(4, 5, 3),
+        nn.BatchNorm2d(5, momentum=0.3),
+        nn.Tanh(),
+    )
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images whose mean is far from zero, and the gradient that the output gets."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(sum(SHARES), 3, 9, 8, generator=generator) + 30
+    return images, torch.randn(sum(SHARES), 5, 5, 4, generator=generator)
+
+
+def step(net: nn.Module, images: torch.Tensor, gradient: torch.Tensor) -> dict[str, Any]:
+    images = images.clone().requires_grad_()
+    output = net(images)
+    output.backward(gradient)
+    return {
+        "output": output.detach(),
+        "input_gradient": images.grad,
+        "gradients": {name: parameter.grad for name, parameter in net.named_parameters()},
+        "statistics": dict(net.named_buffers()),
+    }
+
+
+def step_on_rank(rank: int, world_size: int) -> dict[str, Any]:
+    net = network()
+    images, gradient = (values.split(SHARES)[rank] for values in batch())
+    alone = copy.deepcopy(net)
+    step(alone, images, gradient)
+    before = copy.deepcopy(dict(alone.named_buffers()))
+    average_batch_norm(alone)
+    synchronise(net)
+    result = step(net, images, gradient)
+    net.eval()
+    return result | {
+        "evaluation_output": net(images).detach(),
+        "kept_apart": before,
+        "averaged": dict(alone.named_buffers()),
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    return run_on_ranks(step_on_rank, len(SHARES), folder)
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, Any]:
+    net = network()
+    result = step(net, *batch())
+    net.eval()
+    return result | {"evaluation_output": net(batch()[0]).detach()}
+
+
+@pytest.mark.parametrize("key", ["output", "input_gradient", "evaluation_output"])
+def test_synchronised_ranks_equal_one_process_on_the_whole_batch(
+    key: str, ranks: list[dict[str, Any]], single: dict[str, Any]
+) -> None:
+    torch.testing.assert_close(torch.cat([rank[key] for rank in ranks]), single[key], rtol=1e-4, atol=2e-5)
+
+
+def test_gradients_summed_over_synchronised_ranks_equal_one_process(
+    ranks: list[dict[str, Any]], single: dict[str, Any]
+) -> None:
+    for name, gradient in single["gradients"].items():
+        total = sum(rank["gradients"][name] for rank in ranks)
+        torch.testing.assert_close(total, gradient, rtol=1e-4, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_every_synchronised_rank_has_the_running_statistics_of_one_process(
+    ranks: list[dict[str, Any]], single: dict[str, Any]
+) -> None:
+    for rank in ranks:
+        torch.testing.assert_close(rank["statistics"], single["statistics"], rtol=1e-5, atol=1e-5)
+
+
+def test_averaging_gives_every_rank_the_mean_of_what_ranks_kept_apart(ranks: list[dict[str, Any]]) -> None:
+    for name in ("1.running_mean", "1.running_var", "3.running_mean", "3.running_var"):
+        apart = [rank["kept_apart"][name] for rank in ranks]
+        assert not torch.equal(apart[0], apart[1])
+        for rank in ranks:
+            torch.testing.assert_close(rank["averaged"][name], (apart[0] + apart[1]) / 2)
+
+
+def test_averaging_in_a_single_process_changes_nothing() -> None:
+    net = network()
+    step(net, *batch())
+    before = copy.deepcopy(net.state_dict())
+    average_batch_norm(net)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_synchronising_keeps_the_names_of_a_networks_tensors_and_its_output_in_a_single_process() -> None:
+    plain, synchronised = network(), network()
+    synchronise(synchronised)
+    assert list(synchronised.state_dict()) == list(plain.state_dict())
+    images, _ = batch()
+    torch.testing.assert_close(synchronised(images), plain(images))
+
+
+def test_frozen_statistics_stay_in_training_while_scale_and_shift_train() -> None:
+    config = ModelConfig(backbone="test_resnet", weights="scratch", batch_norm="frozen")
+    segmenter = build_segmenter(config, 4)
+    nn.Sequential(segmenter).train()
+    before = copy.deepcopy(dict(segmenter.named_buffers()))
+    segmenter(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)).logits.square().sum().backward()
+    torch.testing.assert_close(dict(segmenter.named_buffers()), before, rtol=0, atol=0)
+    stem = segmenter.get_submodule("backbone.body.bn1")
+    assert stem.weight.grad.any()
+    assert stem.bias.grad.any()
+
+
+def test_local_statistics_move_in_training() -> None:
+    segmenter = build_segmenter(ModelConfig(backbone="test_resnet", weights="scratch", batch_norm="local"), 4)
+    before = segmenter.get_buffer("backbone.body.bn1.running_mean").clone()
+    segmenter(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
+    assert not torch.equal(segmenter.get_buffer("backbone.body.bn1.running_mean"), before)

@@ -1,0 +1,25 @@
+"""Real processes joined by gloo, for tests of what ranks compute together."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> list[Any]:
+    """Call `function(rank, world_size, *args)` in that many processes; gives what each returned, by rank.
+
+    The function must be importable and return what `torch.load(weights_only=True)` reads.
+    """
+    multiprocessing.spawn(_run, (function, world_size, folder, args), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def _run(rank: int, function: Callable[..., Any], world_size: int, folder: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    torch.save(function(rank, world_size, *args), folder / f"{rank}.pt")
+    dist.destroy_process_group()
