@@ -48,7 +48,7 @@ class _StreamedCycles(torch.autograd.Function):
         detach_statistics: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         match = _best(source_query, target_key)
-        middles, middle_of_row = match.unique(return_inverse=True)
+        middles, middle_of_row = torch.unique(match, return_inverse=True)
         middle_query = target_query[middles]
         middle_returned = _best(middle_query, source_key)
         returned = middle_returned[middle_of_row]
@@ -76,7 +76,7 @@ class _StreamedCycles(torch.autograd.Function):
         return forward_sum + backward_sum, match, returned, kept
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (*(gradients[0] * saved for saved in ctx.saved_tensors), None, None, None, None)
 
 

@@ -45,8 +45,8 @@ class _AllGather(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, ctx.counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        parts = [_padded(part, max(ctx.counts)) for part in gradient.split(ctx.counts)]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        parts = [_padded(part, max(ctx.counts)) for part in torch.split(gradient, ctx.counts)]
         home = torch.empty_like(parts[0])
         dist.reduce_scatter(home, parts, group=ctx.group)
         return home[: ctx.counts[ctx.rank]], None

@@ -92,12 +92,12 @@ def _score(out: Path, name: str) -> Scores:
 def _draw(out: Path) -> Image.Image:
     runs = [load_run(out / name) for name in RUNS]
     config, classes, _ = runs[0]
-    rows = []
+    rows: list[Row] = []
     for sample in evaluation_stream(load_manifest(out / "data" / "dusk_test"), 0, 1, classes=classes, workers=0):
         pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None]
         size = input_size(config, *sample.image.shape[:2])
         predictions = [predict(model, pixels, size, sample.image.shape[:2])[0].numpy() for _, _, model in runs]
-        rows.append(Row(sample.image, sample.label, predictions))
+        rows.append((sample.image, sample.label, predictions))
         if len(rows) == PICTURES:
             break
     return comparison_picture(rows, classes, ["source only", "adapted"])

@@ -26,7 +26,7 @@ def lovasz_softmax(
     ranks, rank = (world_size(), dist.get_rank()) if over_world and world_size() > 1 else (1, 0)
     if over_world:
         probabilities, labels = all_gather(probabilities), all_gather(labels)
-    present = labels.unique()
+    present = torch.unique(labels)
     # Ranks that hold the same pixels share the classes out; their losses then average to the mean over all classes.
     own = present[rank::ranks]
     truth = (labels[:, None] == own).to(probabilities.dtype)
@@ -36,4 +36,6 @@ def lovasz_softmax(
     intersection = truth.sum(dim=0) - truth.cumsum(dim=0)
     union = truth.sum(dim=0) + (1 - truth).cumsum(dim=0)
     steps = torch.diff(1 - intersection / union, dim=0, prepend=torch.zeros_like(errors[:1]))
-    return ranks * (errors * steps).sum() / max(1, len(present)) + 0 * probabilities.sum()
+    loss: torch.Tensor = ranks * (errors * steps).sum() / max(1, len(present))
+    # A rank without a class of its own still takes part in the backward pass.
+    return loss + 0 * probabilities.sum()

@@ -113,22 +113,23 @@ def _associate_level(
         (domain.features if level == "features" else domain.logits).shape[-2:] for domain in (source, target)
     )
     source_labels, target_labels = labels_at(source.labels, source_grid), labels_at(target.labels, target_grid)
-    assert source_labels is not None
     if config.diffusion > 0:
         target_rows = diffuse(target_rows, config.diffusion, similarity, detach_statistics=config.detach_statistics)
-    # One pool per pair of images, or one pool of all images here; [B, n, C] becomes a list of [n, C].
-    pools = [rows.unbind() if config.scope == "pair" else [rows.flatten(0, 1)] for rows in (source_rows, target_rows)]
-    label_pools = [
-        None if labels is None else labels.unbind() if config.scope == "pair" else [labels.flatten()]
-        for labels in (source_labels, target_labels)
-    ]
-    assert label_pools[0] is not None
+    source_pools, target_pools, label_pools, truth_pools = (
+        # One pool per pair of images, or one of all images: [B, n, ...] becomes a list of [n, ...].
+        rows if rows is None else list(rows) if config.scope == "pair" else [rows.flatten(0, 1)]
+        for rows in (source_rows, target_rows, source_labels, target_labels)
+    )
+    assert source_pools is not None
+    assert target_pools is not None
+    assert label_pools is not None
     return associate_pairs(
-        *pools,
-        label_pools[0],
+        source_pools,
+        target_pools,
+        label_pools,
         similarity=similarity,
         num_classes=source.logits.shape[1],
-        target_labels=label_pools[1],
+        target_labels=truth_pools,
         group=node if config.scope == "node" else None,
         gather=config.scope in ("node", "world"),
         ignore_index=IGNORE_INDEX,

@@ -163,8 +163,7 @@ def _node_group(size: int, local_size: int) -> dist.ProcessGroup | None:
         return None
     first_ranks = range(0, size, local_size)
     groups = [dist.new_group(list(range(first, first + local_size))) for first in first_ranks]
-    own: dist.ProcessGroup = groups[dist.get_rank() // local_size]
-    return own
+    return groups[dist.get_rank() // local_size]  # type: ignore[return-value]
 
 
 def _free_port() -> int:

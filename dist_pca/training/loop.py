@@ -1,8 +1,9 @@
 """The training loop."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Generator
+from contextlib import ExitStack, closing
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,11 @@ import torch.distributed as dist
 from dist_pca.config import RunConfig
 from dist_pca.data.classes import class_table
 from dist_pca.data.order import micro_batch_size
+from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.stream import Batch, stream
 from dist_pca.data.transform import check_crop
 from dist_pca.errors import UserError
-from dist_pca.model.segmenter import build_segmenter
+from dist_pca.model.segmenter import Output, build_segmenter
 from dist_pca.objective import Domain, objective
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest, load_manifest
@@ -73,8 +75,7 @@ def train(plan: Plan) -> None:
     training = config.training
     images = training.source_batch + (training.target_batch if plan.target else 0)
     with (
-        closing(_stream(plan, "source", world, start_step)) as sources,  # type: ignore[type-var]
-        closing(_stream(plan, "target", world, start_step)) as targets,  # type: ignore[type-var]
+        ExitStack() as streams,
         Telemetry(
             config.folder,
             plan.classes,
@@ -84,6 +85,16 @@ def train(plan: Plan) -> None:
             images=images,
         ) as telemetry,
     ):
+        sources = streams.enter_context(
+            closing(_stream(plan, plan.source, "source", training.source_batch, world, start_step))
+        )
+        targets = (
+            repeat(None)
+            if plan.target is None
+            else streams.enter_context(
+                closing(_stream(plan, plan.target, "target", training.target_batch, world, start_step))
+            )
+        )
         for step in range(start_step, training.steps):
             factor = learning_rate_factor(config, step)
             for group, base in zip(optimizer.param_groups, base_rates, strict=True):
@@ -91,7 +102,9 @@ def train(plan: Plan) -> None:
             # Dropout draws anew from (seed, step, rank), so that no generator state has to be stored.
             torch.manual_seed(hash((config.seed, step, world.rank)) % 2**63)
             for _ in range(training.accumulation):
-                source, target = forward(engine, next(sources), next(targets), config.model.joint_batch, world.device)
+                source, target = forward(
+                    engine, next(sources), next(targets), joint=config.model.joint_batch, device=world.device
+                )
                 loss, terms = objective(
                     config.objective, source, target, step=step, accumulation=training.accumulation, node=world.node
                 )
@@ -109,26 +122,27 @@ def train(plan: Plan) -> None:
 
 
 def forward(
-    engine: Any, source: Batch, target: Batch | None, joint: bool, device: torch.device
+    engine: Any, source: Batch, target: Batch | None, *, joint: bool, device: torch.device
 ) -> tuple[Domain, Domain | None]:
     """Both domains through the network, as one batch or in turn."""
-    source_images = source.images.to(device, non_blocking=True)
-    source_labels = None if source.labels is None else source.labels.to(device, non_blocking=True)
+    images, labels = _to(source, device)
     if target is None:
-        return Domain(*engine(source_images), source_labels), None
-    target_images = target.images.to(device, non_blocking=True)
-    target_labels = None if target.labels is None else target.labels.to(device, non_blocking=True)
-    if joint:
-        logits, features = engine(torch.cat([source_images, target_images]))
-        split = [len(source_images), len(target_images)]
-        (source_logits, target_logits), (source_features, target_features) = logits.split(split), features.split(split)
-    else:
-        source_logits, source_features = engine(source_images)
-        target_logits, target_features = engine(target_images)
-    return (
-        Domain(source_logits, source_features, source_labels),
-        Domain(target_logits, target_features, target_labels),
-    )
+        return _domain(engine(images), labels), None
+    target_images, target_labels = _to(target, device)
+    if not joint:
+        return _domain(engine(images), labels), _domain(engine(target_images), target_labels)
+    logits, features = engine(torch.cat([images, target_images]))
+    n = len(images)
+    return Domain(logits[:n], features[:n], labels), Domain(logits[n:], features[n:], target_labels)
+
+
+def _to(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+    return batch.images.to(device, non_blocking=True), labels
+
+
+def _domain(output: Output, labels: torch.Tensor | None) -> Domain:
+    return Domain(output.logits, output.features, labels)
 
 
 def _start_engine(plan: Plan, world: World) -> tuple[Any, torch.optim.Optimizer, int]:
@@ -146,24 +160,17 @@ def _start_engine(plan: Plan, world: World) -> tuple[Any, torch.optim.Optimizer,
     return engine, optimizer, 0 if checkpoint is None else read_step(checkpoint)
 
 
-def _stream(plan: Plan, domain: str, world: World, start_step: int) -> Iterator[Batch | None]:
-    manifest = plan.source if domain == "source" else plan.target
-    if manifest is None:
-        return _nothing()
-    training = plan.config.training
+def _stream(
+    plan: Plan, manifest: Manifest, domain: DomainName, global_batch: int, world: World, start_step: int
+) -> Generator[Batch, None, None]:
     return stream(
         plan.config.data,
         manifest,
-        domain,  # type: ignore[arg-type]
+        domain,
         seed=plan.config.seed,
         rank=world.rank,
         world_size=world.size,
-        global_batch=training.source_batch if domain == "source" else training.target_batch,
-        accumulation=training.accumulation,
+        global_batch=global_batch,
+        accumulation=plan.config.training.accumulation,
         start_step=start_step,
     )
-
-
-def _nothing() -> Iterator[None]:
-    while True:
-        yield None

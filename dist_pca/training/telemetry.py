@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +36,7 @@ class Telemetry:
         """
         self.classes, self.steps, self.log_every, self.images = classes, steps, log_every, images
         self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, torch.Tensor] = {}
         self.seconds, self.collected = time.perf_counter(), 0
         self.console = Console(stderr=True)
         self.progress: Progress | None = None
@@ -79,7 +78,7 @@ class Telemetry:
             value = value.detach().double()
             defined = ~value.isnan()
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + torch.where(defined, value, 0)
-            self.counts[name] = self.counts.get(name, 0) + defined.double()
+            self.counts[name] = self.counts.get(name, torch.zeros_like(value)) + defined
 
     def step(self, step: int, scalars: dict[str, float]) -> None:
         """Tell step number `step` (from 1): a live update, and a line when one is due. Collective."""
@@ -88,7 +87,7 @@ class Telemetry:
             self.progress.update(self.task, completed=step)
         if step % self.log_every and step != self.steps:
             return
-        record = {"step": step} | scalars | self._means()
+        record: dict[str, object] = {"step": step, **scalars, **self._means()}
         elapsed = time.perf_counter() - self.seconds
         record["seconds_per_step"] = elapsed / self.collected
         record["images_per_second"] = self.images * self.collected / elapsed
@@ -100,9 +99,9 @@ class Telemetry:
     def _means(self) -> dict[str, float | dict[str, float] | None]:
         means: dict[str, float | dict[str, float] | None] = {}
         for name, total in self.sums.items():
-            # Terms are this rank's share of a mean over ranks, or the same everywhere: the mean over ranks is right for both.
-            value = total / torch.as_tensor(self.counts[name], device=total.device).clamp(min=1)
-            undefined = torch.as_tensor(self.counts[name] == 0, device=total.device)
+            # A term is this rank's share of a mean over ranks or the same everywhere; the mean over ranks suits both.
+            value = total / self.counts[name].clamp(min=1)
+            undefined = self.counts[name] == 0
             dist.all_reduce(value)
             value = torch.where(undefined, torch.nan, value / dist.get_world_size())
             if value.ndim:
@@ -150,4 +149,4 @@ def _drop_lines_after(path: Path, step: int) -> None:
             continue
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text("".join(kept))
-    os.replace(aside, path)
+    aside.replace(path)

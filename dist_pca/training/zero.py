@@ -47,10 +47,9 @@ def load_optimizer_state(engine: Any, state: dict[str, torch.Tensor]) -> None:
                 part = safe_get_local_optimizer_state(parameter, key)
                 own = value[dist.get_rank() * part.numel() :][: part.numel()]
                 part[: own.numel()].copy_(own)
-            elif parameter._hp_mapping is not None:
-                address = parameter._hp_mapping.lp_fragment_address
-                fragment = parameter._hp_mapping.get_hp_fragment(key)
-                fragment.copy_(value.narrow(0, address.start, address.numel))
+            elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
+                address = mapping.lp_fragment_address
+                mapping.get_hp_fragment(key).copy_(value.narrow(0, address.start, address.numel))
 
 
 def _link_state(engine: Any) -> None:

@@ -1,0 +1,136 @@
+"""The objective is its terms, and the same on any number of ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from dist_pca.config import AssociationConfig, LovaszConfig, ObjectiveConfig, SmoothnessConfig
+from dist_pca.objective import Domain, objective
+from dist_pca.objective.objective import association_weight
+from dist_pca.objective.smoothness import smoothness
+from tests.ranks import run_on_ranks
+
+CLASSES = 4
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 6, 3, stride=4, padding=1)
+        self.head = nn.Conv2d(6, CLASSES, 1)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> Domain:
+        features = self.features(images).relu()
+        return Domain(self.head(features), features, labels)
+
+
+def network() -> Net:
+    torch.manual_seed(0)
+    return Net().double()
+
+
+def images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, CLASSES + 1, (count, 16, 24), generator=generator)
+    labels[labels == CLASSES] = 255
+    # Ranks differ in how much of their labels is ignored.
+    labels[: count // 2, 4:] = 255
+    return torch.randn(count, 3, 16, 24, generator=generator, dtype=torch.float64), labels
+
+
+def one_rank(rank: int, ranks: int, scope: str) -> dict[str, Any]:
+    net = network()
+    domains = []
+    for seed in (1, 2):
+        pixels, labels = images(6, seed)
+        share = slice(rank * 6 // ranks, (rank + 1) * 6 // ranks)
+        domains.append(net(pixels[share], labels[share]))
+    config = ObjectiveConfig(association=AssociationConfig(weight=0.5, scope=scope))  # type: ignore[arg-type]
+    loss, terms = objective(config, *domains, step=0)
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    values = torch.stack([terms[name].detach().double() for name in sorted(terms) if terms[name].ndim == 0])
+    if dist.is_initialized():
+        for tensor in (gradient, values):
+            dist.all_reduce(tensor)
+    return {"gradient": gradient / ranks, "values": values / ranks, "names": sorted(terms)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "scope"), [(2, "world"), (3, "pair"), pytest.param(3, "world", marks=pytest.mark.slow)]
+)
+def test_ranks_equal_one_process_in_every_term_and_gradient(tmp_path: Path, ranks: int, scope: str) -> None:
+    expected = one_rank(0, 1, scope)
+    for found in run_on_ranks(one_rank, ranks, tmp_path, scope):
+        assert found["names"] == expected["names"]
+        torch.testing.assert_close(found["values"], expected["values"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found["gradient"], expected["gradient"], rtol=1e-5, atol=1e-6)
+
+
+def test_total_is_the_weighted_sum_of_its_terms() -> None:
+    net = network()
+    source, target = (net(*images(2, seed)) for seed in (1, 2))
+    config = ObjectiveConfig(
+        lovasz=LovaszConfig(weight=0.7),
+        association=AssociationConfig(weight=0.3),
+        smoothness=SmoothnessConfig(weight=0.2),
+    )
+    total, terms = objective(config, source, target, step=0)
+    expected = (
+        terms["ce"]
+        + 0.7 * terms["lovasz"]
+        + 0.3 * (terms["association_features"] + terms["association_predictions"])
+        + 0.2 * (terms["smoothness_source"] + terms["smoothness_target"])
+    )
+    torch.testing.assert_close(total, expected)
+    upsampled = F.interpolate(source.logits.float(), size=(16, 24), mode="bilinear", align_corners=False)
+    assert source.labels is not None
+    torch.testing.assert_close(terms["ce"], F.cross_entropy(upsampled, source.labels, ignore_index=255))
+
+
+def test_target_labels_never_reach_the_loss() -> None:
+    net = network()
+    source, target = (net(*images(2, seed)) for seed in (1, 2))
+    with_labels, _ = objective(ObjectiveConfig(), source, target, step=0)
+    without, terms = objective(ObjectiveConfig(), source, target._replace(labels=None), step=0)
+    assert torch.equal(with_labels, without)
+    assert terms["correct_ratio_features"].isnan()
+
+
+def test_source_only_leaves_the_target_out() -> None:
+    net = network()
+    source, target = (net(*images(2, seed)) for seed in (1, 2))
+    alone, terms = objective(ObjectiveConfig(adapt=False), source, target, step=0)
+    assert set(terms) == {"loss", "ce", "lovasz"}
+    assert torch.equal(alone, objective(ObjectiveConfig(), source, None, step=0)[0])
+
+
+def test_released_convention_scales_lovasz_by_micro_batches() -> None:
+    source = network()(*images(2, 1))
+    mean, terms = objective(ObjectiveConfig(adapt=False), source, None, step=0, accumulation=2)
+    released_config = ObjectiveConfig(adapt=False, lovasz=LovaszConfig(convention="released"))
+    released, _ = objective(released_config, source, None, step=0, accumulation=2)
+    torch.testing.assert_close(released - mean, 0.75 * terms["lovasz"])
+
+
+def test_association_starts_late_and_rises_linearly() -> None:
+    config = AssociationConfig(weight=0.4, start_step=10, ramp_steps=4)
+    assert [association_weight(config, step) for step in (0, 9, 10, 11, 13, 50)] == pytest.approx(
+        [0, 0, 0.1, 0.2, 0.4, 0.4]
+    )
+    source, target = (network()(*images(2, seed)) for seed in (1, 2))
+    _, terms = objective(ObjectiveConfig(association=config), source, target, step=9)
+    assert not any(name.startswith("association") for name in terms)
+
+
+def test_smoothness_sharpens_below_its_threshold_and_smooths_above() -> None:
+    for scale, grows in ((1.0, True), (40.0, False)):
+        logits = (scale * torch.tensor([1.0, 0.0])).view(1, 2, 1, 1).requires_grad_()
+        smoothness(logits, threshold=10.0).backward()
+        assert logits.grad is not None
+        assert (logits.grad[0, 0] < 0).item() is grows

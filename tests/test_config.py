@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import pytest
+
+from dist_pca.config import RunConfig, load_config, save_config
+from dist_pca.errors import UserError
+from dist_pca.resources import names, resource
+
+DEMO = resource("configs", "demo")
+
+
+@pytest.mark.parametrize("name", names("configs"))
+def test_every_shipped_config_is_a_run_and_survives_being_saved(name: str, tmp_path: Path) -> None:
+    config = load_config(resource("configs", name))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_the_papers_recipe_is_what_the_configs_say() -> None:
+    gta5 = load_config(resource("configs", "gta5_to_cityscapes"))
+    synthia = load_config(resource("configs", "synthia_to_cityscapes"))
+    assert (gta5.training.steps, gta5.schedule.horizon) == (10416, 11160)
+    assert (synthia.training.steps, synthia.schedule.horizon) == (2976, 3720)
+    assert synthia.data.classes == "synthia_16"
+    for config in (gta5, synthia):
+        assert (config.data.shorter_edge, config.data.crop, config.data.flip) == ((760, 988), (730, 730), 0.5)
+        assert (config.model.backbone, config.model.output_stride, config.model.head) == ("resnet101", 8, "deeplab_v2")
+        optimizer = config.optimizer
+        assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("sgd", 2.5e-4, 0.9, 5e-4)
+        assert (config.training.source_batch, config.training.target_batch) == (8, 8)
+        objective = config.objective
+        assert (objective.lovasz.weight, objective.association.weight, objective.smoothness.weight) == (0.75, 0.1, 0.01)
+        assert config.evaluation.input_size == (730, 1460)
+
+
+def test_later_overrides_win_and_are_typed() -> None:
+    config = load_config(DEMO, ["training.steps=7", "training.steps=9", "objective.association.levels=[features]"])
+    assert config.training.steps == 9
+    assert config.objective.association.levels == ("features",)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.stepz=3", "training.stepz: unknown key; the nearest is training.steps"),
+        ("objective.asociation.weight=1", "objective.asociation: unknown key; the nearest is objective.association"),
+        ("training.steps=many", "training.steps: .* got 'many'"),
+        ("training.zero_stage=4", "training.zero_stage: .*got 4"),
+        ("training.steps", "write key=value"),
+        ("data.shorter_edge=[200,100]", r"data.shorter_edge: the range \[200, 100\] is empty"),
+        ("data.target=null", "data.target: missing while objective.adapt is true"),
+        ("schedule.horizon=1", "schedule.horizon: 1 is below training.steps"),
+        ("model.backbone=null", "model.backbone: "),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(DEMO, [override])
+
+
+def test_pairs_need_as_many_targets_as_sources() -> None:
+    with pytest.raises(UserError, match=r"`pair` needs training.source_batch equal to training.target_batch"):
+        load_config(DEMO, ["objective.association.scope=pair", "training.target_batch=4"])
+
+
+def test_a_missing_file_and_broken_yaml_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("name: [")
+    with pytest.raises(UserError, match=r"broken\.yaml: "):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match=r"list\.yaml: "):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_every_key_documents_itself() -> None:
+    def undocumented(section: type) -> list[str]:
+        fields = section.model_fields  # type: ignore[attr-defined]
+        inner = [f.annotation for f in fields.values() if hasattr(f.annotation, "model_fields")]
+        own = [n for n, f in fields.items() if not f.description and not hasattr(f.annotation, "model_fields")]
+        return own + [name for nested in inner for name in undocumented(nested)]
+
+    assert undocumented(RunConfig) == []

@@ -1,0 +1,54 @@
+"""A small run: drawn streets in shards, a tiny network, two processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from dist_pca.demo.streets import DAY, DUSK, write_streets
+from dist_pca.resources import resource
+from dist_pca.shards.build import build_shards
+
+
+def build_streets(folder: Path) -> None:
+    """Shards `day` and `dusk` of a few labelled streets each."""
+    for name, look, first in (("day", DAY, 0), ("dusk", DUSK, 10)):
+        write_streets(folder / "raw" / name, look, split=name, indices=range(first, first + 6), seed=0, size=(64, 96))
+        build_shards("folder", folder / "raw" / name, folder / name, samples_per_shard=2, workers=1)
+
+
+def overrides(folder: Path, name: str, *more: str) -> list[str]:
+    return [
+        *(f"name={name}", f"output={folder}/runs", f"data.source={folder}/day", f"data.target={folder}/dusk"),
+        *("data.workers=1", "data.shorter_edge=[40,56]", "data.crop=[40,56]", "evaluation.input_size=null"),
+        *("model.backbone=test_resnet", "model.weights=scratch", "model.output_stride=null", "model.head_channels=16"),
+        *(
+            "objective.association.start_step=1",
+            "training.steps=6",
+            "training.log_every=1",
+            "training.checkpoint_every=3",
+        ),
+        *("training.source_batch=4", "training.target_batch=4", "optimizer.lr=1e-4"),
+        *more,
+    ]
+
+
+def launch(
+    folder: Path, name: str, *more: str, resume: bool = False, launcher_options: tuple[str, ...] = ()
+) -> "subprocess.CompletedProcess[str]":
+    """`accelerate launch` of the run on two CPU processes."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(resource("launch", "accelerate/cpu")),
+    ]
+    command += [
+        *launcher_options,
+        "-m",
+        "dist_pca.train",
+        "demo",
+        *overrides(folder, name, *more),
+        *(["--resume"] if resume else []),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
