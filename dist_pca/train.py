@@ -1,5 +1,6 @@
 """The training process: `accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_pca.train CONFIG`."""
 
+import logging
 import os
 import sys
 import time
@@ -22,6 +23,16 @@ def resolve_config(name: str, overrides: list[str]) -> RunConfig:
     )
 
 
+def _quieten() -> None:
+    """Keep libraries from telling every rank what a reader of the run's output cannot use."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in ("DeepSpeed", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def main(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a config that comes with dist-pca.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=100")] = None,
@@ -31,6 +42,7 @@ def main(
     rank = int(os.environ.get("RANK", "0"))
     try:
         run = resolve_config(config, overrides or [])
+        _quieten()
         # After parsing: a wrong key should not wait for these imports.
         from dist_pca.training.loop import check, train
 

@@ -74,9 +74,12 @@ def start_world(config: RunConfig) -> World:
     Raises:
         UserError: launcher and config disagree, or the processes that came up are not those that were launched.
     """
+    import deepspeed
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     stage = reconcile_launcher(config)
+    # On a CPU DeepSpeed would compile a reduction for inference at first start, and fail without a C++ compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name in list(os.environ):
         # From here on the run's config is the only source; Accelerate refuses to have two.
         if name in LAUNCHER_FIELDS or name.startswith(("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS")):

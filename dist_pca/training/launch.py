@@ -1,5 +1,6 @@
 """The `accelerate launch` line of a run."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -45,7 +46,12 @@ def launch_command(
 
 def launch(command: Sequence[str]) -> int:
     """Run a launch command to its end and give its exit code; Ctrl-C reaches the ranks, which are waited for."""
-    with subprocess.Popen(command) as process:
+    # Without these the launcher warns that it sets or found them itself.
+    processes = int(command[command.index("--num_processes") + 1]) if "--num_processes" in command else 2
+    quiet = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    if not torch.cuda.is_available():
+        quiet["DS_ACCELERATOR"] = "cpu"
+    with subprocess.Popen(command, env=quiet | os.environ) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:

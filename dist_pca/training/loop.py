@@ -1,6 +1,5 @@
 """The training loop."""
 
-import logging
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from itertools import repeat
@@ -152,7 +151,6 @@ def _start_engine(plan: Plan, world: World) -> tuple[Any, torch.optim.Optimizer,
     checkpoint = latest_checkpoint(config.folder / "checkpoints")
     if checkpoint is not None:
         load_model(model, checkpoint)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     engine, optimizer = world.accelerator.prepare(model, build_optimizer(config.optimizer, model))
     if checkpoint is not None:
         load_optimizer(engine, checkpoint)
