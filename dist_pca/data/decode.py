@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from dist_pca.errors import UserError
-from dist_pca.shards.images import MAX_PIXELS
+from dist_pca.shards.images import MAX_PIXELS, as_rgb
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSION = "label.png"
@@ -32,13 +32,13 @@ def decode_sample(sample: dict[str, Any], *, labelled: bool) -> tuple[Image.Imag
         raise UserError(f"{where}: no image ({', '.join(IMAGE_EXTENSIONS)}); build the shards again")
     image = _decode(sample[found[0]], f"{where}: {found[0]}", ("JPEG", "PNG", "WEBP"), sample["__size__"])
     if not labelled:
-        return image.convert("RGB"), None
+        return as_rgb(image), None
     if LABEL_EXTENSION not in sample:
         raise UserError(f"{where}: no {LABEL_EXTENSION} in shards that count as labelled; build the shards again")
     label = _decode(sample[LABEL_EXTENSION], f"{where}: {LABEL_EXTENSION}", ("PNG",), sample["__size__"])
     if label.mode not in ("L", "P"):
         raise UserError(f"{where}: {LABEL_EXTENSION}: mode {label.mode}, not 8-bit train ids; build the shards again")
-    return image.convert("RGB"), label
+    return as_rgb(image), label
 
 
 def _decode(content: bytes, where: str, formats: tuple[str, ...], size: tuple[int, int]) -> Image.Image:

@@ -47,7 +47,7 @@ class ShardReader:
             if len(content) < length:
                 raise UserError(f"{path}: ends inside sample {key!r}; copy the shard again or build it again")
             members = _members(content, f"{key}.")
-        except (OSError, ValueError, tarfile.TarError) as error:
+        except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
             raise UserError(
                 f"{path}: sample {key!r} is unreadable ({error}); copy the shard again or build it again"
             ) from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from PIL import Image, ImageFile
 
 from dist_pca.errors import UserError
@@ -61,6 +62,15 @@ def open_header(path: Path) -> ImageFile.ImageFile:
     return image
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image in 8-bit RGB; 16-bit grey loses its low byte, where Pillow would clip at 255."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
 def stored_size(image: Image.Image, encoding: Encoding) -> tuple[int, int]:
     """Width and height that an image is stored in."""
     longest = max(image.size)
@@ -77,7 +87,7 @@ def encode_image(path: Path, image: Image.Image, encoding: Encoding) -> tuple[st
     size = stored_size(image, encoding)
     if extension == own and size == image.size:
         return extension, path.read_bytes()
-    rgb = image.convert("RGB")
+    rgb = as_rgb(image)
     if size != rgb.size:
         rgb = rgb.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -166,3 +166,9 @@ def _check_shard(manifest: Manifest, shard: Shard) -> None:
             f"{manifest.folder / MANIFEST_NAME}: {shard.name}: columns do not all list {samples} samples; "
             "build the shards again with --force"
         )
+    for key, offset, length in zip(shard.keys, shard.offsets, shard.lengths, strict=True):
+        if not 0 <= offset < offset + length <= shard.bytes:
+            raise UserError(
+                f"{manifest.folder / MANIFEST_NAME}: {shard.name}: sample {key!r} lies outside of the file; "
+                "build the shards again with --force"
+            )

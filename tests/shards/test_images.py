@@ -1,4 +1,5 @@
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dist_pca.errors import UserError
-from dist_pca.shards.images import Encoding, encode_image, open_header, open_image
+from dist_pca.shards.images import Encoding, as_rgb, encode_image, open_header, open_image
 from tests.shards.trees import png_header, random_image, save
 
 
@@ -81,3 +82,14 @@ def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.png: unreadable image"):
         open_image(tmp_path / "a.png")
+
+
+def test_16_bit_grey_keeps_its_shades_and_transparent_palettes_convert_silently() -> None:
+    ramp = np.arange(0, 1 << 16, 256, dtype=np.uint16).reshape(16, 16)
+    assert np.array_equal(np.asarray(as_rgb(Image.fromarray(ramp)))[..., 0].ravel(), np.arange(256))
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.info["transparency"] = b"\x00\x80"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert as_rgb(palette).getpixel((0, 0)) == (10, 20, 30)
