@@ -33,6 +33,10 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _say(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(message, style="red", markup=False)
+
+
 def main(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a config that comes with dist-pca.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=100")] = None,
@@ -52,12 +56,12 @@ def main(
             # Every rank finds the same; the launcher ends this one once rank 0 has said it.
             time.sleep(30)
         else:
-            Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {error}")
+            _say(f"error: {error}")
         sys.exit(UserError.EXIT_CODE)
     try:
         train(plan)
     except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] rank {rank}: {error}")
+        _say(f"error: rank {rank}: {error}")
         # Other ranks may wait for this one in a collective; leaving at once lets the launcher end them.
         sys.stderr.flush()
         os._exit(UserError.EXIT_CODE)

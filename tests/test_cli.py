@@ -103,3 +103,28 @@ def test_the_command_line_does_not_wait_for_torch() -> None:
     code = "import sys; import dist_pca.cli; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "gta_to_cityscapes"), "the nearest is gta5_to_cityscapes"),
+        (("train", "demo", "training.stepz=3"), "training.stepz: unknown key; the nearest is training.steps"),
+        (("train", "demo", "--launcher", "accelerate/gpu"), "launch/accelerate/gpu: no such file"),
+        (("evaluate", "nowhere", "--shards", "nothing"), "shards nothing: no such folder"),
+    ],
+)
+def test_wrong_words_end_with_one_line_and_exit_code_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_evaluating_what_is_no_run_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_folder(tmp_path / "raw")
+    assert run(monkeypatch, "shards", "build", "folder", "--root", tmp_path / "raw", "--out", tmp_path / "out") == 0
+    assert run(monkeypatch, "evaluate", tmp_path, "--shards", tmp_path / "out") == 2
+    assert f"{tmp_path}: not a run folder" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.stream import Batch, stream
 from dist_pca.data.transform import check_crop
 from dist_pca.errors import UserError
-from dist_pca.model.segmenter import Output, build_segmenter
+from dist_pca.model.segmenter import Output, Segmenter, build_segmenter
 from dist_pca.objective import Domain, objective
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest, load_manifest
@@ -34,10 +34,11 @@ class Plan(NamedTuple):
     source: Manifest
     target: Manifest | None
     classes: tuple[ClassInfo, ...]
+    model: Segmenter
 
 
 def check(config: RunConfig, *, world_size: int, resume: bool) -> Plan:
-    """Everything that can be refused before a process group exists: data, classes, sizes, launcher, run folder.
+    """Everything that can be refused before a process group exists: launcher, data, classes, sizes, network, folder.
 
     Raises:
         UserError: something does not fit.
@@ -58,7 +59,8 @@ def check(config: RunConfig, *, world_size: int, resume: bool) -> Plan:
             check_crop(manifest, config.data.shorter_edge, config.data.crop)
     if not resume and latest_checkpoint(config.folder / "checkpoints") is not None:
         raise UserError(f"{config.folder}: already holds a run; add --resume to go on with it, or choose another name=")
-    return Plan(config, source, target, classes)
+    torch.manual_seed(config.seed)
+    return Plan(config, source, target, classes, build_segmenter(config.model, len(classes)))
 
 
 def train(plan: Plan) -> None:
@@ -146,12 +148,10 @@ def _domain(output: Output, labels: torch.Tensor | None) -> Domain:
 
 def _start_engine(plan: Plan, world: World) -> tuple[Any, torch.optim.Optimizer, int]:
     config = plan.config
-    torch.manual_seed(config.seed)
-    model = build_segmenter(config.model, len(plan.classes))
     checkpoint = latest_checkpoint(config.folder / "checkpoints")
     if checkpoint is not None:
-        load_model(model, checkpoint)
-    engine, optimizer = world.accelerator.prepare(model, build_optimizer(config.optimizer, model))
+        load_model(plan.model, checkpoint)
+    engine, optimizer = world.accelerator.prepare(plan.model, build_optimizer(config.optimizer, plan.model))
     if checkpoint is not None:
         load_optimizer(engine, checkpoint)
     engine.train()
