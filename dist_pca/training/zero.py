@@ -1,6 +1,6 @@
 """Whole tensors in and out of DeepSpeed's partitions, by parameter name and independent of the number of ranks.
 
-All functions are collective.
+All functions are collective. DeepSpeed is imported inside them: who only reads a checkpoint does without it.
 """
 
 from collections.abc import Iterator
@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
 
 def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
     """fp32 copy of every parameter on the CPU, as an unpartitioned model would hold it."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
     return {name: _full(safe_get_full_fp32_param(p), p) for name, p in _trained(engine)} | {
         name: p.detach().float().cpu().clone() for name, p in engine.module.named_parameters() if not p.requires_grad
     }
@@ -20,6 +21,8 @@ def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
 
 def full_optimizer_state(engine: Any) -> dict[str, torch.Tensor]:
     """Every optimiser tensor on the CPU as `parameter/key`, and its step counts as `step`; empty before a step."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
     keys, step = _state_keys(engine)
     if keys:
         _link_state(engine)
@@ -31,6 +34,8 @@ def full_optimizer_state(engine: Any) -> dict[str, torch.Tensor]:
 
 def load_optimizer_state(engine: Any, state: dict[str, torch.Tensor]) -> None:
     """Put back what `full_optimizer_state` gave, under any ZeRO stage and number of ranks."""
+    from deepspeed.utils import safe_get_local_optimizer_state
+
     keys = {name.rsplit("/", 1)[1] for name in state if "/" in name}
     if not keys:
         return
