@@ -128,16 +128,18 @@ def associate_pairs(
             raise ValueError(
                 f"the pool has {len(source_pool)} source and {len(target_pool)} target positions; none may be 0"
             )
-        found = cycles(
-            source_rows,
-            keys(target_pool, similarity),
-            target_pool,
-            keys(source_pool, similarity),
-            label,
-            pool_labels,
-            ignore_index,
-            detach_statistics,
-        )
+        # Inside autocast the products would drop to half precision, and with them argmax and deviation.
+        with torch.autocast(device.type, enabled=False):
+            found = cycles(
+                source_rows,
+                keys(target_pool, similarity),
+                target_pool,
+                keys(source_pool, similarity),
+                label,
+                pool_labels,
+                ignore_index,
+                detach_statistics,
+            )
         loss_sum = loss_sum + found.loss_sum
         kept_per_class += torch.bincount(label[found.kept], minlength=num_classes)
         chance = chance + found.kept.sum() * math.log(len(source_pool) * len(target_pool))

@@ -21,15 +21,17 @@ def diffuse(
         similarity: `cosine` or `kl`.
         detach_statistics: Stop the gradient through each row's standard deviation.
     """
-    rows = normalised(x, similarity)
-    key = keys(rows, similarity)
-    query = rows
-    if similarity == "cosine":
-        sigma = _row_deviation(rows, key)
-        query = rows / (sigma.detach() if detach_statistics else sigma)
-    # One head axis: the fused kernels want [B, heads, n, C].
-    aggregate = F.scaled_dot_product_attention(query[:, None], key[:, None], x[:, None], scale=1.0)[:, 0]
-    return (1 - alpha) * x + alpha * aggregate
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    with torch.autocast(x.device.type, enabled=False):
+        rows = normalised(x, similarity)
+        key = keys(rows, similarity)
+        query = rows
+        if similarity == "cosine":
+            sigma = _row_deviation(rows, key)
+            query = rows / (sigma.detach() if detach_statistics else sigma)
+        # One head axis: the fused kernels want [B, heads, n, C].
+        aggregate = F.scaled_dot_product_attention(query[:, None], key[:, None], x[:, None], scale=1.0)[:, 0]
+        return (1 - alpha) * x + alpha * aggregate
 
 
 def _row_deviation(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

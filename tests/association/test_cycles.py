@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_pca.association import associate, blockwise, reference
+from dist_pca.association import associate, blockwise, diffuse, reference
 from dist_pca.association.similarity import Similarity, keys, normalised
 
 IMPLEMENTATIONS = [reference.cycles, blockwise.cycles]
@@ -156,3 +156,17 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         associate(torch.ones(3, 4), torch.ones(3, 5), torch.zeros(3), num_classes=1)
     with pytest.raises(ValueError, match=r"labels \[2\] must be \[3\]"):
         associate(torch.ones(3, 4), torch.ones(3, 4), torch.zeros(2), num_classes=1)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "kl"])
+def test_autocast_around_it_changes_nothing(similarity: Similarity) -> None:
+    source, target = domain(30, 8, similarity, 0).float(), domain(20, 8, similarity, 1).float()
+    labels = labels_of(30, 3, 0)
+
+    def loss() -> torch.Tensor:
+        diffused = diffuse(target[None], 0.5, similarity)[0]
+        return associate(source, diffused, labels, similarity=similarity, num_classes=3).loss
+
+    outside = loss()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(loss(), outside)

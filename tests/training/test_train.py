@@ -1,6 +1,7 @@
 """Whole runs under `accelerate launch`: two processes, DeepSpeed, gloo."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dist_pca.resources import resource
 from tests.training.runs import build_streets, launch
 
 pytestmark = pytest.mark.slow
@@ -62,6 +64,16 @@ def test_a_run_trains_logs_every_term_and_can_be_scored(streets: Path) -> None:
     scores = json.loads(alone.stdout)
     assert scores["images"] == 6
     assert 0 <= scores["mean_iou"] <= 1
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(resource("launch", "accelerate/cpu")), "-m"]
+    together = subprocess.run(
+        [sys.executable, *launcher, *command[2:]],
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert json.loads(together.stdout) == scores
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
