@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	$(VENV)/bin/dist-pca demo
+	@$(VENV)/bin/dist-pca demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -17,10 +17,11 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 $(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --progress-bar on --editable '.[demo,dev]'
-	touch $@
+	@echo "setting up $(VENV): PyTorch, DeepSpeed and what they need, several GB"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	@$(VENV)/bin/python -m pip install --quiet --editable '.[demo,dev]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs/demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
