@@ -23,7 +23,9 @@ Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Level = Literal["features", "predictions"]
 Scope = Literal["pair", "rank", "node", "world"]
-Implementation = Literal["auto", "reference", "blockwise"]
+Implementation = Literal["auto", "reference", "blockwise", "triton"]
+Exchange = Literal["auto", "gather", "ring"]
+ProductType = Literal["fp32", "bf16"]
 
 
 class Section(BaseModel):
@@ -104,7 +106,21 @@ class AssociationConfig(Section):
     scope: Scope = "world"
     """Pool of candidates: k-th source image with k-th target image, this rank, this node, or all ranks."""
     implementation: Implementation = "auto"
-    """How it is computed; `auto` takes the fastest that can run."""
+    """How it is computed: `reference` (dense), `blockwise` (streamed), `triton` (fused, on GPUs); `auto` takes the
+    fastest that can run."""
+    exchange: Exchange = "auto"
+    """How ranks of a pool see each other's keys: `gather` holds all of them on every rank, `ring` passes them round in
+    the same memory for any number of ranks; `auto` gathers while that is small."""
+    dtype: ProductType = "fp32"
+    """Type of the operands of matrix products; sums, softmaxes and statistics stay fp32."""
+    wire_dtype: ProductType = "fp32"
+    """Type of keys on their way between ranks; under `dtype: bf16` they travel in bf16 anyway."""
+    deterministic: bool = False
+    """Same bits on every run, on GPUs too, where the fastest sums have no fixed order."""
+    position_budget: Positive | None = None
+    """Most positions of each image that take part; None takes all, which the method means."""
+    position_sampling: Literal["grid", "balanced"] = "grid"
+    """What a budget takes: where random rows and columns cross, or on the source equally many of each class."""
     detach_statistics: bool = True
     """Stop the gradient through the contrast normalisation's mean and standard deviation."""
     diffusion: Fraction = 0.5
@@ -149,6 +165,9 @@ class OptimizerConfig(Section):
     """Momentum of sgd."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay rates of adamw's moments."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of adamw's second moment. Weights whose gradient is far below it take small steps; far above it,
+    every step is about `lr`, whatever the gradient's size."""
     clip_norm: Weight = 0.0
     """Largest global gradient norm; 0 does not clip."""
 

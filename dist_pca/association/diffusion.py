@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_pca.association.similarity import Similarity, keys, normalised
-from dist_pca.association.statistics import SIGMA_EPSILON
+from dist_pca.association.statistics import temperature_by_covariance
 
 
 def diffuse(
@@ -27,19 +27,9 @@ def diffuse(
         key = keys(rows, similarity)
         query = rows
         if similarity == "cosine":
-            sigma = _row_deviation(rows, key)
+            centred = key - key.mean(dim=1, keepdim=True)
+            sigma = temperature_by_covariance(query, centred.mT @ centred / max(1, key.shape[1] - 1))
             query = rows / (sigma.detach() if detach_statistics else sigma)
         # One head axis: the fused kernels want [B, heads, n, C].
         aggregate = F.scaled_dot_product_attention(query[:, None], key[:, None], x[:, None], scale=1.0)[:, 0]
         return (1 - alpha) * x + alpha * aggregate
-
-
-def _row_deviation(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of each row of `query @ key.T`, [B, n, 1], by `var_i = q_i' Cov(key) q_i`: no n x n matrix."""
-    candidates = key.shape[1]
-    if candidates == 1:
-        return torch.full_like(query[..., :1], SIGMA_EPSILON)
-    centred = key - key.mean(dim=1, keepdim=True)
-    covariance = centred.mT @ centred / (candidates - 1)
-    variance = ((query @ covariance) * query).sum(dim=-1, keepdim=True)
-    return variance.clamp(min=SIGMA_EPSILON**2).sqrt() + SIGMA_EPSILON

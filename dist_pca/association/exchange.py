@@ -1,4 +1,4 @@
-"""Pixels from rank to rank, with gradients that flow home."""
+"""Collectives over all ranks, with gradients that flow home."""
 
 from typing import Any
 

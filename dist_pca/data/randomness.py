@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     SHARDS = 0
     SAMPLES = 1
     CROP = 2
+    POSITIONS = 3
 
 
 def draw(count: int, seed: int, domain: Domain, purpose: Purpose, *index: int) -> npt.NDArray[np.uint64]:

@@ -12,10 +12,11 @@ from dist_pca.config import RunConfig
 from dist_pca.data.classes import class_table
 from dist_pca.data.order import micro_batch_size
 from dist_pca.data.randomness import Domain as DomainName
+from dist_pca.data.randomness import Purpose, draw
 from dist_pca.data.stream import Batch, stream
 from dist_pca.data.transform import check_crop
 from dist_pca.errors import UserError
-from dist_pca.model.segmenter import Output, Segmenter, build_segmenter
+from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.objective import Domain, objective
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest, load_manifest
@@ -104,7 +105,12 @@ def train(plan: Plan) -> None:
             torch.manual_seed(hash((config.seed, step, world.rank)) % 2**63)
             for _ in range(training.accumulation):
                 source, target = forward(
-                    engine, next(sources), next(targets), joint=config.model.joint_batch, device=world.device
+                    engine,
+                    next(sources),
+                    next(targets),
+                    joint=config.model.joint_batch,
+                    device=world.device,
+                    seed=config.seed,
                 )
                 loss, terms = objective(
                     config.objective, source, target, step=step, accumulation=training.accumulation, node=world.node
@@ -123,18 +129,26 @@ def train(plan: Plan) -> None:
 
 
 def forward(
-    engine: Any, source: Batch, target: Batch | None, *, joint: bool, device: torch.device
+    engine: Any, source: Batch, target: Batch | None, *, joint: bool, device: torch.device, seed: int
 ) -> tuple[Domain, Domain | None]:
     """Both domains through the network, as one batch or in turn."""
     images, labels = _to(source, device)
+    seeds = _seeds(source, seed, "source")
     if target is None:
-        return _domain(engine(images), labels), None
+        logits, features = engine(images)
+        return Domain(logits, features, labels, seeds), None
     target_images, target_labels = _to(target, device)
-    if not joint:
-        return _domain(engine(images), labels), _domain(engine(target_images), target_labels)
-    logits, features = engine(torch.cat([images, target_images]))
-    n = len(images)
-    return Domain(logits[:n], features[:n], labels), Domain(logits[n:], features[n:], target_labels)
+    target_seeds = _seeds(target, seed, "target")
+    if joint:
+        n = len(images)
+        logits, features = engine(torch.cat([images, target_images]))
+        (logits, target_logits), (features, target_features) = ((x[:n], x[n:]) for x in (logits, features))
+    else:
+        (logits, features), (target_logits, target_features) = engine(images), engine(target_images)
+    return (
+        Domain(logits, features, labels, seeds),
+        Domain(target_logits, target_features, target_labels, target_seeds),
+    )
 
 
 def _to(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -142,8 +156,9 @@ def _to(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor 
     return batch.images.to(device, non_blocking=True), labels
 
 
-def _domain(output: Output, labels: torch.Tensor | None) -> Domain:
-    return Domain(output.logits, output.features, labels)
+def _seeds(batch: Batch, seed: int, domain: DomainName) -> list[int]:
+    # A function of each crop's place in the stream, so that every number of ranks picks the same positions.
+    return [int(draw(1, seed, domain, Purpose.POSITIONS, place)[0] >> 1) for place in batch.positions]
 
 
 def _start_engine(plan: Plan, world: World) -> tuple[Any, torch.optim.Optimizer, int]:

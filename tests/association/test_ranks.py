@@ -1,127 +1,203 @@
-"""Any number of ranks is one process on the concatenated batch."""
+"""Any number of ranks is one process."""
 
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from dist_pca.association import Association, all_gather, associate, associate_pairs
+from dist_pca.association import Association, associate, associate_pairs
 from dist_pca.association.similarity import Similarity
+from tests.association.positions import CLASSES, domain, labels_of
 from tests.ranks import run_on_ranks
 
 SIZES = [(11, 7), (5, 9), (8, 4), (3, 12)]
 """Source and target positions of each rank: uneven on purpose."""
-CLASSES = 3
+CHANNELS = 6
+Case = tuple[Similarity, str, str, str, bool]
+"""Similarity, scope, exchange, implementation, detach_statistics."""
+CASES: list[Case] = [
+    *product(("cosine", "kl"), ("node", "world"), ("gather", "ring"), ("blockwise",), (True, False)),
+    *product(("cosine", "kl"), ("node", "world"), ("gather",), ("reference",), (True,)),
+    *product(("cosine", "kl"), ("rank",), ("local",), ("blockwise", "reference"), (True,)),
+]  # type: ignore[assignment]
 
 
 def positions(similarity: Similarity, ranks: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    generator = torch.Generator().manual_seed(7)
-
-    def rows(n: int) -> torch.Tensor:
-        x = torch.randn(n, 6, generator=generator, dtype=torch.float64)
-        return x.softmax(dim=1) if similarity == "kl" else x
-
-    sizes = SIZES[:ranks]
-    sources, targets = [rows(n) for n, _ in sizes], [rows(n) for _, n in sizes]
-    labels = [torch.randint(0, CLASSES, (n,), generator=generator) for n, _ in sizes]
+    sizes = list(enumerate(SIZES[:ranks]))
+    labels = [labels_of(n, rank) for rank, (n, _) in sizes]
     # The last rank's positions are all ignored: it keeps no cycle.
     labels[-1] = torch.full_like(labels[-1], 255)
-    return sources, targets, labels
+    sources = [domain(n, CHANNELS, similarity, rank) for rank, (n, _) in sizes]
+    return sources, [domain(n, CHANNELS, similarity, 10 + rank) for rank, (_, n) in sizes], labels
 
 
-def numbers(found: Association) -> list[float]:
-    ratios = [found.cover_ratio, found.consistent_ratio, found.nats_over_chance, found.kept]
-    return [float(value) for value in ratios] + found.kept_per_class.tolist()
+def nodes(ranks: int) -> list[list[int]]:
+    """Two ranks on each, one on the last if they are odd."""
+    return [[rank for rank in range(ranks) if rank // 2 == node] for node in range((ranks + 1) // 2)]
 
 
-def one_rank(rank: int, ranks: int, similarity: Similarity, scope: str, implementation: str) -> dict[str, object]:
+def through(weight: torch.Tensor, rows: torch.Tensor, similarity: Similarity) -> torch.Tensor:
+    """A parameter that all ranks share, so that gradients meet as they do in a model."""
+    return rows @ weight if similarity == "cosine" else (rows @ weight).abs()
+
+
+def numbers(found: Association) -> torch.Tensor:
+    ratios = [found.cover_ratio, found.consistent_ratio, found.correct_ratio, found.nats_over_chance, found.kept]
+    return torch.tensor([float(value) for value in ratios] + found.kept_per_class.tolist(), dtype=torch.float64)
+
+
+def all_cases(rank: int, ranks: int) -> list[dict[str, Any]]:
+    groups = [dist.new_group(members) for members in nodes(ranks)]
+    return [one_rank(rank, ranks, groups[rank // 2], case) for case in CASES]
+
+
+def one_rank(rank: int, ranks: int, node: dist.ProcessGroup, case: Case) -> dict[str, Any]:
+    similarity, scope, exchange, implementation, detach = case
     sources, targets, labels = positions(similarity, ranks)
-    # A parameter that all ranks share, so that gradients meet as they do in a model.
-    weight = torch.eye(6, dtype=torch.float64, requires_grad=True)
-    source, target = (
-        (x @ weight) if similarity == "cosine" else (x @ weight).abs() for x in (sources[rank], targets[rank])
-    )
-    group = None
-    if scope == "node":
-        pairs = [dist.new_group([r for r in range(ranks) if r // 2 == node]) for node in range((ranks + 1) // 2)]
-        group = pairs[rank // 2]
+    weight = torch.eye(CHANNELS, dtype=torch.float64, requires_grad=True)
     found = associate(
-        source,
-        target,
+        through(weight, sources[rank], similarity),
+        through(weight, targets[rank], similarity),
         labels[rank],
         similarity=similarity,
         num_classes=CLASSES,
-        group=group,
-        gather=scope != "rank",
+        target_labels=labels_of(len(targets[rank]), rank),
+        group=node if scope == "node" else None,
+        exchange=exchange,  # type: ignore[arg-type]
+        detach_statistics=detach,
         implementation=implementation,  # type: ignore[arg-type]
     )
     found.loss.backward()
+    assert weight.grad is not None
     loss = found.loss.detach().clone()
     for value in (loss, weight.grad):
         dist.all_reduce(value)
-    assert weight.grad is not None
-    return {"loss": loss / ranks, "gradient": weight.grad / ranks, "numbers": torch.tensor(numbers(found))}
+    return {
+        "loss": loss / ranks,
+        "gradient": weight.grad / ranks,
+        "numbers": numbers(found),
+        "sent": int(found.exchanged_bytes),
+    }
 
 
-def one_process(ranks: int, similarity: Similarity, scope: str, implementation: str) -> dict[str, object]:
+def one_process(ranks: int, case: Case) -> dict[str, torch.Tensor]:
+    similarity, scope, _, _, detach = case
     sources, targets, labels = positions(similarity, ranks)
-    pools = {"world": [range(ranks)], "rank": [[r] for r in range(ranks)]}
-    pools["node"] = [[r for r in range(ranks) if r // 2 == node] for node in range((ranks + 1) // 2)]
-    weight = torch.eye(6, dtype=torch.float64, requires_grad=True)
+    pools = {"world": [list(range(ranks))], "rank": [[rank] for rank in range(ranks)], "node": nodes(ranks)}[scope]
+    weight = torch.eye(CHANNELS, dtype=torch.float64, requires_grad=True)
+    truth = [labels_of(len(target), rank) for rank, target in enumerate(targets)]
 
     def joined(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        rows = [torch.cat([parts[r] for r in pool]) @ weight for pool in pools[scope]]
-        return rows if similarity == "cosine" else [x.abs() for x in rows]
+        return [torch.cat([parts[rank] for rank in pool]) for pool in pools]
 
     found = associate_pairs(
-        joined(sources),
-        joined(targets),
-        [torch.cat([labels[r] for r in pool]) for pool in pools[scope]],
+        [through(weight, rows, similarity) for rows in joined(sources)],
+        [through(weight, rows, similarity) for rows in joined(targets)],
+        joined(labels),
         similarity=similarity,
         num_classes=CLASSES,
-        implementation=implementation,  # type: ignore[arg-type]
+        target_labels=joined(truth),
+        detach_statistics=detach,
+        implementation="reference",
     )
     found.loss.backward()
     assert weight.grad is not None
-    return {"loss": found.loss.detach(), "gradient": weight.grad, "numbers": torch.tensor(numbers(found))}
+    return {"loss": found.loss.detach(), "gradient": weight.grad, "numbers": numbers(found)}
 
 
-@pytest.mark.parametrize(
-    ("ranks", "similarity", "scope", "implementation"),
-    [
-        (2, "cosine", "world", "blockwise"),
-        (2, "kl", "world", "reference"),
-        (3, "kl", "world", "blockwise"),
-        (3, "cosine", "node", "blockwise"),
-        (2, "cosine", "rank", "blockwise"),
-        pytest.param(4, "cosine", "world", "blockwise", marks=pytest.mark.slow),
-        pytest.param(4, "kl", "node", "blockwise", marks=pytest.mark.slow),
-        pytest.param(4, "kl", "world", "reference", marks=pytest.mark.slow),
-    ],
-)
-def test_ranks_equal_one_process(
-    tmp_path: Path, ranks: int, similarity: Similarity, scope: str, implementation: str
-) -> None:
-    expected = one_process(ranks, similarity, scope, implementation)
-    for found in run_on_ranks(one_rank, ranks, tmp_path, similarity, scope, implementation):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+@pytest.mark.parametrize("ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_equal_one_process_in_every_scope_and_exchange(tmp_path: Path, ranks: int) -> None:
+    for found in run_on_ranks(all_cases, ranks, tmp_path):
+        for case, result in zip(CASES, found, strict=True):
+            expected = one_process(ranks, case)
+            for name, value in expected.items():
+                torch.testing.assert_close(
+                    result[name], value, rtol=1e-9, atol=1e-11, equal_nan=True, msg=lambda m, c=case: f"{c}: {m}"
+                )
+            alone = ranks == 1 or case[1] == "rank"
+            assert (result["sent"] == 0) == alone
 
 
-def gather_uneven(rank: int, ranks: int) -> dict[str, torch.Tensor]:
-    # Rank 1 has no rows at all.
-    own = torch.full((rank * 0 if rank == 1 else rank + 2, 2), float(rank), requires_grad=True)
-    gathered = all_gather(own)
-    (gathered * torch.arange(len(gathered))[:, None] * (rank + 1)).sum().backward()
-    assert own.grad is not None
-    return {"gathered": gathered.detach(), "gradient": own.grad}
+def in_several_types(rank: int, ranks: int) -> dict[str, Any]:
+    sources, targets, labels = positions("cosine", ranks)
+    results: dict[str, Any] = {}
+    for exchange, dtype, wire in product(("gather", "ring"), ("fp32", "bf16"), ("fp32", "bf16")):
+        source = sources[rank].float().requires_grad_()
+        found = associate(
+            source,
+            targets[rank].float(),
+            labels[rank],
+            num_classes=CLASSES,
+            exchange=exchange,  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]
+            wire_dtype=wire,  # type: ignore[arg-type]
+        )
+        found.loss.backward()
+        loss = found.loss.detach().clone()
+        dist.all_reduce(loss)
+        sent = int(found.exchanged_bytes)
+        results[f"{exchange} {dtype} {wire}"] = {"loss": loss / ranks, "grad": source.grad, "sent": sent}
+    return results
 
 
-def test_uneven_and_empty_ranks_are_gathered_in_order_and_gradients_flow_home(tmp_path: Path) -> None:
-    results = run_on_ranks(gather_uneven, 3, tmp_path)
-    for found in results:
-        assert found["gathered"][:, 0].tolist() == [0, 0, 2, 2, 2, 2]
-    # Every rank r weighs row k by k * (r + 1); the owner gets the sum over ranks, 6 k.
-    assert results[0]["gradient"][:, 0].tolist() == [0, 6]
-    assert results[1]["gradient"].shape == (0, 2)
-    assert results[2]["gradient"][:, 1].tolist() == [12, 18, 24, 30]
+def test_products_and_wires_of_either_type_find_the_same_loss(tmp_path: Path) -> None:
+    sources, targets, labels = positions("cosine", 3)
+    expected = associate(
+        torch.cat(sources), torch.cat(targets), torch.cat(labels), num_classes=CLASSES, implementation="reference"
+    ).loss.float()
+    found = run_on_ranks(in_several_types, 3, tmp_path)[0]
+    for name, result in found.items():
+        tolerance = 2e-2 if "bf16" in name else 1e-5
+        torch.testing.assert_close(result["loss"], expected, rtol=tolerance, atol=0, check_dtype=False, msg=name)
+        assert result["grad"].isfinite().all()
+    for exchange in ("gather", "ring"):
+        assert found[f"{exchange} fp32 bf16"]["sent"] < found[f"{exchange} fp32 fp32"]["sent"]
+
+
+def repeated(rank: int, ranks: int) -> list[torch.Tensor | None]:
+    sources, targets, labels = positions("cosine", ranks)
+    gradients = []
+    for _ in range(3):
+        source = sources[rank].float().requires_grad_()
+        associate(source, targets[rank].float(), labels[rank], num_classes=CLASSES, exchange="ring").loss.backward()
+        gradients.append(source.grad)
+    return gradients
+
+
+def test_the_ring_adds_in_the_same_order_every_time(tmp_path: Path) -> None:
+    for first, *others in run_on_ranks(repeated, 3, tmp_path):
+        assert all(torch.equal(first, other) for other in others)
+
+
+def wrong_on_one_rank(rank: int, ranks: int) -> list[str]:
+    messages = []
+    for problem in ("nan", "label", "channels", "empty", "argument", "none"):
+        source, target, labels = torch.ones(5, 4), torch.ones(6, 4), torch.zeros(5, dtype=torch.int64)
+        settings: dict[str, Any] = {"num_classes": 2}
+        if rank == 1:
+            source = torch.full_like(source, torch.nan) if problem == "nan" else source
+            labels = labels + 9 if problem == "label" else labels
+            source, target = (torch.ones(5, 3), torch.ones(6, 3)) if problem == "channels" else (source, target)
+            target = target[:0] if problem == "empty" else target
+            settings["detach_statistics"] = problem != "argument"
+        try:
+            associate(source, target, labels, **settings)
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_wrong_tensor_on_one_rank_is_an_error_on_all_that_names_rank_and_tensor(tmp_path: Path) -> None:
+    found = run_on_ranks(wrong_on_one_rank, 2, tmp_path)
+    assert found[0] == found[1]
+    nan, label, channels, empty, argument, none = found[0]
+    assert nan == "rank 1: source has 20 values that are NaN or infinite"
+    assert label == "rank 1: labels range from 9 to 9; they must be 0 to 1, or 255"
+    assert channels == "rank 1: source [5, 3] has other channels than rank 0, which has 4"
+    assert empty.startswith("rank 1: source [5, 4] or target [0, 4] has a pool without positions")
+    assert argument == "rank 1: was called with other arguments than rank 0"
+    assert none == ""

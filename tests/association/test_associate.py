@@ -1,0 +1,216 @@
+"""The loss is the paper's, its laws hold, and its diagnostics count what they say."""
+
+import logging
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_pca.association import associate, associate_pairs, diffuse
+from dist_pca.association.similarity import Similarity
+from tests.association.positions import CLASSES, domain, labels_of
+
+IMPLEMENTATIONS = ["reference", "blockwise"]
+both_similarities = pytest.mark.parametrize("similarity", ["cosine", "kl"])
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+drawn = {"seed": st.integers(0, 1000), "similarity": st.sampled_from(["cosine", "kl"])}
+
+
+def literal(source: torch.Tensor, target: torch.Tensor, labels: list[int], similarity: Similarity) -> tuple[float, int]:
+    """METHOD as written: one similarity at a time, z-scores with the mean left in, the entropy left in."""
+
+    def compare(a: torch.Tensor, b: torch.Tensor) -> float:
+        if similarity == "cosine":
+            return float(a @ b / (a.norm() * b.norm()))
+        return -float((a * (torch.log(a + 1e-10) - torch.log(b + 1e-10))).sum())
+
+    def log_probability(row: list[float], best: int) -> float:
+        mean = sum(row) / len(row)
+        deviation = math.sqrt(sum((d - mean) ** 2 for d in row) / (len(row) - 1))
+        scores = [(d - mean) / (deviation + 1e-10) for d in row]
+        return scores[best] - math.log(sum(math.exp(score) for score in scores))
+
+    total, kept = 0.0, 0
+    for i, label in enumerate(labels):
+        forward = [compare(source[i], t) for t in target]
+        match = max(range(len(forward)), key=forward.__getitem__)
+        backward = [compare(target[match], s) for s in source]
+        returned = max(range(len(backward)), key=backward.__getitem__)
+        if label != 255 and labels[returned] == label:
+            kept += 1
+            total -= log_probability(forward, match) + log_probability(backward, returned)
+    return total / max(kept, 1), kept
+
+
+@both_similarities
+@every_implementation
+def test_loss_is_the_papers_formula_taken_literally(similarity: Similarity, implementation: str) -> None:
+    source, target = domain(23, 7, similarity, 0), domain(17, 7, similarity, 1)
+    labels = labels_of(23, 0)
+    found = associate(source, target, labels, similarity=similarity, num_classes=3, implementation=implementation)  # type: ignore[arg-type]
+    loss, kept = literal(source, target, labels.tolist(), similarity)
+    assert int(found.kept) == kept > 0
+    assert float(found.loss) == pytest.approx(loss, rel=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(**drawn)
+def test_permuting_positions_changes_nothing(seed: int, similarity: Similarity) -> None:
+    source, target = domain(30, 6, similarity, seed), domain(20, 6, similarity, seed + 1)
+    labels = labels_of(30, seed)
+    rows, columns = torch.randperm(30), torch.randperm(20)
+    before = associate(source, target, labels, similarity=similarity, num_classes=CLASSES)
+    after = associate(source[rows], target[columns], labels[rows], similarity=similarity, num_classes=CLASSES)
+    torch.testing.assert_close(after.loss, before.loss, rtol=1e-9, atol=1e-12)
+    assert torch.equal(after.kept_per_class, before.kept_per_class)
+    assert float(after.cover_ratio) == pytest.approx(float(before.cover_ratio))
+
+
+@settings(max_examples=30, deadline=None)
+@given(**drawn)
+def test_doubling_all_targets_leaves_every_matchs_class_unchanged(seed: int, similarity: Similarity) -> None:
+    source, target = domain(30, 6, similarity, seed), domain(20, 6, similarity, seed + 1)
+    labels, truth = labels_of(30, seed), labels_of(20, seed + 1)
+    once, twice = (
+        associate(
+            source,
+            target.repeat(times, 1),
+            labels,
+            similarity=similarity,
+            num_classes=CLASSES,
+            target_labels=truth.repeat(times),
+        )
+        for times in (1, 2)
+    )
+    assert torch.equal(twice.kept_per_class, once.kept_per_class)
+    assert torch.equal(twice.correct_ratio.nan_to_num(), once.correct_ratio.nan_to_num())
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), factor=st.floats(0.01, 100))
+def test_the_length_of_features_changes_nothing(seed: int, factor: float) -> None:
+    source, target = domain(30, 6, "cosine", seed), domain(20, 6, "cosine", seed + 1)
+    labels = labels_of(30, seed)
+    before = associate(source, target, labels, num_classes=CLASSES).loss
+    after = associate(source * factor, target / factor, labels, num_classes=CLASSES).loss
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), constant=st.floats(1e-3, 1))
+def test_a_constant_added_to_every_row_of_log_probabilities_changes_nothing(seed: int, constant: float) -> None:
+    """Scaling key distributions shifts all their logarithms, so each row of similarities by a constant."""
+    source, target = domain(30, 6, "kl", seed), domain(20, 6, "kl", seed + 1)
+    labels = labels_of(30, seed)
+    before = associate(source, target, labels, similarity="kl", num_classes=CLASSES).loss
+    after = associate(source, target * constant, labels, similarity="kl", num_classes=CLASSES).loss
+    # Up to the 1e-10 inside the logarithm; the backward queries scale as a whole, which their deviation undoes.
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
+
+
+@both_similarities
+@every_implementation
+def test_labels_that_are_all_ignored_give_zero_with_a_graph(similarity: Similarity, implementation: str) -> None:
+    source, target = (domain(n, 4, similarity, n).requires_grad_() for n in (6, 5))
+    found = associate(
+        source,
+        target,
+        torch.full((6,), 255),
+        similarity=similarity,
+        num_classes=2,
+        implementation=implementation,  # type: ignore[arg-type]
+    )
+    found.loss.backward()
+    assert float(found.loss.detach()) == 0
+    assert source.grad is not None
+    assert target.grad is not None
+    assert not source.grad.any()
+    assert not target.grad.any()
+    assert found.nats_over_chance.isnan()
+
+
+def test_several_pools_share_one_mean_over_their_cycles() -> None:
+    sources, targets = [domain(n, 5, "cosine", n) for n in (14, 9)], [domain(n, 5, "cosine", n) for n in (8, 11)]
+    labels = [labels_of(14, 0), labels_of(9, 1)]
+    together = associate_pairs(sources, targets, labels, num_classes=CLASSES)
+    alone = [associate(s, t, y, num_classes=CLASSES) for s, t, y in zip(sources, targets, labels, strict=True)]
+    expected = sum(found.loss * found.kept for found in alone) / sum(found.kept for found in alone)
+    torch.testing.assert_close(together.loss, expected)
+
+
+def test_diagnostics_count_what_they_say() -> None:
+    # Sources 0 and 1 match target 0, which leads back to source 0; source 2 matches target 1, which leads back to it.
+    source = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.0, 0.1], [0.0, 1.0, 0.0]])
+    target = torch.tensor([[1.0, 0.0, 0.01], [0.0, 1.0, 0.01], [0.1, 0.1, 1.0], [-1.0, -1.0, 0.0]])
+    found = associate(
+        source, target, torch.tensor([0, 1, 1]), num_classes=2, target_labels=torch.tensor([0, 0, 255, 255])
+    )
+    assert int(found.kept) == 2
+    assert found.kept_per_class.tolist() == [1, 1]
+    assert float(found.cover_ratio) == pytest.approx(2 / 4)
+    assert float(found.consistent_ratio) == pytest.approx(2 / 3)
+    assert float(found.correct_ratio) == pytest.approx(1 / 3)
+    assert float(found.nats_over_chance) == pytest.approx(math.log(3) + math.log(4) - float(found.loss))
+    assert int(found.exchanged_bytes) == 0
+
+
+def test_the_value_alone_is_the_value_with_gradients() -> None:
+    source, target, labels = domain(30, 6, "cosine", 0), domain(20, 6, "cosine", 1), labels_of(30, 0)
+    with_gradients = associate(source.clone().requires_grad_(), target, labels, num_classes=CLASSES).loss
+    assert torch.equal(associate(source, target, labels, num_classes=CLASSES).loss, with_gradients.detach())
+
+
+@pytest.mark.parametrize("given_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_have_the_type_of_what_was_given(given_dtype: torch.dtype) -> None:
+    source = domain(12, 6, "cosine", 0).to(given_dtype).requires_grad_()
+    associate(source, domain(9, 6, "cosine", 1).to(given_dtype), labels_of(12, 0), num_classes=CLASSES).loss.backward()
+    assert source.grad is not None
+    assert source.grad.dtype == given_dtype
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": torch.ones(3, 5)}, r"source \[3, 4\] and target \[3, 5\] must be \[n, C\] with the same C"),
+        ({"source": torch.ones(3)}, r"must be \[n, C\]"),
+        ({"labels": torch.zeros(2)}, r"labels \[2\] must be \[3\]"),
+        ({"labels": torch.tensor([0, 1, 2])}, "labels range from 0 to 2; they must be 0 to 1, or 255"),
+        ({"labels": torch.tensor([0, 1, -1])}, "labels range from -1 to 1"),
+        ({"target_labels": torch.tensor([0, 1, 7])}, "target_labels range from 0 to 7"),
+        ({"target_labels": torch.zeros(4)}, r"target_labels \[4\] must be \[3\]"),
+        ({"source": torch.full((3, 4), torch.nan)}, "source has 12 values that are NaN or infinite"),
+        ({"target": torch.full((3, 4), torch.inf)}, "target has 12 values that are NaN or infinite"),
+        ({"target": torch.ones(0, 4)}, "has a pool without positions"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, torch.Tensor], message: str) -> None:
+    fitting = {"source": torch.ones(3, 4), "target": torch.ones(3, 4), "labels": torch.zeros(3)}
+    with pytest.raises(ValueError, match=message):
+        associate(**(fitting | change), num_classes=2)  # type: ignore[arg-type]
+
+
+@both_similarities
+def test_autocast_around_it_changes_nothing(similarity: Similarity) -> None:
+    source, target = domain(30, 8, similarity, 0).float(), domain(20, 8, similarity, 1).float()
+    labels = labels_of(30, 0)
+
+    def loss() -> torch.Tensor:
+        diffused = diffuse(target[None], 0.5, similarity)[0]
+        return associate(source, diffused, labels, similarity=similarity, num_classes=CLASSES).loss
+
+    outside = loss()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(loss(), outside)
+
+
+def test_the_choice_of_implementation_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    source, target, labels = domain(9, 6, "cosine", 0), domain(8, 6, "cosine", 1), labels_of(9, 0)
+    from dist_pca.association.associate import _say_once
+
+    _say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="dist_pca.association"):
+        for _ in range(3):
+            associate(source, target, labels, num_classes=CLASSES)
+    assert caplog.messages == ["association: blockwise, products in fp32, each rank's own positions"]

@@ -1,0 +1,143 @@
+"""The streamed loss equals the dense definition, in whatever blocks rows and columns come."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_pca.association import associate, blockwise, split_rows
+from dist_pca.association.associate import Association
+from dist_pca.association.similarity import Similarity
+from tests.association.positions import CLASSES, domain, labels_of
+
+
+def value_and_gradients(
+    source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, **options: object
+) -> tuple[Association, torch.Tensor, torch.Tensor]:
+    source, target = source.clone().requires_grad_(), target.clone().requires_grad_()
+    found = associate(source, target, labels, num_classes=CLASSES, **options)  # type: ignore[arg-type]
+    found.loss.backward()
+    assert source.grad is not None
+    assert target.grad is not None
+    return found, source.grad, target.grad
+
+
+def assert_equal(found: tuple[Association, ...], expected: tuple[Association, ...], tolerance: float) -> None:
+    assert int(found[0].kept) == int(expected[0].kept)
+    assert torch.equal(found[0].kept_per_class, expected[0].kept_per_class)
+    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=tolerance, atol=tolerance, check_dtype=False)
+    for gradient, expected_gradient in zip(found[1:], expected[1:], strict=True):
+        scale = expected_gradient.abs().max().clamp(min=1e-30)  # type: ignore[attr-defined]
+        torch.testing.assert_close(
+            gradient / scale, expected_gradient / scale, rtol=0, atol=10 * tolerance, check_dtype=False
+        )
+
+
+@pytest.fixture
+def rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single processes take the way of fused kernels and rings, with plain PyTorch's tiles."""
+    monkeypatch.setattr(split_rows, "_kernels", lambda _: blockwise)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    similarity=st.sampled_from(["cosine", "kl"]),
+    n_source=st.integers(1, 60),
+    n_target=st.integers(1, 60),
+    channels=st.integers(2, 12),
+    detach=st.booleans(),
+    seed=st.integers(0, 1000),
+    height=st.integers(1, 20),
+    group=st.integers(1, 8),
+    split=st.booleans(),
+)
+def test_streamed_equals_reference_whatever_the_blocks(
+    similarity: Similarity,
+    n_source: int,
+    n_target: int,
+    channels: int,
+    detach: bool,
+    seed: int,
+    height: int,
+    group: int,
+    split: bool,
+) -> None:
+    source, target = domain(n_source, channels, similarity, seed), domain(n_target, channels, similarity, seed + 1)
+    labels = labels_of(n_source, seed)
+    options = {"similarity": similarity, "detach_statistics": detach}
+    expected = value_and_gradients(source, target, labels, implementation="reference", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "CPU_TILE_BYTES", 1)
+        patch.setattr(blockwise, "MIN_ROWS", height)
+        patch.setattr(blockwise, "GROUP", group)
+        patch.setattr(split_rows, "KERNEL_ROWS", height)
+        patch.setattr(split_rows, "_kernels", lambda _: blockwise)
+        implementation = "triton" if split else "blockwise"
+        found = value_and_gradients(source, target, labels, implementation=implementation, **options)
+    if min(n_source, n_target) > 2:
+        assert_equal(found, expected, 1e-8)
+    else:
+        # With one or two candidates a deviation is zero or rounding, and so are the scores it divides.
+        assert int(found[0].kept) == int(expected[0].kept)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "kl"])
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "triton"])
+@pytest.mark.usefixtures("rows_are_split")
+def test_gradient_is_that_of_finite_differences(similarity: Similarity, implementation: str) -> None:
+    source, target = domain(9, 5, similarity, 3), domain(8, 5, similarity, 4)
+    labels = labels_of(9, 3)
+
+    def loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return associate(
+            s,
+            t,
+            labels,
+            similarity=similarity,
+            num_classes=CLASSES,
+            detach_statistics=False,
+            implementation=implementation,  # type: ignore[arg-type]
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, (source.requires_grad_(), target.requires_grad_()))
+
+
+def clustered(n: int, channels: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(CLASSES, channels, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    labels = torch.randint(0, CLASSES, (n,), generator=generator)
+    noise = torch.randn(n, channels, generator=generator, dtype=torch.float64)
+    return centres[labels] + 2 * noise, labels
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "kl"])
+@pytest.mark.parametrize("implementation", ["blockwise", "triton"])
+@pytest.mark.parametrize("channels", [11, 64, 300])
+@pytest.mark.usefixtures("rows_are_split")
+def test_fp32_is_fp64_to_rounding(similarity: Similarity, implementation: str, channels: int) -> None:
+    (source, labels), (target, _) = clustered(700, channels, 0), clustered(500, channels, 1)
+    if similarity == "kl":
+        source, target = source.softmax(dim=1), target.softmax(dim=1)
+    expected = value_and_gradients(source, target, labels, similarity=similarity, implementation="reference")
+    found = value_and_gradients(
+        source.float(), target.float(), labels, similarity=similarity, implementation=implementation
+    )
+    assert_equal(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "triton"])
+@pytest.mark.usefixtures("rows_are_split")
+def test_bf16_products_move_the_loss_by_less_than_a_hundredth(implementation: str) -> None:
+    (source, labels), (target, _) = clustered(700, 64, 0), clustered(500, 64, 1)
+    expected = value_and_gradients(source, target, labels, implementation="reference")
+    found = value_and_gradients(source.float(), target.float(), labels, implementation=implementation, dtype="bf16")
+    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-2, atol=0, check_dtype=False)
+    for gradient, expected_gradient in zip(found[1:], expected[1:], strict=True):
+        assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected_gradient.flatten(), dim=0) > 0.97
+
+
+def test_the_grouped_maximum_is_the_first_of_equals() -> None:
+    tile = torch.randint(0, 4, (50, 1000), generator=torch.Generator().manual_seed(0)).float()
+    value, index = blockwise.row_maximum(tile)
+    assert torch.equal(value, tile.amax(dim=1))
+    assert torch.equal(index, (tile == value[:, None]).to(torch.uint8).argmax(dim=1))
