@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import dist_pca
+from dist_pca.bench.commands import app as bench_app
 from dist_pca.errors import UserError
 from dist_pca.resources import names
 
@@ -31,6 +32,7 @@ shards_app = typer.Typer(
     help="Turn raw data sets into WebDataset shards, and look at them.",
 )
 app.add_typer(shards_app, name="shards")
+app.add_typer(bench_app, name="bench")
 
 _BUILD_EXAMPLES = """
 [bold]Examples[/]

@@ -1,0 +1,1 @@
+"""Measurements that a reader can repeat: one command, one shape of result, one committed table."""

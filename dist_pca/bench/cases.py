@@ -1,0 +1,64 @@
+"""What one measurement of association is of, and the positions that it gets."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dist_pca.association.similarity import Similarity
+
+Measured = Literal["dense", "blockwise", "triton", "matmul"]
+Exchange = Literal["gather", "ring"]
+Precision = Literal["fp32", "bf16"]
+Data = Literal["clustered", "random"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One implementation on one size of problem."""
+
+    implementation: Measured
+    """`dense` is the definition, differentiated by autograd; `matmul` one product of a rank's rows with all ranks'."""
+    dtype: Precision
+    """What products are computed in, and what travels between ranks; inputs are fp32, except those of `matmul`."""
+    n: int
+    """Positions of each domain on each rank."""
+    channels: int
+    world_size: int
+    exchange: Exchange | None
+    """None in a world of one, and for `matmul`."""
+    similarity: Similarity
+    data: Data
+    spread: float
+    classes: int
+    seed: int
+    repeats: int
+    max_seconds: float
+    """No further repeat is begun after that long."""
+    threads: int
+    """CPU threads of each rank."""
+
+    @property
+    def positions(self) -> int:
+        """Positions of each domain on all ranks together."""
+        return self.n * self.world_size
+
+
+def inputs(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Source [n, C], target [n, C] and source labels [n] of one rank, fp32 on the CPU, the same for the same seed.
+
+    `clustered` rows are a class centre, normal in each channel, plus `spread` times normal noise. `random` rows and
+    labels have nothing to do with each other: cycles hold that end where they began, and of the rest one in `classes`.
+    For `kl` the rows go through a softmax.
+    """
+    shared = torch.Generator().manual_seed(case.seed)
+    centres = torch.randn(case.classes, case.channels, generator=shared)
+    own = torch.Generator().manual_seed(case.seed + 1 + rank)
+    labels = torch.randint(case.classes, (2, case.n), generator=own)
+    rows = []
+    for domain in range(2):
+        x = torch.randn(case.n, case.channels, generator=own)
+        if case.data == "clustered":
+            x.mul_(case.spread).add_(centres[labels[domain]])
+        rows.append(x.softmax(dim=1) if case.similarity == "kl" else x)
+    return rows[0], rows[1], labels[0]
