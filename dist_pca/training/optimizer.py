@@ -18,4 +18,4 @@ def build_optimizer(config: OptimizerConfig, model: Segmenter) -> torch.optim.Op
                 groups.append({"params": members, "lr": lr, "weight_decay": weight_decay})
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.epsilon)

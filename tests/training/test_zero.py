@@ -31,6 +31,9 @@ def run_config(stage: int, optimizer: str, *overrides: str) -> RunConfig:
             "objective.association.ramp_steps=0",
             f"optimizer.name={optimizer}",
             "optimizer.lr=1e-3",
+            # At adamw's usual 1e-8 a first update is the sign of the gradient: where that is zero but for rounding (a
+            # convolution's bias before a norm), two equal computations would move the weight apart by twice the rate.
+            "optimizer.epsilon=1e-3",
             f"training.zero_stage={stage}",
             *overrides,
         ],
