@@ -37,31 +37,31 @@ app.add_typer(bench_app, name="bench")
 _BUILD_EXAMPLES = """
 [bold]Examples[/]
 
-dist-pca shards build gta5 --root ~/data/GTA5 --out shards/gta5
+dist-pca shards build gta5 --root raw/GTA5 --out data/gta5
 
-dist-pca shards build cityscapes --root ~/data/cityscapes --out shards/city_train --split train --unlabelled
+dist-pca shards build cityscapes --root raw/cityscapes --out data/city_train --split train --unlabelled
 
-dist-pca shards build cityscapes --root ~/data/cityscapes --out shards/city_val --split val
+dist-pca shards build cityscapes --root raw/cityscapes --out data/city_val --split val
 
-dist-pca shards build camvid --root ~/data/camvid --out shards/day --include '0006R0/*'
+dist-pca shards build camvid --root raw/camvid --out data/day --include '0006R0/*'
 
-dist-pca shards build my_recipe.yaml --root ~/data/mine --out shards/mine --max-edge 1280
+dist-pca shards build my_recipe.yaml --root raw/mine --out data/mine --max-edge 1280
 """
 
 _INSPECT_EXAMPLES = """
 [bold]Examples[/]
 
-dist-pca shards inspect shards/gta5
+dist-pca shards inspect data/gta5
 
-dist-pca shards inspect shards/gta5 --grid gta5.png --samples 20
+dist-pca shards inspect data/gta5 --grid gta5.png --samples 20
 
-dist-pca shards inspect shards/gta5 --json --verify
+dist-pca shards inspect data/gta5 --json --verify
 """
 
 _TRAIN_EXAMPLES = """
 [bold]Examples[/]
 
-dist-pca train gta5_to_cityscapes data.source=shards/gta5 data.target=shards/city_train
+dist-pca train gta5_to_cityscapes data.source=data/gta5 data.target=data/city_train
 
 dist-pca train my_run.yaml training.steps=2000 objective.association.scope=world --launcher accelerate/gpu_zero3
 
@@ -71,11 +71,11 @@ dist-pca train my_run.yaml --resume
 _EVALUATE_EXAMPLES = """
 [bold]Examples[/]
 
-dist-pca evaluate runs/gta5_to_cityscapes --shards shards/city_val
+dist-pca evaluate runs/gta5_to_cityscapes --shards data/city_val
 
-dist-pca evaluate runs/synthia_to_cityscapes --shards shards/city_val --label-set synthia_13 --json
+dist-pca evaluate runs/synthia_to_cityscapes --shards data/city_val --label-set synthia_13 --json
 
-accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_pca.cli evaluate runs/camvid --shards shards/test
+accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_pca.cli evaluate runs/camvid --shards data/test
 """
 
 
@@ -239,10 +239,13 @@ def train(
 ) -> None:
     """Train on this machine, and print the [bold]accelerate launch[/] line that does it."""
     from dist_pca.train import resolve_config
-    from dist_pca.training.launch import launch, launch_command, shown
+    from dist_pca.training.launch import launch, launch_command, process_count, shown
+    from dist_pca.training.loop import check
 
-    resolve_config(config, overrides or [])
+    run = resolve_config(config, overrides or [])
     command = launch_command(config, overrides or [], launcher=launcher, processes=processes, resume=resume)
+    # What cannot run is said here, before a launcher that follows every failure with a traceback of its own.
+    check(run, world_size=process_count(command), resume=resume)
     Console(stderr=True, soft_wrap=True, highlight=False).print(shown(command), style="dim", markup=False)
     sys.exit(launch(command))
 

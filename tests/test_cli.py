@@ -111,6 +111,7 @@ def test_the_command_line_does_not_wait_for_torch() -> None:
         (("train", "gta_to_cityscapes"), "the nearest is gta5_to_cityscapes"),
         (("train", "demo", "training.stepz=3"), "training.stepz: unknown key; the nearest is training.steps"),
         (("train", "demo", "--launcher", "accelerate/gpu"), "launch/accelerate/gpu: no such file"),
+        (("train", "demo", "data.source=nowhere"), "shards nowhere: no such folder"),
         (("evaluate", "nowhere", "--shards", "nothing"), "shards nothing: no such folder"),
     ],
 )
@@ -118,7 +119,8 @@ def test_wrong_words_end_with_one_line_and_exit_code_two(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
     assert run(monkeypatch, *arguments) == 2
-    assert message in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert message in said
 
 
 def test_evaluating_what_is_no_run_names_the_folder(

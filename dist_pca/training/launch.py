@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import yaml
 
+from dist_pca.errors import UserError
 from dist_pca.resources import resource
 
 
@@ -44,11 +46,25 @@ def launch_command(
     ]
 
 
+def process_count(command: Sequence[str]) -> int:
+    """Processes that a launch command starts, on all machines together.
+
+    Raises:
+        UserError: neither the command nor its launcher file says so.
+    """
+    if "--num_processes" in command:
+        return int(command[command.index("--num_processes") + 1])
+    file = Path(command[command.index("--config_file") + 1])
+    try:
+        return int(yaml.safe_load(file.read_text())["num_processes"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"launcher {file}: has no num_processes; write one, or give --processes") from error
+
+
 def launch(command: Sequence[str]) -> int:
     """Run a launch command to its end and give its exit code; Ctrl-C reaches the ranks, which are waited for."""
     # Without these the launcher warns that it sets or found them itself.
-    processes = int(command[command.index("--num_processes") + 1]) if "--num_processes" in command else 2
-    quiet = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    quiet = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // process_count(command)))}
     if not torch.cuda.is_available():
         quiet["DS_ACCELERATOR"] = "cpu"
     with subprocess.Popen(command, env=quiet | os.environ) as process:

@@ -1,11 +1,10 @@
-import sys
 from pathlib import Path
 
 import pytest
 
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
-from dist_pca.training.launch import launch, launch_command, shown
+from dist_pca.training.launch import launch, launch_command, process_count, shown
 
 
 def test_the_command_names_launcher_run_and_overrides() -> None:
@@ -26,5 +25,23 @@ def test_an_unknown_launcher_gives_the_nearest() -> None:
         launch_command("camvid", launcher="accelerate/gpu_zero33")
 
 
-def test_the_exit_code_is_the_commands() -> None:
-    assert launch([sys.executable, "-c", "raise SystemExit(7)"]) == 7
+@pytest.mark.parametrize(
+    ("launcher", "processes", "expected"),
+    [("accelerate/cpu", None, 2), ("accelerate/cpu", 3, 3), ("accelerate/multi_node", None, 16)],
+)
+def test_processes_are_the_commands_or_else_the_launcher_files(
+    launcher: str, processes: int | None, expected: int
+) -> None:
+    assert process_count(launch_command("camvid", launcher=launcher, processes=processes)) == expected
+
+
+def test_a_launcher_file_that_names_no_processes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("use_cpu: true\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: has no num_processes; write one, or give --processes"):
+        process_count(launch_command("camvid", launcher=str(tmp_path / "mine.yaml")))
+
+
+def test_the_exit_code_is_the_commands(tmp_path: Path) -> None:
+    command = launch_command("camvid", launcher="accelerate/cpu")
+    command[1:3] = ["-c", "raise SystemExit(7)"]
+    assert launch(command) == 7
