@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,8 @@ def _quieten() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in ("DeepSpeed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that newer versions of PyTorch deprecate.
+    warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
 
 
 def _say(message: str) -> None:

@@ -39,6 +39,7 @@ def without_time(line: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_trains_logs_every_term_and_can_be_scored(streets: Path) -> None:
     done = launch(streets, "whole")
     assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stderr
     lines = metrics(streets, "whole")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert not any(name.startswith("association") for name in lines[0])
