@@ -30,6 +30,9 @@ def diffuse(
             centred = key - key.mean(dim=1, keepdim=True)
             sigma = temperature_by_covariance(query, centred.mT @ centred / max(1, key.shape[1] - 1))
             query = rows / (sigma.detach() if detach_statistics else sigma)
-        # One head axis: the fused kernels want [B, heads, n, C].
-        aggregate = F.scaled_dot_product_attention(query[:, None], key[:, None], x[:, None], scale=1.0)[:, 0]
+        # The fused kernels want a head axis, [B, heads, n, C], and channels that make whole vectors; where they do not
+        # get that, PyTorch forms the n x n matrix. Zeros change no product.
+        channels = x.shape[-1]
+        query, key, value = (F.pad(rows, (0, -channels % 8))[:, None] for rows in (query, key, x))
+        aggregate = F.scaled_dot_product_attention(query, key, value, scale=1.0)[:, 0, :, :channels]
         return (1 - alpha) * x + alpha * aggregate

@@ -1,11 +1,30 @@
 """One of the two directions of a cycle: rows that look for their best key, and the keys of the other domain."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from dist_pca.association.pool import Keys, Pool
+from dist_pca.association.pool import Keys
 from dist_pca.association.side import Side
+
+
+class Matched(NamedTuple):
+    """What matching leaves of each of k query rows; all but the first only where rows come in parts."""
+
+    best: torch.Tensor
+    """int64 [k], best key in the pool."""
+    value: torch.Tensor | None = None
+    """[k], its product with the scaled query."""
+    log_sum: torch.Tensor | None = None
+    """[k], log-sum-exp over all keys."""
+    sigma: torch.Tensor | None = None
+    """[k, 1], temperature."""
+
+    def at(self, rows: torch.Tensor) -> "Matched":
+        """That of some of the rows."""
+        value, log_sum, sigma = (None if field is None else field[rows] for field in self[1:])
+        return Matched(self.best[rows], value, log_sum, sigma)
 
 
 @dataclass(frozen=True)
@@ -28,13 +47,13 @@ class Direction:
         return self.key_side.key_gradient if self.key_side.gradients else None
 
 
-def add_gradient_through_deviation(direction: Direction, pool: Pool) -> None:
+def add_gradient_through_deviation(direction: Direction) -> None:
     """Add what flows through each row's standard deviation, from the slopes that the sweep has left. Collective.
 
     `var_i = q_i' Cov(k) q_i`, so `d sigma_i = q_i' Cov(k) dq_i / sigma_i` and, for each key,
     `(q_i . k_j) q_i . dk_j / ((m - 1) sigma_i)`: two products with C x C matrices, and no pass over similarities.
     """
-    queries, candidates = direction.queries, sum(direction.keys.counts)
+    queries, pool, candidates = direction.queries, direction.keys.pool, sum(direction.keys.counts)
     assert direction.slope is not None
     covariance = direction.key_side.covariance(pool, candidates)
     moment = torch.zeros_like(covariance)

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_pca.association.direction import Direction, add_gradient_through_deviation
+from dist_pca.association.direction import Direction, Matched, add_gradient_through_deviation
 from dist_pca.association.pool import Keys, Pool
 from dist_pca.association.side import Side
 from dist_pca.association.similarity import Similarity
 from dist_pca.association.split_rows import match_split_rows, sweep_split_rows
-from dist_pca.association.whole_rows import match_and_sweep_whole_rows, match_whole_rows, sweep_whole_rows
+from dist_pca.association.whole_rows import close_cycles, match_whole_rows, sweep_whole_rows
 
 
 class Found(NamedTuple):
@@ -101,41 +101,41 @@ def _solve(
     forward = _direction(source, target_keys, target, options, gradients)
     backward = _direction(target, source_keys, source, options, gradients)
     whole_rows = target_keys.whole and source_keys.whole and not options.triton
-
-    everywhere = torch.arange(len(labels), device=labels.device)
-    if whole_rows:
-        match = match_whole_rows(forward, everywhere)
-    else:
-        matched = match_split_rows(forward, everywhere, pool)
-        match = matched.best
-    matches = pool.gather(match, counts_s)
-
+    match_rows, sweep_rows = (
+        (match_whole_rows, sweep_whole_rows) if whole_rows else (match_split_rows, sweep_split_rows)
+    )
     # Unlabelled positions get a class of their own, which nobody votes for.
     classes = torch.where(pool_labels == options.ignore_index, options.num_classes, pool_labels)
-    middles, votes = _votes(matches, classes, sum(counts_t[: pool.rank]), len(target_rows), options.num_classes)
-    if whole_rows:
-        leads_to, backward_sum = match_and_sweep_whole_rows(backward, middles, votes, classes)
-    else:
-        back = match_split_rows(backward, middles, pool)
-        leads_to, weight = back.best, votes.gather(1, classes[back.best, None])[:, 0]
-        through = weight.nonzero()[:, 0]
-        weight = weight[through].to(back.value.dtype)
-        backward_sum = sweep_split_rows(backward, middles[through], back.at(through), weight)
+    first = sum(counts_t[: pool.rank])
 
-    of_target = leads_to.new_full((len(target_rows),), -1)
-    of_target[middles] = leads_to
-    returned = pool.gather(of_target, counts_t)[match]
-    kept = (labels == pool_labels[returned]) & (labels != options.ignore_index)
-    rows = kept.nonzero()[:, 0]
-    weight = torch.ones(len(rows), dtype=source.key.dtype, device=rows.device)
-    if whole_rows:
-        forward_sum = sweep_whole_rows(forward, rows, match[rows], weight)
+    all_here = whole_rows and pool.ranks == 1
+    if all_here:
+        matches, leads_to, forward_sum = close_cycles(forward, backward, classes, options.num_classes)
+        middles, votes = _votes(matches, classes, first, len(target_rows), options.num_classes)
+        back = Matched(leads_to[middles])
+        match = matches
     else:
-        forward_sum = sweep_split_rows(forward, rows, matched.at(rows), weight)
+        matched = match_rows(forward, torch.arange(len(labels), device=labels.device))
+        match, matches = matched.best, pool.gather(matched.best, counts_s)
+        middles, votes = _votes(matches, classes, first, len(target_rows), options.num_classes)
+        back = match_rows(backward, middles)
+        of_target = back.best.new_full((len(target_rows),), -1)
+        of_target[middles] = back.best
+        leads_to = pool.gather(of_target, counts_t)
+
+    weight = votes.gather(1, classes[back.best, None])[:, 0]
+    through = weight.nonzero()[:, 0]
+    backward_sum = sweep_rows(backward, middles[through], back.at(through), weight[through].to(source.key.dtype))
+
+    returned = leads_to[match]
+    kept = (labels == pool_labels[returned]) & (labels != options.ignore_index)
+    if not all_here:
+        rows = kept.nonzero()[:, 0]
+        forward_sum = sweep_rows(forward, rows, matched.at(rows), torch.ones_like(source.key[rows, 0]))
 
     for direction in (forward, backward):
         if direction.slope is not None:
-            add_gradient_through_deviation(direction, pool)
+            add_gradient_through_deviation(direction)
     return Found(forward_sum + backward_sum, matches, pool_labels, returned, kept), source, target
 
 

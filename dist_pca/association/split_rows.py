@@ -4,40 +4,20 @@ With queries scaled by their temperatures the rest is a plain softmax, whose max
 blocks; the sweep then needs nothing of a row but its log-sum-exp.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from dist_pca.association import blockwise
-from dist_pca.association.direction import Direction
-from dist_pca.association.pool import Pool
+from dist_pca.association.direction import Direction, Matched
 from dist_pca.association.statistics import temperature_by_covariance
 
 KERNEL_ROWS = 1 << 16
 """Query rows that one fused kernel takes at once: as many scaled copies are made."""
 
 
-class Matched(NamedTuple):
-    """What the first pass leaves of each of k query rows."""
-
-    best: torch.Tensor
-    """int64 [k], best key in the pool."""
-    value: torch.Tensor
-    """[k], its product with the scaled query."""
-    log_sum: torch.Tensor
-    """[k], log-sum-exp over all keys."""
-    sigma: torch.Tensor
-    """[k, 1], temperature."""
-
-    def at(self, rows: torch.Tensor) -> "Matched":
-        """That of some of the rows."""
-        return Matched(*(field[rows] for field in self))
-
-
-def match_split_rows(direction: Direction, rows: torch.Tensor, pool: Pool) -> Matched:
+def match_split_rows(direction: Direction, rows: torch.Tensor) -> Matched:
     """Match some query rows [k]. Collective."""
     queries, keys = direction.queries, direction.keys
-    covariance = direction.key_side.covariance(pool, sum(keys.counts))
+    covariance = direction.key_side.covariance(keys.pool, sum(keys.counts))
     sigma = torch.cat([temperature_by_covariance(queries.query(part), covariance) for part in torch.split(rows, 1024)])
     best = torch.zeros_like(rows)
     value, log_sum = (torch.full_like(sigma[:, 0], -torch.inf) for _ in range(2))
@@ -58,6 +38,9 @@ def match_split_rows(direction: Direction, rows: torch.Tensor, pool: Pool) -> Ma
 def sweep_split_rows(direction: Direction, rows: torch.Tensor, matched: Matched, weight: torch.Tensor) -> torch.Tensor:
     """`-sum_i weight_i log p_i(best_i)` over some query rows [k]; its gradients are added to both sides. Collective."""
     queries, keys = direction.queries, direction.keys
+    assert matched.value is not None
+    assert matched.log_sum is not None
+    assert matched.sigma is not None
     total = (weight * (matched.log_sum - matched.value)).sum()
     if direction.key_gradient is None:
         return total

@@ -8,61 +8,69 @@ import math
 import torch
 
 from dist_pca.association.blockwise import products, row_blocks, row_maximum, scores
-from dist_pca.association.direction import Direction
+from dist_pca.association.direction import Direction, Matched
 from dist_pca.association.statistics import SIGMA_EPSILON
 
 
-def match_whole_rows(direction: Direction, rows: torch.Tensor) -> torch.Tensor:
-    """Best key of each of some query rows [k], int64 [k]."""
+def match_whole_rows(direction: Direction, rows: torch.Tensor) -> Matched:
+    """Best key of each of some query rows [k]."""
     best = torch.empty_like(rows)
     for _, block, _ in direction.keys.passes():
         for part in row_blocks(len(rows), len(block), block.device):
-            best[part] = row_maximum(scores(direction.queries.query(rows[part]).to(block.dtype), block))[1]
-    return best
+            best[part] = row_maximum(_tile(direction, rows[part], block)[1])[1]
+    return Matched(best)
 
 
-def sweep_whole_rows(
-    direction: Direction, rows: torch.Tensor, best: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
+def sweep_whole_rows(direction: Direction, rows: torch.Tensor, matched: Matched, weight: torch.Tensor) -> torch.Tensor:
     """`-sum_i weight_i log p_i(best_i)` over some query rows [k]; its gradients are added to both sides. Collective."""
     total = weight.new_zeros(())
     for _, block, gradient in direction.keys.passes(direction.key_gradient):
         for part in row_blocks(len(rows), len(block), block.device):
-            query = direction.queries.query(rows[part])
-            tile = scores(query.to(block.dtype), block)
-            total += _sweep_tile(direction, tile, query, rows[part], best[part], weight[part], block, gradient)
+            query, tile = _tile(direction, rows[part], block)
+            total += _sweep_tile(direction, tile, query, rows[part], matched.best[part], weight[part], block, gradient)
     return total
 
 
-def match_and_sweep_whole_rows(
-    direction: Direction, rows: torch.Tensor, votes: torch.Tensor, key_labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Match some query rows [k] and sweep those that close a cycle, each tile at once. Collective.
+def close_cycles(
+    forward: Direction, backward: Direction, classes: torch.Tensor, num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Match all source rows [n_s] of a pool that is all here, and sweep those whose cycle closes, each tile at once.
+
+    Targets are led back when a tile first matches them, so no forward tile has to be made twice.
 
     Args:
-        direction: From target to source.
-        rows: Matched target positions.
-        votes: [k, K + 1], source positions of each class that matched them; the last column is 0.
-        key_labels: [N_s] class of each source position, K where it has none.
+        forward: From source to target.
+        backward: From target to source.
+        classes: [n_s] labels, K where there is none.
+        num_classes: K.
 
     Returns:
-        Best key of each row [k], and the sum as in `sweep_whole_rows`, each row weighed by the votes for the class of
-        its best key.
+        Best target of each source row [n_s]; best source of each matched target [n_t], -1 for others; the forward sum
+        over kept rows, as in `sweep_whole_rows`.
     """
-    best = torch.empty_like(rows)
-    total = direction.queries.key.new_zeros(())
-    for _, block, gradient in direction.keys.passes(direction.key_gradient):
-        for part in row_blocks(len(rows), len(block), block.device):
-            query = direction.queries.query(rows[part])
-            tile = scores(query.to(block.dtype), block)
-            best[part] = row_maximum(tile)[1]
-            weight = votes[part].gather(1, key_labels[best[part], None])[:, 0]
-            through = weight.nonzero()[:, 0]
-            if len(through) < len(weight):
-                tile, query, weight = tile[through], query[through], weight[through]
-            kept, leads_to = rows[part][through], best[part][through]
-            total += _sweep_tile(direction, tile, query, kept, leads_to, weight.to(total.dtype), block, gradient)
-    return best, total
+    match = torch.empty(len(classes), dtype=torch.int64, device=classes.device)
+    leads_to = match.new_full((len(backward.queries.key),), -1)
+    total = forward.queries.key.new_zeros(())
+    everywhere = torch.arange(len(classes), device=classes.device)
+    for _, block, gradient in forward.keys.passes(forward.key_gradient):
+        for part in row_blocks(len(classes), len(block), block.device):
+            rows = everywhere[part]
+            query, tile = _tile(forward, rows, block)
+            match[part] = best = row_maximum(tile)[1]
+            middles = torch.unique(best)
+            middles = middles[leads_to[middles] < 0]
+            leads_to[middles] = match_whole_rows(backward, middles).best
+            kept = ((classes[part] == classes[leads_to[best]]) & (classes[part] < num_classes)).nonzero()[:, 0]
+            if len(kept) < len(rows):
+                rows, query, tile, best = rows[kept], query[kept], tile[kept], best[kept]
+            total += _sweep_tile(forward, tile, query, rows, best, torch.ones_like(query[:, 0]), block, gradient)
+    return match, leads_to, total
+
+
+def _tile(direction: Direction, rows: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some rows as queries, and their products with the keys."""
+    query = direction.queries.query(rows)
+    return query, scores(query.to(block.dtype), block)
 
 
 def _sweep_tile(
