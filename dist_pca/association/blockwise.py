@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-CPU_TILE_BYTES, GPU_TILE_BYTES = 6 << 20, 256 << 20
+CPU_TILE_BYTES, GPU_TILE_BYTES = 8 << 20, 256 << 20
 """Memory for one tile. On a CPU larger ones fall out of its cache, and every pass over them waits for memory."""
 MIN_ROWS = 32
 GROUP = 64
@@ -100,7 +100,8 @@ def products(
     """`P @ key`, [n, C], and `P.T @ weighted` added to key_gradient [m, C], for a tile P [n, m]."""
     if key.dtype == torch.bfloat16:
         probabilities = probabilities.to(key.dtype)
-        key_gradient += multiply(probabilities.T, weighted)
+        # Added in fp32 to what comes out; through `multiply` it would be copied to fp32 first.
+        key_gradient += probabilities.T @ weighted if not key.is_cuda else multiply(probabilities.T, weighted)
     else:
         key_gradient.addmm_(probabilities.T, weighted)
     return multiply(probabilities, key)

@@ -222,10 +222,10 @@ def sweep_kernel(
         left = last - start
         block = _rows(streamed, left, 0, C, COLUMNS, CHANNELS)
         z = _dot(own, block.T, tl.zeros((ROWS, COLUMNS), dtype=tl.float32))
-        # Rows that do not exist are zero and add nothing, unless their probability is infinite, as exp(0 - log_sum) may
-        # be for absent keys: those get none wherever keys are summed over. Absent queries have a log_sum of 0.
+        # Rows that do not exist are zero, but exp(0 - log_sum) may be infinite, and infinity times zero is not a
+        # number: absent keys get no probability wherever keys are summed over. Absent queries have an infinite log_sum.
         if OWNS_KEYS:
-            shift = tl.load(log_sum + start + column, mask=column < left, other=0.0)[None, :] * LOG2_E
+            shift = tl.load(log_sum + start + column, mask=column < left, other=float("inf"))[None, :] * LOG2_E
             p = tl.exp2(z * LOG2_E - shift)
             if ATOMIC:
                 p = tl.where((row < count)[:, None], p, 0.0)

@@ -11,6 +11,9 @@ from dist_pca.association.blockwise import products, row_blocks, row_maximum, sc
 from dist_pca.association.direction import Direction, Matched
 from dist_pca.association.statistics import SIGMA_EPSILON
 
+GROUP = 32
+"""Rows come in multiples of this, where there is a choice."""
+
 
 def match_whole_rows(direction: Direction, rows: torch.Tensor) -> Matched:
     """Best key of each of some query rows [k]."""
@@ -60,10 +63,12 @@ def close_cycles(
             middles = torch.unique(best)
             middles = middles[leads_to[middles] < 0]
             leads_to[middles] = match_whole_rows(backward, middles).best
-            kept = ((classes[part] == classes[leads_to[best]]) & (classes[part] < num_classes)).nonzero()[:, 0]
-            if len(kept) < len(rows):
-                rows, query, tile, best = rows[kept], query[kept], tile[kept], best[kept]
-            total += _sweep_tile(forward, tile, query, rows, best, torch.ones_like(query[:, 0]), block, gradient)
+            kept = (classes[part] == classes[leads_to[best]]) & (classes[part] < num_classes)
+            chosen = _whole_groups(kept)
+            rows, best, weight = rows[chosen], best[chosen], kept[chosen].to(total.dtype)
+            if len(chosen) < len(kept):
+                query, tile = query[chosen], tile[chosen]
+            total += _sweep_tile(forward, tile, query, rows, best, weight, block, gradient)
     return match, leads_to, total
 
 
@@ -83,18 +88,29 @@ def _sweep_tile(
     block: torch.Tensor,
     gradient: torch.Tensor | None,
 ) -> torch.Tensor:
+    at_best = tile.gather(1, best[:, None])
     # Keys are centred, so that a row's variance is its mean square.
     deviation = torch.linalg.vector_norm(tile, dim=1, keepdim=True) / math.sqrt(max(1, len(block) - 1))
     sigma = deviation + SIGMA_EPSILON
-    probability = tile.div_(sigma).softmax(dim=1)
-    at_best = probability.gather(1, best[:, None])
-    loss = -(weight * at_best[:, 0].log()).sum()
+    exponential = tile.sub_(at_best).div_(sigma).exp_()
+    norm = exponential.sum(dim=1, keepdim=True)
+    loss = (weight * norm[:, 0].log()).sum()
     if gradient is None:
         return loss
-    probability.scatter_(1, best[:, None], at_best - 1)
-    scale = weight[:, None] / sigma
-    product = products(probability, block, (query * scale).to(block.dtype), gradient)
+    # The probabilities' common denominator waits for the products, which are smaller than the tile.
+    exponential.scatter_(1, best[:, None], 1 - norm)
+    scale = weight[:, None] / (sigma * norm)
+    product = products(exponential, block, (query * scale).to(block.dtype), gradient)
     if direction.slope is not None:
         direction.slope[rows] = -((query * product).sum(dim=1, keepdim=True) * scale / sigma)[:, 0]
     direction.queries.query_gradient[rows] += product.mul_(scale)
     return loss
+
+
+def _whole_groups(wanted: torch.Tensor) -> torch.Tensor:
+    """Places of the wanted ones in a mask [k], and of so many others that the number is a multiple of `GROUP`, or k.
+
+    Libraries make a program for every new shape of a product and keep it; a few shapes recur.
+    """
+    count = -(-int(wanted.sum()) // GROUP) * GROUP
+    return wanted.to(torch.uint8).argsort(descending=True, stable=True)[:count].sort().values
