@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-CPU_TILE_BYTES, GPU_TILE_BYTES = 8 << 20, 256 << 20
+CPU_TILE_BYTES, GPU_TILE_BYTES = 9 << 20, 256 << 20
 """Memory for one tile. On a CPU larger ones fall out of its cache, and every pass over them waits for memory."""
 MIN_ROWS = 32
 GROUP = 64

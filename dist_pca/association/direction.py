@@ -53,9 +53,9 @@ def add_gradient_through_deviation(direction: Direction) -> None:
     `var_i = q_i' Cov(k) q_i`, so `d sigma_i = q_i' Cov(k) dq_i / sigma_i` and, for each key,
     `(q_i . k_j) q_i . dk_j / ((m - 1) sigma_i)`: two products with C x C matrices, and no pass over similarities.
     """
-    queries, pool, candidates = direction.queries, direction.keys.pool, sum(direction.keys.counts)
+    queries, candidates = direction.queries, sum(direction.keys.counts)
     assert direction.slope is not None
-    covariance = direction.key_side.covariance(pool, candidates)
+    covariance = direction.key_side.covariance()
     moment = torch.zeros_like(covariance)
     rows = direction.slope.nonzero()[:, 0]
     for part in torch.split(rows, 1024):
@@ -63,6 +63,6 @@ def add_gradient_through_deviation(direction: Direction) -> None:
         spread = query @ covariance
         sigma = (spread * query).sum(dim=1, keepdim=True).clamp(min=torch.finfo(query.dtype).tiny).sqrt()
         pull = direction.slope[part, None] / sigma
-        queries.query_gradient[part] += pull * spread
+        queries.add_query_gradient(part, pull * spread)
         moment += query.T @ (pull * query)
-    direction.key_side.key_gradient += direction.key_side.key @ (pool.sum(moment) / max(1, candidates - 1))
+    direction.key_side.add_key_gradient_through(direction.keys.pool.sum(moment) / max(1, candidates - 1))

@@ -93,10 +93,13 @@ def _solve(
     gradients: bool,
 ) -> tuple[Found, Side, Side]:
     counts_s, counts_t = options.source_counts, options.target_counts
-    source = Side(source_rows, options.similarity, pool, sum(counts_s), gradients=gradients)
-    target = Side(target_rows, options.similarity, pool, sum(counts_t), gradients=gradients)
-    dtype = torch.bfloat16 if options.bf16 else source.key.dtype
-    source_keys, target_keys = pool.share(source.key, counts_s, dtype), pool.share(target.key, counts_t, dtype)
+    as_given = pool.ranks == 1 and options.similarity == "cosine" and not options.bf16 and not options.triton
+    source, target = (
+        Side(rows, options.similarity, pool, counts, as_given=as_given, gradients=gradients)
+        for rows, counts in ((source_rows, counts_s), (target_rows, counts_t))
+    )
+    dtype = torch.bfloat16 if options.bf16 else source.x.dtype
+    source_keys, target_keys = source.share(dtype), target.share(dtype)
     pool_labels = pool.gather(labels, counts_s)
     forward = _direction(source, target_keys, target, options, gradients)
     backward = _direction(target, source_keys, source, options, gradients)
@@ -125,13 +128,13 @@ def _solve(
 
     weight = votes.gather(1, classes[back.best, None])[:, 0]
     through = weight.nonzero()[:, 0]
-    backward_sum = sweep_rows(backward, middles[through], back.at(through), weight[through].to(source.key.dtype))
+    backward_sum = sweep_rows(backward, middles[through], back.at(through), weight[through].to(source.x.dtype))
 
     returned = leads_to[match]
     kept = (labels == pool_labels[returned]) & (labels != options.ignore_index)
     if not all_here:
         rows = kept.nonzero()[:, 0]
-        forward_sum = sweep_rows(forward, rows, matched.at(rows), torch.ones_like(source.key[rows, 0]))
+        forward_sum = sweep_rows(forward, rows, matched.at(rows), torch.ones_like(source.x[rows, 0]))
 
     for direction in (forward, backward):
         if direction.slope is not None:
@@ -141,7 +144,7 @@ def _solve(
 
 def _direction(queries: Side, keys: Keys, key_side: Side, options: Options, gradients: bool) -> Direction:
     exact = gradients and not options.detach_statistics and sum(keys.counts) > 1
-    slope = queries.key.new_zeros(len(queries.key)) if exact else None
+    slope = queries.x.new_zeros(len(queries.x)) if exact else None
     return Direction(queries, keys, key_side, options.triton, options.deterministic, slope)
 
 

@@ -95,6 +95,10 @@ class Keys:
     """All rows, or under `ring` this rank's."""
     counts: list[int]
     dtype: torch.dtype
+    scale: torch.Tensor | None = None
+    """[N], where products with the rows of `held` must first be multiplied by it, and then lack `shift`."""
+    shift: torch.Tensor | None = None
+    """[C], whose product with the query is to be subtracted."""
 
     @property
     def whole(self) -> bool:

@@ -17,7 +17,7 @@ KERNEL_ROWS = 1 << 16
 def match_split_rows(direction: Direction, rows: torch.Tensor) -> Matched:
     """Match some query rows [k]. Collective."""
     queries, keys = direction.queries, direction.keys
-    covariance = direction.key_side.covariance(keys.pool, sum(keys.counts))
+    covariance = direction.key_side.covariance()
     sigma = torch.cat([temperature_by_covariance(queries.query(part), covariance) for part in torch.split(rows, 1024)])
     best = torch.zeros_like(rows)
     value, log_sum = (torch.full_like(sigma[:, 0], -torch.inf) for _ in range(2))
@@ -67,7 +67,7 @@ def sweep_split_rows(direction: Direction, rows: torch.Tensor, matched: Matched,
             if direction.slope is not None:
                 slope = (query * product).sum(dim=1) * scale[part, 0] / matched.sigma[part, 0]
                 direction.slope[rows[part]] -= slope
-            queries.query_gradient[rows[part]] += product.mul_(scale[part])
+            queries.add_query_gradient(rows[part], product.mul_(scale[part]))
     return total
 
 
@@ -82,4 +82,4 @@ def _kernels(direction: Direction):  # type: ignore[no-untyped-def]
 def _row_blocks(direction: Direction, rows: int, columns: int) -> list[slice]:
     if direction.triton:
         return [slice(start, start + KERNEL_ROWS) for start in range(0, rows, KERNEL_ROWS)]
-    return blockwise.row_blocks(rows, columns, direction.queries.key.device)
+    return blockwise.row_blocks(rows, columns, direction.queries.x.device)

@@ -52,8 +52,8 @@ def close_cycles(
         over kept rows, as in `sweep_whole_rows`.
     """
     match = torch.empty(len(classes), dtype=torch.int64, device=classes.device)
-    leads_to = match.new_full((len(backward.queries.key),), -1)
-    total = forward.queries.key.new_zeros(())
+    leads_to = match.new_full((len(backward.queries.x),), -1)
+    total = forward.queries.x.new_zeros(())
     everywhere = torch.arange(len(classes), device=classes.device)
     for _, block, gradient in forward.keys.passes(forward.key_gradient):
         for part in row_blocks(len(classes), len(block), block.device):
@@ -74,8 +74,11 @@ def close_cycles(
 
 def _tile(direction: Direction, rows: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Some rows as queries, and their products with the keys."""
-    query = direction.queries.query(rows)
-    return query, scores(query.to(block.dtype), block)
+    query, keys = direction.queries.query(rows), direction.keys
+    tile = scores(query.to(block.dtype), block)
+    if keys.scale is not None and keys.shift is not None:
+        tile.mul_(keys.scale).sub_((query @ keys.shift)[:, None])
+    return query, tile
 
 
 def _sweep_tile(
@@ -99,11 +102,13 @@ def _sweep_tile(
         return loss
     # The probabilities' common denominator waits for the products, which are smaller than the tile.
     exponential.scatter_(1, best[:, None], 1 - norm)
+    if direction.keys.scale is not None:
+        exponential *= direction.keys.scale
     scale = weight[:, None] / (sigma * norm)
     product = products(exponential, block, (query * scale).to(block.dtype), gradient)
     if direction.slope is not None:
         direction.slope[rows] = -((query * product).sum(dim=1, keepdim=True) * scale / sigma)[:, 0]
-    direction.queries.query_gradient[rows] += product.mul_(scale)
+    direction.queries.add_query_gradient(rows, product.mul_(scale))
     return loss
 
 
