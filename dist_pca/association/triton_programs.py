@@ -223,7 +223,8 @@ def sweep_kernel(
         block = _rows(streamed, left, 0, C, COLUMNS, CHANNELS)
         z = _dot(own, block.T, tl.zeros((ROWS, COLUMNS), dtype=tl.float32))
         # Rows that do not exist are zero, but exp(0 - log_sum) may be infinite, and infinity times zero is not a
-        # number: absent keys get no probability wherever keys are summed over. Absent queries have an infinite log_sum.
+        # number: absent keys get no probability wherever keys are summed over. Absent queries have an infinite log_sum;
+        # 0 would do, but with it ptxas lets the products of some shapes wait for each other on sm_90.
         if OWNS_KEYS:
             shift = tl.load(log_sum + start + column, mask=column < left, other=float("inf"))[None, :] * LOG2_E
             p = tl.exp2(z * LOG2_E - shift)

@@ -266,7 +266,10 @@ SUMS = {"value", "squares", "log_sum", "owned_sum", "streamed_sum"}
 
 
 def compiled(kernel: Any, capability: int, type_name: str, shape: Any, constants: dict[str, Any]) -> tuple[int, int]:
-    """Shared memory of a program and bytes of spilled registers of a thread, of a kernel compiled without a GPU."""
+    """Shared memory of a program and bytes of spilled registers of a thread, of a kernel compiled without a GPU.
+
+    None of its tensor core instructions may wait for the one before.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -291,6 +294,7 @@ def compiled(kernel: Any, capability: int, type_name: str, shape: Any, constants
         text=True,
         check=True,
     ).stderr
+    assert "serialized" not in report, report
     spilled = re.search(r"(\d+) bytes spill stores", report)
     assert spilled is not None, report
     return binary.metadata.shared, int(spilled[1])
