@@ -166,8 +166,8 @@ class OptimizerConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay rates of adamw's moments."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of adamw's second moment. Weights whose gradient is far below it take small steps; far above it,
-    every step is about `lr`, whatever the gradient's size."""
+    """Added to the root of adamw's second moment. Weights whose gradient is far below it take small steps; far above
+    it, every step is about `lr`, whatever the gradient's size."""
     clip_norm: Weight = 0.0
     """Largest global gradient norm; 0 does not clip."""
 

@@ -63,8 +63,11 @@ def row_maximum(tile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return inner.gather(1, within)[:, 0], first + within[:, 0]
 
 
-def match(query: torch.Tensor, key: torch.Tensor, *, log_sum: bool) -> Match:
-    """Best key row of each query row, and the log-sum-exp of its products where asked. Shapes [n, C] and [m, C]."""
+def match(query: torch.Tensor, key: torch.Tensor, *, log_sum: bool, deterministic: bool = False) -> Match:
+    """Best key row of each query row, and the log-sum-exp of its products where asked. Shapes [n, C] and [m, C].
+
+    The same bits every time, whatever `deterministic` asks for.
+    """
     tile = scores(query, key)
     value, index = row_maximum(tile)
     total = value + (tile - value[:, None]).exp_().sum(dim=1).log_() if log_sum else None

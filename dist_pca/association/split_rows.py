@@ -24,7 +24,8 @@ def match_split_rows(direction: Direction, rows: torch.Tensor) -> Matched:
     match = _kernels(direction).match
     for offset, block, _ in keys.passes():
         for part in _row_blocks(direction, len(rows), len(block)):
-            found = match((queries.query(rows[part]) / sigma[part]).to(block.dtype), block, log_sum=True)
+            scaled = (queries.query(rows[part]) / sigma[part]).to(block.dtype)
+            found = match(scaled, block, log_sum=True, deterministic=direction.deterministic)
             place = found.best + offset
             # Blocks come in another order on every rank; of equals the lowest place wins on all.
             better = (found.value > value[part]) | ((found.value == value[part]) & (place < best[part]))

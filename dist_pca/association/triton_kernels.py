@@ -7,10 +7,12 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from dist_pca.association.blockwise import Match
 
 FUSED_CHANNELS = {torch.bfloat16: 256, torch.float32: 64}
 """Most channels for which a sweep holds its sums in registers. Wider rows go through scratch and torch.mm."""
@@ -27,19 +29,6 @@ ROWS = 128
 """Rows of the largest block that a program owns; spans of streamed rows are multiples of it."""
 
 
-class Match(NamedTuple):
-    """What one pass over key rows tells of each of n query rows."""
-
-    value: torch.Tensor
-    """fp32 [n], the largest product with a key row."""
-    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index
-    """int64 [n], that key row; the lowest where several tie."""
-    squares: torch.Tensor
-    """fp32 [n], sum over key rows of the squared products."""
-    log_sum: torch.Tensor | None
-    """fp32 [n], log-sum-exp of the products over key rows, where it was asked for."""
-
-
 def can_run(device: torch.device) -> bool:
     """Whether Triton is there and the device is an NVIDIA GPU from Ampere on, or Triton interprets its programs."""
     if importlib.util.find_spec("triton") is None:
@@ -51,16 +40,16 @@ def can_run(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def match(query: torch.Tensor, key: torch.Tensor, *, log_sum: bool) -> Match:
+def match(query: torch.Tensor, key: torch.Tensor, *, log_sum: bool, deterministic: bool = False) -> Match:
     """Each query row's best key row, and the sums over all key rows that temperature and softmax need.
 
-    Products accumulate in fp32. Under `torch.use_deterministic_algorithms` block sizes are fixed, not timed, so that
-    sums are added in the same order in every process.
+    Products accumulate in fp32.
 
     Args:
         query: [n, C], fp32 or bf16; n may be 0.
         key: [m, C], likewise; m is 1 or more.
         log_sum: Take the log-sum-exp too.
+        deterministic: Block sizes are fixed, not timed, so that sums are added in the same order in every process.
     """
     from dist_pca.association import triton_programs as programs  # Triton may be missing where this file is imported.
 
@@ -76,7 +65,7 @@ def match(query: torch.Tensor, key: torch.Tensor, *, log_sum: bool) -> Match:
             programs.match_kernel,
             lambda meta: (_ceil(n, meta["ROWS"]), splits),
             n * m,
-            fixed=torch.are_deterministic_algorithms_enabled(),
+            fixed=deterministic,
             query=query,
             key=key,
             value=value,

@@ -16,8 +16,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dist_pca.association import triton_kernels
-from dist_pca.association.triton_kernels import Match, match, sweep
+from dist_pca.association import associate, triton_kernels
+from dist_pca.association.blockwise import Match
+from dist_pca.association.triton_kernels import match, sweep
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -67,10 +68,10 @@ def largest_product(query: torch.Tensor, key: torch.Tensor) -> float:
 def assert_matches(found: Match, query: torch.Tensor, key: torch.Tensor, tolerance: float) -> None:
     z = query.double() @ key.double().T
     size = largest_product(query, key)
-    assert found.index.dtype == torch.int64
+    assert found.best.dtype == torch.int64
     assert_near(found.value, z.amax(dim=1), tolerance * size)
     # A product that rounding may have put above the largest is as good an answer.
-    assert_near(z.gather(1, found.index[:, None])[:, 0], z.amax(dim=1), tolerance * size)
+    assert_near(z.gather(1, found.best[:, None])[:, 0], z.amax(dim=1), tolerance * size)
     assert_near(found.squares, z.square().sum(dim=1), tolerance * (size**2 + z.square().sum(dim=1)))
     if found.log_sum is not None:
         assert_near(found.log_sum, z.logsumexp(dim=1), tolerance * (1 + size))
@@ -171,7 +172,7 @@ def test_ties_go_to_the_lowest_index(processors: int, monkeypatch: pytest.Monkey
     key[[280, 299], 1] = 1.0
     query = torch.zeros(4, 12, device=DEVICE)
     query[0, 0], query[1, 1], query[2, 0] = 1.0, 2.0, -1.0
-    assert match(query, key, log_sum=False).index.tolist() == [7, 280, 0, 0]
+    assert match(query, key, log_sum=False).best.tolist() == [7, 280, 0, 0]
 
 
 @on_device
@@ -187,8 +188,8 @@ def test_two_parts_of_the_keys_combine_to_the_whole(n: int, first: int, second: 
     assert_near(torch.logaddexp(one.log_sum, two.log_sum), whole.log_sum, 1e-5 * (1 + size))
     assert_near(torch.maximum(one.value, two.value), whole.value, 1e-6 * size)
     assert_near(one.squares + two.squares, whole.squares, 1e-5 * whole.squares)
-    index = torch.where(two.value > one.value, first + two.index, one.index)
-    assert torch.equal(index, whole.index)
+    index = torch.where(two.value > one.value, first + two.best, one.best)
+    assert torch.equal(index, whole.best)
 
 
 @on_device
@@ -237,11 +238,34 @@ def test_no_query_rows_give_empty_results(channels: int, deterministic: bool) ->
     query, key = rows(0, channels, torch.bfloat16, 0), rows(5, channels, torch.bfloat16, 1)
     found = match(query, key, log_sum=True)
     assert found.log_sum is not None
-    assert [len(part) for part in (found.value, found.index, found.squares, found.log_sum)] == [0] * 4
+    assert [len(part) for part in (found.value, found.best, found.squares, found.log_sum)] == [0] * 4
     key_gradient = torch.ones(5, channels, device=DEVICE)
     query_sum = sweep(query, key, query, found.log_sum, key_gradient, deterministic=deterministic)
     assert query_sum.shape == (0, channels)
     assert torch.equal(key_gradient, torch.ones_like(key_gradient))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("similarity", ["cosine", "kl"])
+def test_association_through_the_kernels_is_the_definition(similarity: Any, dtype: Any) -> None:
+    labels = torch.arange(70, device=DEVICE) % 3
+    centres = torch.randn(3, 19, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    domains = [(centres[labels] + rows(70, 19, torch.float32, seed, scale=4)) for seed in (0, 1)]
+    if similarity == "kl":
+        domains = [x.softmax(dim=1) for x in domains]
+    results = []
+    for implementation, products in (("reference", "fp32"), ("triton", dtype)):
+        source, target = (x.clone().requires_grad_() for x in domains)
+        options: dict[str, Any] = {"similarity": similarity, "implementation": implementation, "dtype": products}
+        found = associate(source, target, labels, num_classes=3, detach_statistics=False, **options)
+        found.loss.backward()
+        results.append((found.loss.detach(), source.grad, target.grad))
+    tolerance = 1e-5 if dtype == "fp32" else 2e-2
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=tolerance, atol=0)
+    if dtype == "fp32":
+        for gradient, expected in zip(results[1][1:], results[0][1:], strict=True):
+            assert_near(gradient, expected, 1e-4 * float(expected.abs().max()))
 
 
 def test_only_a_gpu_or_the_interpreter_can_run_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
