@@ -15,7 +15,7 @@ from dist_pca.objective import Domain, objective
 from dist_pca.resources import resource
 from dist_pca.training.optimizer import build_optimizer
 
-STEPS, BATCH, CLASSES = 3, 4, 5
+STEPS, CLASSES = 3, 5
 
 
 def run_config(stage: int, optimizer: str, *overrides: str) -> RunConfig:
@@ -34,6 +34,8 @@ def run_config(stage: int, optimizer: str, *overrides: str) -> RunConfig:
             # At adamw's usual 1e-8 a first update is the sign of the gradient: where that is zero but for rounding (a
             # convolution's bias before a norm), two equal computations would move the weight apart by twice the rate.
             "optimizer.epsilon=1e-3",
+            "training.source_batch=4",
+            "training.target_batch=4",
             f"training.zero_stage={stage}",
             *overrides,
         ],
@@ -50,31 +52,40 @@ def network(config: RunConfig) -> Segmenter:
     return model
 
 
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
-    images = torch.randint(0, 256, (2 * BATCH, 3, 64, 64), dtype=torch.uint8, generator=generator)
-    return images, torch.randint(0, CLASSES, (BATCH, 64, 64), generator=generator)
+    images = torch.randint(0, 256, (2 * size, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, CLASSES, (size, 64, 64), generator=generator)
+    # Images differ in how much of them is labelled, so that a budget of labelled positions is not the same for all.
+    for index, label in enumerate(labels):
+        label[: 8 * index % 40] = 255
+    return images, labels
 
 
 def loss_of(
     model: Any, config: RunConfig, step: int, rank: int, ranks: int, micro: int, accumulation: int
 ) -> torch.Tensor:
-    images, labels = batch(step)
-    size = BATCH // (ranks * accumulation)
+    total = config.training.source_batch
+    images, labels = batch(step, total)
+    size = total // (ranks * accumulation)
     first = micro * size * ranks + rank * size
     own = slice(first, first + size)
-    logits, features = model(torch.cat([images[:BATCH][own], images[BATCH:][own]]))
-    source, target = Domain(logits[:size], features[:size], labels[own]), Domain(logits[size:], features[size:], None)
+    logits, features = model(torch.cat([images[:total][own], images[total:][own]]))
+    seeds = range(first, first + size)
+    source = Domain(logits[:size], features[:size], labels[own], seeds)
+    target = Domain(logits[size:], features[size:], None, seeds)
     return objective(config.objective, source, target, step=step)[0]
 
 
 def plain(config: RunConfig, steps: int) -> dict[str, torch.Tensor]:
     """One process, no DeepSpeed."""
+    accumulation = config.training.accumulation
     model = network(config)
     optimizer = build_optimizer(config.optimizer, model)
     for step in range(steps):
         optimizer.zero_grad()
-        loss_of(model, config, step, 0, 1, 0, 1).backward()
+        for micro in range(accumulation):
+            (loss_of(model, config, step, 0, 1, micro, accumulation) / accumulation).backward()
         if config.optimizer.clip_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
@@ -140,6 +151,46 @@ def test_ranks_under_zero_end_with_the_parameters_of_one_plain_process(
 ) -> None:
     config = run_config(stage, optimizer)
     assert_equal(through_deepspeed(tmp_path, config, ranks), plain(config, STEPS), config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "ranks", "scope", "exchange"),
+    [
+        (1, 1, "world", "gather"),
+        (1, 2, "world", "gather"),
+        (2, 3, "world", "ring"),
+        (3, 4, "world", "ring"),
+        (3, 3, "node", "gather"),
+        (1, 4, "node", "ring"),
+        # With one image on each rank the paper's pairs are the ranks' pools.
+        (2, 4, "rank", "auto"),
+        (3, 2, "pair", "auto"),
+    ],
+)
+def test_every_scope_and_exchange_trains_as_one_process_does(
+    tmp_path: Path, stage: int, ranks: int, scope: str, exchange: str
+) -> None:
+    images = ranks if scope == "rank" else 2 * ranks
+    common = [
+        f"training.source_batch={images}",
+        f"training.target_batch={images}",
+        "objective.association.position_budget=48",
+        "objective.association.position_sampling=balanced",
+        f"objective.association.exchange={exchange}",
+    ]
+    config = run_config(stage, "sgd", *common, f"objective.association.scope={scope}")
+    alone = run_config(
+        stage, "sgd", *common, f"objective.association.scope={'pair' if scope in ('rank', 'pair') else 'world'}"
+    )
+    assert_equal(through_deepspeed(tmp_path, config, ranks), plain(alone, STEPS), config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_accumulated_micro_batches_train_as_in_one_process(tmp_path: Path, exchange: str) -> None:
+    config = run_config(2, "sgd", "training.accumulation=2", f"objective.association.exchange={exchange}")
+    assert_equal(through_deepspeed(tmp_path, config, 2), plain(config, STEPS), config)
 
 
 @pytest.mark.slow
