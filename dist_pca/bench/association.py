@@ -11,7 +11,7 @@ import torch
 
 from dist_pca.association.similarity import Similarity
 from dist_pca.bench.cases import Case, Data, Exchange, Measured, Precision
-from dist_pca.bench.measure import Reading, ReferenceValues, compute_reference, measure
+from dist_pca.bench.measure import Reading, ReferenceValues, compute_reference, measure, measure_peak
 from dist_pca.bench.memory import available
 from dist_pca.bench.processes import OutOfMemory, in_fresh_processes
 from dist_pca.bench.report import Record
@@ -180,24 +180,25 @@ def _record(case: Case, reference: tuple[ReferenceValues, Path] | None, store: P
         return record | {"note": OUT_OF_MEMORY}
     values, file = reference or (None, None)
     try:
-        readings = in_fresh_processes(measure, case.world_size, case, store, file)
+        # Apart, because what makes a peak exact makes allocation slow.
+        peaks = in_fresh_processes(measure_peak, case.world_size, case, store.with_suffix(".peak"))
+        readings = in_fresh_processes(measure, case.world_size, case, store.with_suffix(".time"), file)
     except OutOfMemory:
         return record | {"note": OUT_OF_MEMORY}
-    return record | _measured(readings, values)
+    known = [peak for peak in peaks if peak is not None]
+    return record | {"peak_bytes": max(known, default=None)} | _measured(readings, values)
 
 
 def _measured(readings: Sequence[Reading], reference: ReferenceValues | None) -> Record:
-    """The ranks' readings as one: the slowest's time, the largest's memory, the worst error."""
+    """The ranks' readings as one: the slowest's time, the worst error."""
     seconds, seconds_value = (
         [max(times) for times in zip(*ranks, strict=True)]
         for ranks in ([reading.seconds for reading in readings], [reading.seconds_value for reading in readings])
     )
-    peaks = [reading.peak_bytes for reading in readings if reading.peak_bytes is not None]
     exchanged = [reading.exchanged_bytes for reading in readings if reading.exchanged_bytes is not None]
     first = readings[0]
     measured: Record = {
         "seconds": statistics.median(seconds),
-        "peak_bytes": max(peaks, default=None),
         "seconds_value": statistics.median(seconds_value) if seconds_value else None,
         "repeats": len(seconds),
         "kept_ratio": first.kept_ratio,

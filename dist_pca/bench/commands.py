@@ -95,10 +95,8 @@ def association(
     ] = "clustered",
     spread: Annotated[
         float,
-        typer.Option(
-            min=0, help="Deviation within a class, in that of the class centres; the default keeps about 0.7 of cycles."
-        ),
-    ] = 3.75,
+        typer.Option(min=0, help="Deviation within a class, in that of the class centres, of clustered data."),
+    ] = 1.5,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls; their median counts.")] = 5,
     max_seconds: Annotated[
         float, typer.Option(min=0, help="Begin no further repeat of a measurement after that long.")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dist_pca.association import Association, associate
 from dist_pca.association.associate import Implementation
 from dist_pca.bench.cases import Case, Measured, inputs
-from dist_pca.bench.memory import peak_of
+from dist_pca.bench.memory import peak_of, return_freed_memory_at_once
 
 WARM_UP_POSITIONS = 64
 """Enough to start threads and load libraries, too few to leave memory behind."""
@@ -25,13 +25,12 @@ _IMPLEMENTATIONS: dict[Measured, Implementation] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """What one rank measured; for a bare product only seconds and peak."""
+    """What one rank measured of time and exactness; for a bare product only seconds."""
 
     seconds: list[float]
     """Of value and both gradients, by repeat."""
     seconds_value: list[float]
     """Of the value where no gradient is asked for, by repeat."""
-    peak_bytes: int | None
     loss: float | None = None
     """The mean over the kept cycles of all ranks."""
     gradient_difference: float | None = None
@@ -49,18 +48,35 @@ class ReferenceValues:
     largest_gradient: float
 
 
-def measure(rank: int, case: Case, store: Path, reference: Path | None) -> Reading:
-    """Measure a case on this rank, together with the others that meet at the file `store`."""
+def measure_peak(rank: int, case: Case, store: Path) -> int | None:
+    """Peak memory of value and both gradients on this rank, in bytes; None where the system does not tell.
+
+    Ranks meet at the file `store`.
+    """
+    return_freed_memory_at_once()
     with _world(rank, case, store) as device:
         if case.implementation == "matmul":
-            return _measure_product(rank, case, device)
+            rows, pool = _factors(rank, case, device)
+            torch.mm(rows[:WARM_UP_POSITIONS], pool[:WARM_UP_POSITIONS].T)
+            return peak_of(lambda: torch.mm(rows, pool.T), device)
         _association(case, *(x[:WARM_UP_POSITIONS].to(device) for x in inputs(case, rank)))
         source, target, labels = (x.to(device) for x in inputs(case, rank))
-        (association, gradients), peak = peak_of(lambda: _association(case, source, target, labels), device)
+        return peak_of(lambda: _association(case, source, target, labels), device)
+
+
+def measure(rank: int, case: Case, store: Path, reference: Path | None) -> Reading:
+    """Time and exactness of a case on this rank. Ranks meet at the file `store`."""
+    with _world(rank, case, store) as device:
+        if case.implementation == "matmul":
+            rows, pool = _factors(rank, case, device)
+            # Into the same memory each time: the yardstick shall not pay for fresh pages.
+            product = torch.mm(rows, pool.T)
+            return Reading(_seconds(lambda: torch.mm(rows, pool.T, out=product), case, device), seconds_value=[])
+        source, target, labels = (x.to(device) for x in inputs(case, rank))
+        association, gradients = _association(case, source, target, labels)
         return Reading(
             seconds=_seconds(lambda: _association(case, source, target, labels), case, device),
             seconds_value=_seconds(lambda: _value(case, source, target, labels), case, device),
-            peak_bytes=peak,
             loss=_mean_over_ranks(association.loss.detach(), case),
             gradient_difference=None if reference is None else _difference(rank, case, gradients, reference),
             kept_ratio=float(association.consistent_ratio),
@@ -120,15 +136,11 @@ def _association(
     return association, torch.autograd.grad(association.loss, (source, target))
 
 
-def _measure_product(rank: int, case: Case, device: torch.device) -> Reading:
+def _factors(rank: int, case: Case, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's rows [n, C] and as many as all ranks have [n * W, C], whose product the yardstick is."""
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
     source, target, _ = inputs(case, rank)
-    rows, pool = source.to(device, dtype), target.to(device, dtype).repeat(case.world_size, 1)
-    torch.mm(rows[:WARM_UP_POSITIONS], pool[:WARM_UP_POSITIONS].T)
-    product, peak = peak_of(lambda: torch.mm(rows, pool.T), device)
-    # Into the same memory each time: the yardstick shall not pay for fresh pages.
-    seconds = _seconds(lambda: torch.mm(rows, pool.T, out=product), case, device)
-    return Reading(seconds=seconds, seconds_value=[], peak_bytes=peak)
+    return source.to(device, dtype), target.to(device, dtype).repeat(case.world_size, 1)
 
 
 def _seconds(call: Callable[[], object], case: Case, device: torch.device) -> list[float]:

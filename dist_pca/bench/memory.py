@@ -2,16 +2,17 @@
 
 import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-T = TypeVar("T")
+_M_MMAP_THRESHOLD = -3
+"""From glibc's malloc.h."""
 
 
-def peak_of(call: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
-    """What a call returns, and the bytes above those in use before it; None where the system does not tell.
+def peak_of(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that a call takes above those in use before it; None where the system does not tell.
 
     On the CPU the call must be the process's first of its size: memory that an earlier one left with the allocator
     would be used again unseen. On a GPU it runs twice, because the first run compiles and tunes kernels in memory of
@@ -22,14 +23,24 @@ def peak_of(call: Callable[[], T], device: torch.device) -> tuple[T, int | None]
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        result = call()
+        call()
         torch.cuda.synchronize(device)
-        return result, torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - before
     if not _forget_high_water():
-        return call(), None
+        return None
     resident = _status_bytes("VmRSS")
-    result = call()
-    return result, max(0, _status_bytes("VmHWM") - resident)
+    call()
+    return max(0, _status_bytes("VmHWM") - resident)
+
+
+def return_freed_memory_at_once() -> None:
+    """From now on blocks of 64 KiB or more go back to the system when they are freed, where the C library is glibc.
+
+    Left to itself it keeps some of them, more or fewer by chance, and a peak would count these with what is in use.
+    It makes allocation slower: not for a process whose time is taken.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
 def available() -> int | None:
