@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 
 from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
@@ -24,8 +25,8 @@ def resolve_config(name: str, overrides: list[str]) -> RunConfig:
     )
 
 
-def _quieten() -> None:
-    """Keep libraries from telling every rank what a reader of the run's output cannot use."""
+def _set_up_logging() -> None:
+    """Tell what this package logs; keep libraries from telling every rank what a reader cannot use."""
     import torch
 
     if not torch.cuda.is_available():
@@ -34,6 +35,14 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that newer versions of PyTorch deprecate.
     warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
+    handler = RichHandler(
+        console=Console(stderr=True, soft_wrap=True), show_time=False, show_level=False, show_path=False
+    )
+    ours = logging.getLogger("dist_pca")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    # The root logger of a library that configured it would say all of it again.
+    ours.propagate = False
 
 
 def _say(message: str) -> None:
@@ -49,7 +58,7 @@ def main(
     rank = int(os.environ.get("RANK", "0"))
     try:
         run = resolve_config(config, overrides or [])
-        _quieten()
+        _set_up_logging()
         # After parsing: a wrong key should not wait for these imports.
         from dist_pca.training.loop import check, train
 
