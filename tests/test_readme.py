@@ -33,7 +33,11 @@ def test_every_option_it_shows_is_the_command_lines() -> None:
     commands = [line.split() for line in lines if line.startswith("dist-pca")]
     assert commands
     for _, *words in commands:
-        name = [word for word in words[:2] if word in ("shards", "build", "inspect", "train", "evaluate")]
+        name = [
+            word
+            for word in words[:2]
+            if word in ("shards", "build", "inspect", "train", "evaluate", "bench", "association", "table")
+        ]
         shown = CliRunner().invoke(app, [*name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
         assert shown.exit_code == 0
         for option in (word for word in words if word.startswith("--")):
