@@ -282,7 +282,7 @@ def _sums(
     numbers = [kept, (labels != ignore_index).sum(), compared, correct]
     covered = torch.zeros(targets, dtype=torch.bool, device=labels.device)
     covered[place] = True
-    numbers += [covered.sum(), labels.new_tensor(targets, dtype=torch.float64), kept * chance]
+    numbers += [covered.sum(), labels.new_tensor(targets, dtype=torch.float64), kept.double() * chance]
     return torch.stack([number.double() for number in numbers])
 
 
