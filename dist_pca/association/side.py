@@ -44,10 +44,10 @@ class Side:
             self.centre = pool.sum(self.key.sum(dim=0)) / sum(counts)
             self.key -= self.centre
         if gradients:
-            # Of features both gradients are kept divided by the norm. Where rows are keys as given, that is what their
-            # products give, and one place serves both.
+            # Of features both are with respect to the unit row, and one place serves both. Where rows are keys as
+            # given, they are kept divided by the norm, since that is what the products give.
             self.query_gradient = torch.zeros_like(self.x)
-            self.key_gradient = self.query_gradient if as_given else torch.zeros_like(self.x)
+            self.key_gradient = torch.zeros_like(self.x) if self.inverse_norm is None else self.query_gradient
 
     def query(self, rows: torch.Tensor | slice) -> torch.Tensor:
         """Some rows as queries, [k, C]."""
@@ -73,15 +73,12 @@ class Side:
 
     def add_query_gradient(self, rows: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add a gradient [k, C] with respect to some rows, each once, as queries."""
-        self.query_gradient[rows] += gradient if self.inverse_norm is None else gradient * self.inverse_norm[rows]
+        self.query_gradient[rows] += self._kept(gradient, rows)
 
     def add_key_gradient_through(self, moment: torch.Tensor) -> None:
         """Add `key @ moment`, of [C, C], to the gradient with respect to keys."""
         for part in self._blocks():
-            gradient = self._centred(part) @ moment
-            if self.as_given and self.inverse_norm is not None:
-                gradient *= self.inverse_norm[part]
-            self.key_gradient[part] += gradient
+            self.key_gradient[part] += self._kept(self._centred(part) @ moment, part)
 
     def gradient(self) -> torch.Tensor:
         """Gradient with respect to x, [n, C]; takes the place of what was accumulated."""
@@ -90,10 +87,14 @@ class Side:
         for part in self._blocks():
             gradient, unit = self.query_gradient[part], self.query(part)
             if not self.as_given:
-                gradient += self.key_gradient[part] * self.inverse_norm[part]
+                gradient *= self.inverse_norm[part]
             # The gradient through x / |x| has no part along x.
             gradient -= unit * (gradient * unit).sum(dim=1, keepdim=True)
         return self.query_gradient
+
+    def _kept(self, gradient: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+        """A gradient with respect to unit rows, [k, C], as it is kept."""
+        return gradient * self.inverse_norm[rows] if self.as_given and self.inverse_norm is not None else gradient
 
     def _centred(self, rows: slice) -> torch.Tensor:
         return self.query(rows) - self.centre if self.key is None else self.key[rows]

@@ -62,6 +62,7 @@ def close_cycles(
             match[part] = best = row_maximum(tile)[1]
             middles = torch.unique(best)
             middles = middles[leads_to[middles] < 0]
+            middles = middles[_in_groups(len(middles), middles.device)]
             leads_to[middles] = match_whole_rows(backward, middles).best
             kept = (classes[part] == classes[leads_to[best]]) & (classes[part] < num_classes)
             chosen = _whole_groups(kept)
@@ -91,25 +92,28 @@ def _sweep_tile(
     block: torch.Tensor,
     gradient: torch.Tensor | None,
 ) -> torch.Tensor:
-    at_best = tile.gather(1, best[:, None])
     # Keys are centred, so that a row's variance is its mean square.
     deviation = torch.linalg.vector_norm(tile, dim=1, keepdim=True) / math.sqrt(max(1, len(block) - 1))
     sigma = deviation + SIGMA_EPSILON
-    exponential = tile.sub_(at_best).div_(sigma).exp_()
-    norm = exponential.sum(dim=1, keepdim=True)
-    loss = (weight * norm[:, 0].log()).sum()
+    probabilities = torch.softmax(tile.div_(sigma), dim=1, out=tile)
+    at_best = probabilities.gather(1, best[:, None])
+    loss = -(weight * at_best[:, 0].log()).sum()
     if gradient is None:
         return loss
-    # The probabilities' common denominator waits for the products, which are smaller than the tile.
-    exponential.scatter_(1, best[:, None], 1 - norm)
+    probabilities.scatter_(1, best[:, None], at_best - 1)
     if direction.keys.scale is not None:
-        exponential *= direction.keys.scale
-    scale = weight[:, None] / (sigma * norm)
-    product = products(exponential, block, (query * scale).to(block.dtype), gradient)
+        probabilities *= direction.keys.scale
+    scale = weight[:, None] / sigma
+    product = products(probabilities, block, (query * scale).to(block.dtype), gradient)
     if direction.slope is not None:
         direction.slope[rows] = -((query * product).sum(dim=1, keepdim=True) * scale / sigma)[:, 0]
     direction.queries.add_query_gradient(rows, product.mul_(scale))
     return loss
+
+
+def _in_groups(count: int, device: torch.device) -> torch.Tensor:
+    """Places 0 to count - 1, the last so often that their number is a multiple of `GROUP`."""
+    return torch.arange(-(-count // GROUP) * GROUP, device=device).clamp_(max=count - 1)
 
 
 def _whole_groups(wanted: torch.Tensor) -> torch.Tensor:
