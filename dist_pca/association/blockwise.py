@@ -9,8 +9,8 @@ import torch
 
 CPU_TILE_BYTES, GPU_TILE_BYTES = 9 << 20, 256 << 20
 """Memory for one tile. On a CPU larger ones fall out of its cache, and every pass over them waits for memory."""
-MIN_ROWS = 32
-"""Tiles have a multiple of so many rows."""
+MIN_ROWS = 256
+"""Rows of a tile, whatever its memory: with fewer, products wait for the keys, which every tile reads from the start."""
 GROUP = 64
 """Columns whose maximum is taken first: PyTorch's maximum is vectorised on CPUs, its argmax is not."""
 
@@ -31,7 +31,7 @@ class Match(NamedTuple):
 def row_blocks(rows: int, columns: int, device: torch.device) -> list[slice]:
     """Slices of rows that make tiles of the memory budget."""
     budget = CPU_TILE_BYTES if device.type == "cpu" else GPU_TILE_BYTES
-    height = max(1, budget // max(1, 4 * columns * MIN_ROWS)) * MIN_ROWS
+    height = max(MIN_ROWS, budget // max(1, 4 * columns))
     return [slice(start, start + height) for start in range(0, rows, height)]
 
 
