@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,10 @@ class Manifest:
     shards: tuple[Shard, ...]
     fingerprint: str = ""
     """Digest of what the shards were built from (recipe, options, raw file names and sizes)."""
+    label_member: str = "label.png"
+    """Extension of the members that hold labels."""
+    location: str = field(default="", compare=False)
+    """Where the shards come from, a path or a URL; not stored. Files of a URL are fetched into the folder."""
 
     @property
     def samples(self) -> int:
@@ -72,8 +76,13 @@ class Manifest:
 _ADAPTER = TypeAdapter(Manifest)
 
 
-def load_manifest(folder: str | Path) -> Manifest:
+def load_manifest(folder: str | Path, *, location: str | None = None, check_files: bool = True) -> Manifest:
     """Read a shard folder's manifest and check it against the files' names and sizes (not their checksums).
+
+    Args:
+        folder: The folder that holds the manifest.
+        location: Where it was fetched from; None is the folder itself.
+        check_files: Whether the shards must be in the folder.
 
     Raises:
         UserError: the folder or its manifest is missing, is not JSON, was written in another format version or is
@@ -91,19 +100,23 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise UserError(f"{path}: not JSON ({error}); build the shards again with --force") from error
     _check_format(path, raw)
     try:
-        manifest = _ADAPTER.validate_python({**raw, "folder": folder})
+        manifest = _ADAPTER.validate_python({**raw, "folder": folder, "location": location or str(folder)})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {key}: {first['msg']}; build the shards again with --force") from None
     for shard in manifest.shards:
-        _check_shard(manifest, shard)
+        _check_columns(manifest, shard)
+        if check_files:
+            _check_file(manifest, shard)
     return manifest
 
 
 def save_manifest(manifest: Manifest) -> None:
     """Write the manifest into its folder, whole or not at all."""
-    content = {"format": FORMAT, "version": VERSION} | _ADAPTER.dump_python(manifest, mode="json", exclude={"folder"})
+    content = {"format": FORMAT, "version": VERSION} | _ADAPTER.dump_python(
+        manifest, mode="json", exclude={"folder", "location"}
+    )
     path = manifest.folder / MANIFEST_NAME
     aside = path.with_name(f".{MANIFEST_NAME}.part")
     with aside.open("w", encoding="utf-8") as file:
@@ -146,10 +159,8 @@ def _check_format(path: Path, raw: Any) -> None:
         )
 
 
-def _check_shard(manifest: Manifest, shard: Shard) -> None:
+def _check_file(manifest: Manifest, shard: Shard) -> None:
     path = manifest.folder / shard.name
-    if Path(shard.name).name != shard.name:
-        raise UserError(f"{manifest.folder / MANIFEST_NAME}: shard name {shard.name!r} leaves the folder")
     if not path.is_file():
         raise UserError(f"{path}: listed in {MANIFEST_NAME} but missing; copy it back or build again with --force")
     size = path.stat().st_size
@@ -157,6 +168,11 @@ def _check_shard(manifest: Manifest, shard: Shard) -> None:
         raise UserError(
             f"{path}: {size} bytes, {MANIFEST_NAME} says {shard.bytes}; copy it again or build again with --force"
         )
+
+
+def _check_columns(manifest: Manifest, shard: Shard) -> None:
+    if Path(shard.name).name != shard.name:
+        raise UserError(f"{manifest.folder / MANIFEST_NAME}: shard name {shard.name!r} leaves the folder")
     samples = len(shard.keys)
     columns = [shard.offsets, shard.lengths, shard.heights, shard.widths]
     if manifest.labelled:
