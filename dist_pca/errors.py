@@ -9,3 +9,7 @@ class UserError(Exception):
     """
 
     EXIT_CODE = 2
+
+
+class CorruptSample(UserError):
+    """One sample that cannot be used, in a shard that otherwise can; the message names shard and key."""

@@ -10,7 +10,7 @@ import torch
 CPU_TILE_BYTES, GPU_TILE_BYTES = 9 << 20, 256 << 20
 """Memory for one tile. On a CPU larger ones fall out of its cache, and every pass over them waits for memory."""
 MIN_ROWS = 256
-"""Rows of a tile, whatever its memory: with fewer, products wait for the keys, which every tile reads from the start."""
+"""Rows of a tile, whatever its memory: with fewer, products wait for the keys, which every tile reads anew."""
 GROUP = 64
 """Columns whose maximum is taken first: PyTorch's maximum is vectorised on CPUs, its argmax is not."""
 

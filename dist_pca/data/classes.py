@@ -13,27 +13,28 @@ from dist_pca.shards.classes import IGNORE_INDEX, LABEL_SETS, ClassInfo
 from dist_pca.shards.manifest import Manifest
 
 
-def class_table(config: DataConfig, source: Manifest, target: Manifest | None) -> tuple[ClassInfo, ...]:
-    """The run's classes by train id, in the source's colours.
+def class_table(config: DataConfig, sources: Sequence[Manifest], targets: Sequence[Manifest]) -> tuple[ClassInfo, ...]:
+    """The run's classes by train id, in the first source's colours.
 
-    An unlabelled target has no say: none of its pixels carries a class.
+    Unlabelled targets have no say: none of their pixels carries a class.
 
     Raises:
-        UserError: the source has no labels, a class that data.classes names is not in the shards, or data.classes is
-            None while the domains' class names differ.
+        UserError: a source has no labels, a class that data.classes names is not in the shards, or data.classes is
+            None while the folders' class names differ.
     """
-    if not source.labelled:
-        raise UserError(f"data.source: {source.folder} holds no labels; build the shards from a labelled data set")
-    table = chosen_classes(config, source)
-    if target is None or not target.labelled:
-        return table
-    names, others = ([info.name for info in chosen_classes(config, manifest)] for manifest in (source, target))
-    for index, (name, other) in enumerate(zip_longest(names, others)):
-        if name != other:
-            raise UserError(
-                f"data.source and data.target: class tables differ, first at train id {index}: {name or 'none'} in "
-                f"{source.folder}, {other or 'none'} in {target.folder}; name a common subset in data.classes"
-            )
+    for source in sources:
+        if not source.labelled:
+            raise UserError(f"data.source: {source.folder} holds no labels; build the shards from a labelled data set")
+    first, *others = (*sources, *(target for target in targets if target.labelled))
+    table = chosen_classes(config, first)
+    for other in others:
+        names = ((info.name for info in classes) for classes in (table, chosen_classes(config, other)))
+        for index, (name, its) in enumerate(zip_longest(*names)):
+            if name != its:
+                raise UserError(
+                    f"data.source and data.target: class tables differ, first at train id {index}: {name or 'none'} in "
+                    f"{first.folder}, {its or 'none'} in {other.folder}; name a common subset in data.classes"
+                )
     return table
 
 

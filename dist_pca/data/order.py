@@ -27,6 +27,8 @@ class Order:
     """The two domains are shuffled independently."""
     window: int
     """Consecutive shards whose samples are shuffled together."""
+    part: int = 0
+    """Which of the domain's shard folders this is; they are shuffled independently."""
 
     @cached_property
     def samples(self) -> int:
@@ -94,7 +96,7 @@ def micro_batch_positions(
 @lru_cache(maxsize=_REMEMBERED)
 def _shuffled_shards(order: Order, epoch: int) -> tuple[Indices, Indices]:
     """An epoch's shards in their order, and the offset in the epoch at which each window begins."""
-    shards = permutation(len(order.counts), order.seed, order.domain, Purpose.SHARDS, epoch)
+    shards = permutation(len(order.counts), order.seed, order.domain, Purpose.SHARDS, *_apart(order, epoch))
     ends = np.cumsum(np.asarray(order.counts)[shards])
     return shards, np.concatenate([[0], ends])[:: order.window]
 
@@ -107,4 +109,9 @@ def _shuffled_window(order: Order, epoch: int, window: int) -> Indices:
     counts = np.asarray(order.counts)[members]
     samples = np.concatenate([np.arange(count) for count in counts])
     places = np.column_stack([np.repeat(members, counts), samples])
-    return places[permutation(len(places), order.seed, order.domain, Purpose.SAMPLES, epoch, window)]
+    return places[permutation(len(places), order.seed, order.domain, Purpose.SAMPLES, *_apart(order, epoch, window))]
+
+
+def _apart(order: Order, *index: int) -> tuple[int, ...]:
+    # The first folder's order is what it would be alone.
+    return (*index, order.part) if order.part else index

@@ -17,6 +17,9 @@ class Purpose(IntEnum):
     SAMPLES = 1
     CROP = 2
     POSITIONS = 3
+    MIXTURE = 4
+    CLASS = 5
+    REPLACEMENT = 6
 
 
 def draw(count: int, seed: int, domain: Domain, purpose: Purpose, *index: int) -> npt.NDArray[np.uint64]:

@@ -1,29 +1,39 @@
 """Streams of batches: a WebDataset pipeline whose source knows where each sample lies and when its turn is."""
 
 import atexit
+import logging
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from itertools import count, islice
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import webdataset
+from PIL import Image
 from torch.utils.data import get_worker_info
 
-from dist_pca.config import DataConfig
+from dist_pca.config import DataConfig, SamplingConfig
 from dist_pca.data.classes import chosen_classes, lookup_table
 from dist_pca.data.decode import decode_sample
-from dist_pca.data.order import Order, micro_batch_positions, micro_batch_size
+from dist_pca.data.order import micro_batch_positions, micro_batch_size
 from dist_pca.data.randomness import Domain
 from dist_pca.data.reader import ShardReader
-from dist_pca.data.transform import Pixels, apply_crop, check_crop, draw_crop
-from dist_pca.errors import UserError
+from dist_pca.data.sampling import Choice, Sampler, build_sampler
+from dist_pca.data.transform import Crop, Pixels, apply_crop, check_crop, crop_label, draw_crop, resized_size
+from dist_pca.errors import CorruptSample, UserError
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
+
+_log = logging.getLogger("dist_pca.data")
+_MOST_REPLACEMENTS = 8
+"""Samples drawn in the place of a corrupt one before all of them are taken to be."""
 
 
 class Batch(NamedTuple):
@@ -36,6 +46,8 @@ class Batch(NamedTuple):
     keys: list[str]
     positions: list[int]
     """Where each sample stands in the endless stream."""
+    skipped: list[str]
+    """What was wrong with samples that others have replaced."""
 
 
 class EvaluationSample(NamedTuple):
@@ -48,16 +60,23 @@ class EvaluationSample(NamedTuple):
     """Train ids, height x width; None where the shards have no labels."""
 
 
+class _Taken(NamedTuple):
+    position: int
+    choice: Choice
+    sample: dict[str, Any] | CorruptSample
+
+
 class _Crop(NamedTuple):
     image: Pixels
     label: Pixels | None
     key: str
     position: int
+    skipped: list[str]
 
 
 def stream(
     config: DataConfig,
-    manifest: Manifest,
+    manifests: Sequence[Manifest],
     domain: Domain,
     *,
     seed: int,
@@ -66,15 +85,16 @@ def stream(
     global_batch: int,
     accumulation: int,
     start_step: int,
+    targets: Sequence[Manifest] = (),
 ) -> Generator[Batch, None, None]:
     """One rank's endless stream of micro-batches, in the order (step, accumulation index).
 
     Which samples a step takes and how they are cropped depends on seed and step alone. Closing the iterator ends its
-    loader processes.
+    loader processes. A sample that cannot be decoded is logged, and another takes its place, always the same one.
 
     Args:
-        config: Crops, classes and loader processes.
-        manifest: The domain's shards.
+        config: Crops, classes, sampling and loader processes.
+        manifests: The domain's shard folders.
         domain: Which domain this is; the two are shuffled and augmented independently.
         seed: Seed of the run.
         rank: Rank, below `world_size`.
@@ -82,18 +102,21 @@ def stream(
         global_batch: Samples per step, over all ranks and micro-batches.
         accumulation: Micro-batches per step on each rank.
         start_step: First step.
+        targets: For the source, the target's shard folders, which pairing looks at.
 
     Raises:
         UserError: at once if the batch cannot be shared out, the crop does not fit into an image, classes are unknown
-            or there are no samples; while iterating if a sample cannot be read (shard and key are named).
+            or there are no samples; while iterating if a shard cannot be read (shard and key are named), or more than
+            data.max_corrupt_share of the samples cannot be decoded.
     """
-    if manifest.samples == 0:
-        raise UserError(f"data.{domain}: {manifest.folder} holds no samples; build it from a folder with images")
+    sampler = build_sampler(config, manifests, domain, seed, targets=targets)
     size = micro_batch_size(
         global_batch, world_size=world_size, accumulation=accumulation, key=f"training.{domain}_batch"
     )
-    check_crop(manifest, config.shorter_edge, config.crop)
-    table = lookup_table(manifest, chosen_classes(config, manifest)) if manifest.labelled else None
+    for manifest in manifests:
+        check_crop(manifest, config.shorter_edge, config.crop)
+    labelled = all(manifest.labelled for manifest in manifests)
+    tables = [lookup_table(manifest, chosen_classes(config, manifest)) if labelled else None for manifest in manifests]
     positions = partial(
         micro_batch_positions,
         rank=rank,
@@ -101,14 +124,15 @@ def stream(
         accumulation=accumulation,
         global_batch=global_batch,
     )
-    order = Order(tuple(len(shard.keys) for shard in manifest.shards), seed, domain, config.shuffle_window)
-    return _load(
-        partial(_ordered_samples, manifest, order, positions, accumulation, start_step),
-        webdataset.map(partial(_crop_sample, config, seed, domain, table)),
+    batches = _load(
+        partial(_ordered_samples, sampler, config.shuffle_window, positions, accumulation, start_step),
+        webdataset.map(partial(_crop_sample, config, seed, domain, sampler, tables)),
         partial(_batches, size=size),
         workers=config.workers,
         pin_memory=torch.cuda.is_available(),
     )
+    epoch = sum(manifest.samples for manifest in manifests)
+    return _watched(batches, domain, config.max_corrupt_share, epoch / world_size)
 
 
 def evaluation_stream(
@@ -129,7 +153,7 @@ def evaluation_stream(
     table = lookup_table(manifest, classes) if manifest.labelled else None
     samples = _load(
         partial(_share_of_samples, manifest, rank, world_size),
-        webdataset.map(partial(_whole_sample, table)),
+        webdataset.map(partial(_whole_sample, table, manifest.label_member)),
         workers=workers,
         pin_memory=False,
     )
@@ -151,15 +175,29 @@ def _load(*stages: Callable[..., Any], workers: int, pin_memory: bool) -> Genera
     # at the end of a multiprocessing child, which runs no atexit functions, before its queues close (priority 10).
     atexit.register(items.close)
     at_child_exit = Finalize(None, items.close, exitpriority=11)
+    others = set(active_children())
+    processes: set[BaseProcess] = set()
     try:
         for item in items:
+            processes = processes or set(active_children()) - others
             if isinstance(item, UserError):
                 raise item
             yield item
+    except (RuntimeError, OSError) as error:
+        processes = processes or set(active_children()) - others
+        if wait([process.sentinel for process in processes], timeout=1):
+            raise UserError(
+                "a loader process was killed, most likely for want of memory; lower data.workers"
+            ) from error
+        raise
     finally:
         at_child_exit.cancel()
         atexit.unregister(items.close)
         items.close()
+        # After one of them has died the loader tells the others nothing, and they ignore SIGTERM.
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
@@ -183,15 +221,24 @@ def _worker() -> tuple[int, int]:
 
 
 def _ordered_samples(
-    manifest: Manifest, order: Order, positions: Callable[[int, int], range], accumulation: int, start_step: int
-) -> Iterator[dict[str, Any]]:
+    sampler: Sampler, keep_open: int, positions: Callable[[int, int], range], accumulation: int, start_step: int
+) -> Iterator[_Taken]:
     # The loader takes items from its processes in turn, so this deals them whole micro-batches in turn.
     worker, workers = _worker()
-    with closing(ShardReader(manifest, keep_open=order.window)) as reader:
+    with ExitStack() as stack:
+        readers = [stack.enter_context(closing(ShardReader(m, keep_open))) for m in sampler.manifests]
         for index in count(start_step * accumulation + worker, workers):
             step, accumulation_index = divmod(index, accumulation)
             for position in positions(step, accumulation_index):
-                yield reader.read(*order.locate(position)) | {"__position__": position}
+                choice = sampler.choose(position)
+                yield _Taken(position, choice, _read(readers[choice.place.part], choice))
+
+
+def _read(reader: ShardReader, choice: Choice) -> dict[str, Any] | CorruptSample:
+    try:
+        return reader.read(choice.place.shard, choice.place.sample)
+    except CorruptSample as error:
+        return error
 
 
 def _share_of_samples(manifest: Manifest, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
@@ -202,14 +249,52 @@ def _share_of_samples(manifest: Manifest, rank: int, world_size: int) -> Iterato
             yield reader.read(shard, sample)
 
 
-def _crop_sample(config: DataConfig, seed: int, domain: Domain, table: Pixels | None, sample: dict[str, Any]) -> _Crop:
-    image, label = decode_sample(sample, labelled=table is not None)
-    position = sample["__position__"]
-    crop = draw_crop(sample["__size__"], config, seed=seed, domain=domain, position=position)
+def _crop_sample(
+    config: DataConfig, seed: int, domain: Domain, sampler: Sampler, tables: Sequence[Pixels | None], taken: _Taken
+) -> _Crop:
+    """The crop at a position; of another sample where its own is corrupt."""
+    position, choice, sample = taken
+    skipped: list[str] = []
+    while True:
+        part = choice.place.part
+        try:
+            if isinstance(sample, CorruptSample):
+                raise sample
+            image, label = decode_sample(
+                sample,
+                label_member=None if tables[part] is None else sampler.manifests[part].label_member,
+                enough=resized_size(sample["__size__"], config.shorter_edge[1]),
+            )
+            break
+        except CorruptSample as error:
+            skipped.append(str(error))
+            if len(skipped) > _MOST_REPLACEMENTS:
+                raise UserError(f"{error}; {_MOST_REPLACEMENTS} samples drawn in its place are no better") from error
+        choice = Choice(sampler.instead_of(position, len(skipped)), None)
+        with closing(ShardReader(sampler.manifests[choice.place.part], keep_open=1)) as reader:
+            sample = _read(reader, choice)
+    draw = partial(draw_crop, sample["__size__"], config, seed=seed, domain=domain, position=position)
+    table = tables[part]
+    if label is None or table is None:
+        return _Crop(apply_crop(image, None, draw())[0], None, sample["__key__"], position, skipped)
+    crop = draw() if choice.wanted is None else _crop_that_shows(choice.wanted, label, table, draw, config.sampling)
     pixels, train_ids = apply_crop(image, label, crop)
-    if table is not None and train_ids is not None:
-        train_ids = table[train_ids]
-    return _Crop(pixels, train_ids, sample["__key__"], position)
+    return _Crop(pixels, table[train_ids], sample["__key__"], position, skipped)
+
+
+def _crop_that_shows(
+    wanted: int, label: Image.Image, table: Pixels, draw: Callable[..., Crop], sampling: SamplingConfig
+) -> Crop:
+    """The first crop that shows enough of a class, or of all that may be drawn the one that shows most."""
+    best, most = draw(), -1
+    for attempt in range(sampling.crop_attempts):
+        crop = draw(attempt=attempt)
+        shown = int((table[crop_label(label, crop)] == wanted).sum())
+        if shown > most:
+            best, most = crop, shown
+        if most >= sampling.min_crop_pixels:
+            break
+    return best
 
 
 def _batches(crops: Iterator[_Crop], *, size: int) -> Iterator[Batch]:
@@ -221,11 +306,32 @@ def _batches(crops: Iterator[_Crop], *, size: int) -> Iterator[Batch]:
             labels=torch.from_numpy(np.stack(labels)) if labels else None,
             keys=[crop.key for crop in members],
             positions=[crop.position for crop in members],
+            skipped=[line for crop in members for line in crop.skipped],
         )
 
 
-def _whole_sample(table: Pixels | None, sample: dict[str, Any]) -> tuple[str, torch.Tensor, torch.Tensor | None]:
-    image, label = decode_sample(sample, labelled=table is not None)
+def _watched(
+    batches: Generator[Batch, None, None], domain: Domain, max_share: float, epoch: float
+) -> Generator[Batch, None, None]:
+    """Log what was skipped, and stop where it is more than a share of an epoch or of all samples taken."""
+    taken = skipped = 0
+    with closing(batches):
+        for batch in batches:
+            taken, skipped = taken + len(batch.keys), skipped + len(batch.skipped)
+            for line in batch.skipped:
+                _log.warning("data.%s: skipped a sample: %s", domain, line)
+            if batch.skipped and skipped > max_share * max(taken, epoch):
+                raise UserError(
+                    f"data.{domain}: {skipped} corrupt samples among {taken}, more than data.max_corrupt_share "
+                    f"{max_share:g} allows, the last one: {batch.skipped[-1]}"
+                )
+            yield batch
+
+
+def _whole_sample(
+    table: Pixels | None, label_member: str, sample: dict[str, Any]
+) -> tuple[str, torch.Tensor, torch.Tensor | None]:
+    image, label = decode_sample(sample, label_member=None if table is None else label_member)
     train_ids = None if table is None or label is None else torch.from_numpy(table[np.asarray(label)])
     # As tensors, pixels pass between processes in shared memory.
     return sample["__key__"], torch.from_numpy(np.array(image)), train_ids

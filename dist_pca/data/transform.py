@@ -34,7 +34,9 @@ def resized_size(size: tuple[int, int], shorter_edge: int) -> tuple[int, int]:
     return round(height * shorter_edge / shorter), round(width * shorter_edge / shorter)
 
 
-def draw_crop(size: tuple[int, int], config: DataConfig, *, seed: int, domain: Domain, position: int) -> Crop:
+def draw_crop(
+    size: tuple[int, int], config: DataConfig, *, seed: int, domain: Domain, position: int, attempt: int = 0
+) -> Crop:
     """Draw a crop, a pure function of its arguments.
 
     Args:
@@ -43,8 +45,10 @@ def draw_crop(size: tuple[int, int], config: DataConfig, *, seed: int, domain: D
         seed: Seed of the run.
         domain: The two domains draw independently.
         position: Position of the sample in the endless stream.
+        attempt: Counts other crops of the same sample.
     """
-    edge, top, left, flip = (int(bits) for bits in draw(4, seed, domain, Purpose.CROP, position))
+    index = (position, attempt) if attempt else (position,)
+    edge, top, left, flip = (int(bits) for bits in draw(4, seed, domain, Purpose.CROP, *index))
     low, high = config.shorter_edge
     resized = resized_size(size, low + edge % (high - low + 1))
     height, width = config.crop
@@ -64,9 +68,12 @@ def apply_crop(image: Image.Image, label: Image.Image | None, crop: Crop) -> tup
         The image as 3 x height x width, and the label as height x width.
     """
     pixels = np.ascontiguousarray(_cut(image, crop, Image.Resampling.BICUBIC).transpose(2, 0, 1))
-    if label is None:
-        return pixels, None
-    return pixels, np.ascontiguousarray(_cut(label, crop, Image.Resampling.NEAREST))
+    return pixels, None if label is None else crop_label(label, crop)
+
+
+def crop_label(label: Image.Image, crop: Crop) -> Pixels:
+    """Cut a window out of a label image, by nearest neighbour; height x width."""
+    return np.ascontiguousarray(_cut(label, crop, Image.Resampling.NEAREST))
 
 
 def resize_for_evaluation(image: Pixels, size: tuple[int, int]) -> Pixels:

@@ -1,6 +1,6 @@
 """The training loop."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from dist_pca.data.classes import class_table
 from dist_pca.data.order import micro_batch_size
 from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.randomness import Purpose, draw
+from dist_pca.data.sampling import build_sampler
 from dist_pca.data.stream import Batch, stream
 from dist_pca.data.transform import check_crop
 from dist_pca.errors import UserError
@@ -32,8 +33,9 @@ class Plan(NamedTuple):
     """What a run needs, once all of it is known to be there and to fit together."""
 
     config: RunConfig
-    source: Manifest
-    target: Manifest | None
+    sources: tuple[Manifest, ...]
+    targets: tuple[Manifest, ...]
+    """None where the run does not adapt."""
     classes: tuple[ClassInfo, ...]
     model: Segmenter
 
@@ -45,23 +47,22 @@ def check(config: RunConfig, *, world_size: int, resume: bool) -> Plan:
         UserError: something does not fit.
     """
     reconcile_launcher(config)
-    source = load_manifest(config.data.source)
-    if not source.labelled:
-        raise UserError(f"data.source: {source.folder} has no labels; build it without --unlabelled")
-    target = load_manifest(config.data.target) if config.objective.adapt and config.data.target else None
-    classes = class_table(config.data, source, target)
+    sources = tuple(load_manifest(folder) for folder in config.data.folders("source"))
+    targets = tuple(load_manifest(folder) for folder in config.data.folders("target") if config.objective.adapt)
+    classes = class_table(config.data, sources, targets)
     batches = {
-        "training.source_batch": config.training.source_batch,
-        "training.target_batch": config.training.target_batch,
+        "training.source_batch": (sources, config.training.source_batch),
+        "training.target_batch": (targets, config.training.target_batch),
     }
-    for manifest, (key, batch) in zip((source, target), batches.items(), strict=True):
-        if manifest is not None:
+    for key, (manifests, batch) in batches.items():
+        for manifest in manifests:
             micro_batch_size(batch, world_size=world_size, accumulation=config.training.accumulation, key=key)
             check_crop(manifest, config.data.shorter_edge, config.data.crop)
+    build_sampler(config.data, sources, "source", config.seed, targets=targets)
     if not resume and latest_checkpoint(config.folder / "checkpoints") is not None:
         raise UserError(f"{config.folder}: already holds a run; add --resume to go on with it, or choose another name=")
     torch.manual_seed(config.seed)
-    return Plan(config, source, target, classes, build_segmenter(config.model, len(classes)))
+    return Plan(config, sources, targets, classes, build_segmenter(config.model, len(classes)))
 
 
 def train(plan: Plan) -> None:
@@ -75,7 +76,7 @@ def train(plan: Plan) -> None:
     dist.barrier()
 
     training = config.training
-    images = training.source_batch + (training.target_batch if plan.target else 0)
+    images = training.source_batch + (training.target_batch if plan.targets else 0)
     with (
         ExitStack() as streams,
         Telemetry(
@@ -88,13 +89,13 @@ def train(plan: Plan) -> None:
         ) as telemetry,
     ):
         sources = streams.enter_context(
-            closing(_stream(plan, plan.source, "source", training.source_batch, world, start_step))
+            closing(_stream(plan, plan.sources, "source", training.source_batch, world, start_step))
         )
         targets = (
             repeat(None)
-            if plan.target is None
+            if not plan.targets
             else streams.enter_context(
-                closing(_stream(plan, plan.target, "target", training.target_batch, world, start_step))
+                closing(_stream(plan, plan.targets, "target", training.target_batch, world, start_step))
             )
         )
         for step in range(start_step, training.steps):
@@ -174,11 +175,11 @@ def _start_engine(plan: Plan, world: World) -> tuple[Any, torch.optim.Optimizer,
 
 
 def _stream(
-    plan: Plan, manifest: Manifest, domain: DomainName, global_batch: int, world: World, start_step: int
+    plan: Plan, manifests: Sequence[Manifest], domain: DomainName, global_batch: int, world: World, start_step: int
 ) -> Generator[Batch, None, None]:
     return stream(
         plan.config.data,
-        manifest,
+        manifests,
         domain,
         seed=plan.config.seed,
         rank=world.rank,
@@ -186,4 +187,5 @@ def _stream(
         global_batch=global_batch,
         accumulation=plan.config.training.accumulation,
         start_step=start_step,
+        targets=plan.targets,
     )

@@ -58,10 +58,17 @@ def write_shards(
         with webdataset.TarWriter(str(path), encoder=False) as writer:
             for index, members in enumerate(samples):
                 writer.write({"__key__": f"{number:03d}-{index:03d}", **members})
-        written.append(index_shard(path, len(samples[0]) if samples else 0, labelled, len(classes), size))
+        shard = index_shard(path, len(samples[0]) if samples else 0, labelled, len(classes), size)
+        counts = [pixel_counts(members["label.png"], len(classes)) for members in samples if "label.png" in members]
+        written.append(replace(shard, pixel_counts=counts) if len(counts) == len(samples) and labelled else shard)
     manifest = Manifest(folder, "test", 1, "all", labelled, classes, tuple(written))
     save_manifest(manifest)
     return manifest
+
+
+def pixel_counts(label: bytes, classes: int) -> list[int]:
+    ids = np.asarray(Image.open(io.BytesIO(label))).ravel()
+    return [int(count) for count in np.bincount(ids, minlength=256)[:classes]]
 
 
 def index_shard(path: Path, members: int, labelled: bool, classes: int, size: tuple[int, int]) -> Shard:

@@ -18,12 +18,12 @@ def domain(*names: str, labelled: bool = True) -> Manifest:
 
 
 def test_equal_tables_are_taken_as_they_are() -> None:
-    assert class_table(data_config(), SOURCE, domain(*LABEL_SETS["cityscapes_19"])) == CITYSCAPES_CLASSES
-    assert class_table(data_config(), SOURCE, None) == CITYSCAPES_CLASSES
+    assert class_table(data_config(), [SOURCE], [domain(*LABEL_SETS["cityscapes_19"])]) == CITYSCAPES_CLASSES
+    assert class_table(data_config(), [SOURCE], []) == CITYSCAPES_CLASSES
 
 
 def test_an_unlabelled_target_has_no_say() -> None:
-    assert class_table(data_config(), SOURCE, domain("cat", labelled=False)) == CITYSCAPES_CLASSES
+    assert class_table(data_config(), [SOURCE], [domain("cat", labelled=False)]) == CITYSCAPES_CLASSES
 
 
 @pytest.mark.parametrize(
@@ -36,12 +36,12 @@ def test_an_unlabelled_target_has_no_say() -> None:
 )
 def test_different_tables_are_refused_with_their_first_difference(target: tuple[str, ...], difference: str) -> None:
     with pytest.raises(UserError, match=rf"{difference}; name a common subset in data\.classes"):
-        class_table(data_config(), SOURCE, domain(*target))
+        class_table(data_config(), [SOURCE], [domain(*target)])
 
 
 @pytest.mark.parametrize("choice", ["synthia_13", LABEL_SETS["synthia_13"]])
 def test_a_common_subset_is_taken_from_different_tables(choice: str | tuple[str, ...]) -> None:
-    table = class_table(data_config(classes=choice), SOURCE, domain(*reversed(LABEL_SETS["synthia_16"])))
+    table = class_table(data_config(classes=choice), [SOURCE], [domain(*reversed(LABEL_SETS["synthia_16"]))])
     assert tuple(info.name for info in table) == LABEL_SETS["synthia_13"]
     assert set(table) < set(CITYSCAPES_CLASSES)
 
@@ -57,17 +57,17 @@ def test_a_common_subset_is_taken_from_different_tables(choice: str | tuple[str,
 )
 def test_a_choice_that_cannot_be_met_is_refused(choice: str | tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=rf"^data\.classes: {message}"):
-        class_table(data_config(classes=choice), SOURCE, None)
+        class_table(data_config(classes=choice), [SOURCE], [])
 
 
 def test_a_class_that_only_one_domain_has_is_refused() -> None:
     with pytest.raises(UserError, match="'terrain' is no class of camera"):
-        class_table(data_config(classes="cityscapes_19"), SOURCE, domain(*LABEL_SETS["synthia_16"]))
+        class_table(data_config(classes="cityscapes_19"), [SOURCE], [domain(*LABEL_SETS["synthia_16"])])
 
 
 def test_a_source_without_labels_is_refused() -> None:
     with pytest.raises(UserError, match=r"^data\.source: simulator holds no labels"):
-        class_table(data_config(), replace(SOURCE, labelled=False), None)
+        class_table(data_config(), [replace(SOURCE, labelled=False)], [])
 
 
 def test_labels_are_looked_up_by_name() -> None:

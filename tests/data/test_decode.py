@@ -45,7 +45,7 @@ def claims(width: int, height: int) -> bytes:
     ],
 )
 def test_every_image_becomes_rgb(extension: str, file_format: str, mode: str) -> None:
-    image, label = decode_sample(sample(**{extension: encoded(mode, file_format)}), labelled=False)
+    image, label = decode_sample(sample(**{extension: encoded(mode, file_format)}), label_member=None)
     assert (image.mode, image.size, label) == ("RGB", (40, 24), None)
 
 
@@ -56,7 +56,7 @@ def test_labels_keep_their_ids_in_grey_and_palette_images() -> None:
     buffer = io.BytesIO()
     palette.save(buffer, "PNG")
     for content in (png(ids), buffer.getvalue()):
-        _, label = decode_sample(sample(png=encoded("RGB", "PNG"), label_png=content), labelled=True)
+        _, label = decode_sample(sample(png=encoded("RGB", "PNG"), label_png=content), label_member="label.png")
         assert np.array_equal(np.asarray(label), ids)
 
 
@@ -71,7 +71,7 @@ class Trap:
 def test_other_members_are_never_looked_into(tmp_path: Path) -> None:
     trap = pickle.dumps(Trap(tmp_path / "executed"))
     others = dict.fromkeys(("pyd", "pickle", "pth", "pkl", "cls", "json", "npy"), trap)
-    image, _ = decode_sample(sample(**others, png=sample_members(0)["png"]), labelled=False)
+    image, _ = decode_sample(sample(**others, png=sample_members(0)["png"]), label_member=None)
     assert image.size == (40, 24)
     assert list(tmp_path.iterdir()) == []
 
@@ -79,7 +79,7 @@ def test_other_members_are_never_looked_into(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(20_000, 10_000), (200_000, 200_000)])
 def test_huge_images_are_refused_before_decoding(size: tuple[int, int]) -> None:
     with pytest.raises(UserError, match=r"shard-000003\.tar: sample 'street': png: more than 178,956,970 pixels"):
-        decode_sample(sample(png=claims(*size)), labelled=False)
+        decode_sample(sample(png=claims(*size)), label_member=None)
 
 
 @pytest.mark.parametrize(
@@ -99,4 +99,4 @@ def test_huge_images_are_refused_before_decoding(size: tuple[int, int]) -> None:
 )
 def test_a_bad_sample_names_its_shard_its_key_and_the_fault(members: dict[str, bytes], fault: str) -> None:
     with pytest.raises(UserError, match=rf"^shards/shard-000003\.tar: sample 'street': {fault}[^\n]*$"):
-        decode_sample(sample(**members), labelled=True)
+        decode_sample(sample(**members), label_member="label.png")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
@@ -18,7 +19,7 @@ from dist_pca.data.stream import Batch, EvaluationSample, evaluation_stream, str
 from dist_pca.errors import UserError
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
-from tests.data.shards import CLASSES, data_config, make_shards, sample_members, write_shards
+from tests.data.shards import CLASSES, data_config, make_shards, png, sample_members, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -43,7 +44,7 @@ def start(manifest: Manifest, keys: dict[str, Any] | None = None, **arguments: A
         "accumulation": 1,
         "start_step": 0,
     }
-    return stream(data_config(**keys or {}), manifest, **{**defaults, **arguments})
+    return stream(data_config(**keys or {}), [manifest], **{**defaults, **arguments})
 
 
 def take(batches: Generator[Batch, None, None], count: int) -> list[Batch]:
@@ -202,11 +203,11 @@ def test_closing_ends_the_loader_processes(manifest: Manifest) -> None:
 def test_signals_to_all_processes_leave_the_loader_running(manifest: Manifest) -> None:
     plain = take(start(manifest), 12)
     with closing(start(manifest, {"workers": 2})) as batches:
-        some = [next(batches)]
+        some = [next(batches), next(batches)]
         for process in active_children():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 os.kill(process.pid or 0, number)
-        assert same(some + list(islice(batches, 11)), plain)
+        assert same(some + list(islice(batches, 10)), plain)
     assert active_children() == []
 
 
@@ -218,7 +219,7 @@ from tests.data.shards import data_config
 
 def train():
     global batches
-    batches = stream(data_config(workers=2), load_manifest(sys.argv[1]), "source", seed=0, rank=0, world_size=1,
+    batches = stream(data_config(workers=2), [load_manifest(sys.argv[1])], "source", seed=0, rank=0, world_size=1,
                      global_batch=4, accumulation=1, start_step=0)
     next(batches)
 
@@ -280,3 +281,57 @@ def test_more_ranks_than_samples_leave_some_without(tmp_path: Path) -> None:
         [("000-001", None)],
         [],
     ]
+
+
+def test_eight_ranks_of_four_workers_share_one_shard_of_few_samples(tmp_path: Path) -> None:
+    shard = make_shards(tmp_path / "shards", [3])
+    plain = take(start(shard, global_batch=16), 3)
+    ranks = [take(start(shard, {"workers": 4}, rank=rank, world_size=8, global_batch=16), 3) for rank in range(8)]
+    assert samples([batch for batches in ranks for batch in batches]) == samples(plain)
+    assert active_children() == []
+
+
+def test_consecutive_batches_are_not_from_one_shard(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", [16] * 8)
+    batches = take(start(shards, {"shuffle_window": 4}, global_batch=8), 16)
+    origins = [{key.split("-")[0] for key in batch.keys} for batch in batches]
+    assert all(len(shards) > 1 for shards in origins)
+    assert sum(len(shards) >= 3 for shards in origins) >= 12
+
+
+def test_a_sample_travels_anywhere_within_its_window(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", [16] * 4)
+    places: dict[str, list[int]] = {}
+    for seed in range(6):
+        for batch in take(start(shards, {"shuffle_window": 4}, global_batch=64, seed=seed), 1):
+            for key, position in zip(batch.keys, batch.positions, strict=True):
+                places.setdefault(key, []).append(position)
+    travelled = [max(positions) - min(positions) for positions in places.values()]
+    assert np.mean(travelled) > 32
+
+
+def test_folders_are_mixed_by_their_weights(tmp_path: Path) -> None:
+    one, other = make_shards(tmp_path / "one", [4]), make_shards(tmp_path / "other", [2, 5])
+    config = data_config(source=({"shards": "one", "weight": 3}, {"shards": "other", "weight": 1}))
+    arguments = {"seed": 0, "rank": 0, "world_size": 1, "global_batch": 256, "accumulation": 1, "start_step": 0}
+    (batch,) = take(stream(config, [one, other], "source", **arguments), 1)  # type: ignore[arg-type]
+    assert sum(key in set(one.shards[0].keys) for key in batch.keys) >= 192
+
+
+def test_a_rare_class_is_in_the_crop_that_it_was_drawn_for(tmp_path: Path) -> None:
+    label = np.zeros((96, 160), np.uint8)
+    label[40:52, 8:20] = 2
+    image = np.zeros((96, 160, 3), np.uint8)
+    manifest = write_shards(tmp_path / "shards", [[{"png": png(image), "label.png": png(label)}]], size=(96, 160))
+    counts = [[96 * 160 - 144, 0, 144]]
+    manifest = replace(manifest, shards=(replace(manifest.shards[0], pixel_counts=counts),))
+    keys = {"shorter_edge": (96, 96), "crop": (24, 24)}
+    rare = {"source": "rare_class", "min_pixels": 100, "min_crop_pixels": 60, "crop_attempts": 200}
+
+    def shown(sampling: dict[str, Any]) -> float:
+        labels = [batch.labels for batch in take(start(manifest, {**keys, "sampling": sampling}), 10)]
+        return sum(int(((label == 2).sum(dim=(1, 2)) >= 60).sum()) for label in labels if label is not None) / 40
+
+    assert shown({}) < 0.3
+    assert shown(rare) == 1.0
+    assert 0.3 < shown({**rare, "crop_attempts": 12}) < 1.0
