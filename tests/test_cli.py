@@ -51,7 +51,7 @@ def test_inspect_prints_tables_or_json_and_draws_a_grid(
     assert run(monkeypatch, "shards", "inspect", tmp_path / "out", "--grid", tmp_path / "grid.png") == 0
     assert "class 1" in capsys.readouterr().out
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
-    assert run(monkeypatch, "shards", "inspect", tmp_path / "out", "--json", "--verify") == 0
+    assert run(monkeypatch, "shards", "inspect", tmp_path / "out", "--json") == 0
     assert json.loads(capsys.readouterr().out)["samples"] == 4
 
 

@@ -7,9 +7,7 @@ from typing import Any
 from PIL import Image
 
 from dist_pca.errors import CorruptSample
-from dist_pca.shards.images import MAX_PIXELS, as_rgb
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+from dist_pca.shards.images import MAX_PIXELS, MEMBER_EXTENSIONS, as_rgb
 
 
 def decode_sample(
@@ -30,9 +28,9 @@ def decode_sample(
             of another size than the manifest says; shard and key are named.
     """
     where = f"{sample['__url__']}: sample {sample['__key__']!r}"
-    found = [extension for extension in IMAGE_EXTENSIONS if extension in sample]
+    found = [extension for extension in MEMBER_EXTENSIONS if extension in sample]
     if not found:
-        raise CorruptSample(f"{where}: no image ({', '.join(IMAGE_EXTENSIONS)}); build the shards again")
+        raise CorruptSample(f"{where}: no image ({', '.join(MEMBER_EXTENSIONS)}); build the shards again")
     image = _decode(sample[found[0]], f"{where}: {found[0]}", ("JPEG", "PNG", "WEBP"), sample["__size__"], enough)
     if label_member is None:
         return as_rgb(image), None

@@ -4,7 +4,7 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -16,6 +16,8 @@ MAX_PIXELS = 178_956_970
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+MEMBER_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""Extensions of image members in shards; of several, the first counts."""
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 ImageFormat = Literal["keep", "jpg", "png", "webp"]
@@ -38,10 +40,10 @@ def open_image(path: Path) -> ImageFile.ImageFile:
     """
     image = open_header(path)
     try:
-        image.load()
-    except Exception as error:  # decoders meet damage with whatever happens to fail first
+        decode_pixels(image)
+    except ValueError as error:
         raise UserError(
-            f"{path}: damaged image ({error}); copy the file again or leave it out with --exclude"
+            f"{path}: {error}; copy the file again, or leave it out with --exclude or --on-error skip"
         ) from error
     return image
 
@@ -49,17 +51,43 @@ def open_image(path: Path) -> ImageFile.ImageFile:
 def open_header(path: Path) -> ImageFile.ImageFile:
     """Open an image file without decoding its pixels; errors as in `open_image`."""
     try:
+        return decode_header(path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; replace it, or leave it out with --exclude or --on-error skip") from error
+
+
+def decode_header(source: Path | IO[bytes], formats: tuple[str, ...] = _FORMATS) -> ImageFile.ImageFile:
+    """Read an image's format and size, not its pixels.
+
+    Raises:
+        ValueError: it is not an image of one of the formats, or has more than `MAX_PIXELS`.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=_FORMATS)
+            image = Image.open(source, formats=formats)
         pixels = image.width * image.height
+    except FileNotFoundError:
+        raise ValueError("no such file") from None
     except Image.DecompressionBombError:
         pixels = MAX_PIXELS + 1
-    except Exception as error:
-        raise UserError(f"{path}: unreadable image ({error}); replace it or leave it out with --exclude") from error
+    except Exception as error:  # decoders meet damage with whatever happens to fail first
+        raise ValueError(f"unreadable image ({error})") from error
     if pixels > MAX_PIXELS:
-        raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels; shrink it or leave it out with --exclude")
+        raise ValueError(f"more than {MAX_PIXELS:,} pixels")
     return image
+
+
+def decode_pixels(image: Image.Image) -> None:
+    """Decode an image whose header has been read.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        image.load()
+    except Exception as error:
+        raise ValueError(f"damaged image ({error})") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

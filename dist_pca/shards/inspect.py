@@ -14,7 +14,9 @@ from rich.text import Text
 
 from dist_pca.errors import UserError
 from dist_pca.shards.classes import IGNORE_INDEX, ClassInfo
-from dist_pca.shards.manifest import Manifest, Shard
+from dist_pca.shards.images import as_rgb
+from dist_pca.shards.manifest import Manifest
+from dist_pca.shards.samples import image_member, read_sample
 
 _TILE_WIDTH = 480
 _MARGIN = 8
@@ -61,8 +63,14 @@ class Summary:
 
 
 def summarise(manifest: Manifest) -> Summary:
-    """Count a shard folder from its manifest alone."""
+    """Count a shard folder from its manifest alone.
+
+    Raises:
+        UserError: it holds no samples.
+    """
     sizes = [size for shard in manifest.shards for size in zip(shard.widths, shard.heights, strict=True)]
+    if not sizes:
+        raise UserError(f"shards {manifest.folder}: no samples in them; build them from a folder with images")
     pixels = sum(width * height for width, height in sizes)
     rows = [row for shard in manifest.shards for row in shard.pixel_counts]
     totals = manifest.pixel_counts
@@ -126,26 +134,11 @@ def _class_table(summary: Summary) -> Table:
     return table
 
 
-def read_sample(manifest: Manifest, shard: Shard, index: int) -> dict[str, bytes]:
-    """One sample's members by extension (`png`, `label.png`, `json`, ...), reading no other byte of the shard."""
-    with (manifest.folder / shard.name).open("rb") as file:
-        file.seek(shard.offsets[index])
-        content = file.read(shard.lengths[index])
-    prefix = f"{shard.keys[index]}."
-    members = {}
-    with tarfile.open(fileobj=io.BytesIO(content + bytes(1024))) as archive:
-        for member in archive:
-            stream = archive.extractfile(member)
-            if stream is not None:
-                members[member.name.removeprefix(prefix)] = stream.read()
-    return members
-
-
 def grid(manifest: Manifest, samples: int = 12) -> Image.Image:
     """A picture of samples spread evenly over the folder, labels laid over in the classes' colours, and a legend."""
     places = [(shard, index) for shard in manifest.shards for index in range(len(shard.keys))]
     chosen = [places[round(k)] for k in np.linspace(0, len(places) - 1, min(samples, len(places)))]
-    tiles = [_tile(read_sample(manifest, shard, index), manifest.classes) for shard, index in chosen]
+    tiles = [_tile(manifest, read_sample(manifest, shard, index)) for shard, index in chosen]
     columns = min(len(tiles), max(1, round(math.sqrt(len(tiles) * 4 / 3))))
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     width = columns * (_TILE_WIDTH + _MARGIN) + _MARGIN
@@ -169,20 +162,20 @@ def save_grid(manifest: Manifest, path: Path, samples: int = 12) -> None:
     """
     try:
         grid(manifest, samples).save(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, tarfile.TarError) as error:
         raise UserError(f"grid {path}: not written ({error}); give a .png file in a folder that exists") from error
 
 
-def _tile(members: dict[str, bytes], classes: tuple[ClassInfo, ...]) -> Image.Image:
-    extension = next(name for name in ("jpg", "png", "webp") if name in members)
-    image = Image.open(io.BytesIO(members[extension])).convert("RGB")
+def _tile(manifest: Manifest, members: dict[str, bytes]) -> Image.Image:
+    extension = image_member(members, manifest.label_member)
+    image = as_rgb(Image.open(io.BytesIO(members[extension])))
     size = (_TILE_WIDTH, max(1, round(image.height * _TILE_WIDTH / image.width)))
     image = image.resize(size, Image.Resampling.BILINEAR)
-    if "label.png" not in members:
+    if manifest.label_member not in members:
         return image
-    label = np.asarray(Image.open(io.BytesIO(members["label.png"])).resize(size, Image.Resampling.NEAREST))
+    label = np.asarray(Image.open(io.BytesIO(members[manifest.label_member])).resize(size, Image.Resampling.NEAREST))
     palette = np.zeros((256, 3), np.uint8)
-    palette[: len(classes)] = [info.color for info in classes]
+    palette[: len(manifest.classes)] = [info.color for info in manifest.classes]
     blended = Image.blend(image, Image.fromarray(palette[label]), _LABEL_OPACITY)
     return Image.composite(image, blended, Image.fromarray(label == IGNORE_INDEX))
 

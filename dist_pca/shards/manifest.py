@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,6 +16,8 @@ from dist_pca.shards.classes import ClassInfo
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dist-pca-shards"
 VERSION = 1
+PART = ".part"
+"""Ending of files that are being written."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,10 @@ def load_manifest(folder: str | Path, *, location: str | None = None, check_file
     if not folder.is_dir():
         raise UserError(f"shards {folder}: no such folder; make it with `dist-pca shards build`")
     if not path.is_file():
-        raise UserError(f"shards {folder}: no {MANIFEST_NAME} in it; make the shards with `dist-pca shards build`")
+        raise UserError(
+            f"shards {folder}: no {MANIFEST_NAME} in it; make shards with `dist-pca shards build`, "
+            "or a manifest for shards that others made with `dist-pca shards index`"
+        )
     try:
         raw = json.loads(path.read_bytes())
     except ValueError as error:
@@ -112,18 +118,29 @@ def load_manifest(folder: str | Path, *, location: str | None = None, check_file
     return manifest
 
 
-def save_manifest(manifest: Manifest) -> None:
-    """Write the manifest into its folder, whole or not at all."""
+def save_manifest(manifest: Manifest, aside: Path | None = None) -> None:
+    """Write the manifest into its folder, whole or not at all; `aside` as of `write_whole`."""
     content = {"format": FORMAT, "version": VERSION} | _ADAPTER.dump_python(
         manifest, mode="json", exclude={"folder", "location"}
     )
-    path = manifest.folder / MANIFEST_NAME
-    aside = path.with_name(f".{MANIFEST_NAME}.part")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, separators=(",", ":"))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    write_whole(manifest.folder / MANIFEST_NAME, json.dumps(content, separators=(",", ":")), aside)
+
+
+def write_whole(path: Path, text: str, aside: Path | None = None) -> None:
+    """Write a text file so that it appears whole or not at all.
+
+    Until then it is in `aside`, a folder of the same file system; None is the file's own.
+    """
+    # A name of its own, so that a process that is about to be gone cannot rename what another one is writing.
+    part = (aside or path.parent) / f".{path.name}.{uuid4().hex}{PART}"
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -133,20 +150,6 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def verify_checksums(manifest: Manifest) -> None:
-    """Read every shard and compare its checksum with the manifest's.
-
-    Raises:
-        UserError: a shard's bytes are not those that were built; the first such shard is named.
-    """
-    for shard in manifest.shards:
-        if file_sha256(manifest.folder / shard.name) != shard.sha256:
-            raise UserError(
-                f"{manifest.folder / shard.name}: the bytes differ from those built (SHA-256 in {MANIFEST_NAME}); "
-                "copy the file again or rebuild the shards with --force"
-            )
 
 
 def _check_format(path: Path, raw: Any) -> None:

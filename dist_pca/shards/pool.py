@@ -1,4 +1,4 @@
-"""Writing shards in several processes that stop together: on an error, on Ctrl-C, and when the parent is killed."""
+"""Work on shards in several processes that stop together: on an error, on Ctrl-C, and when the parent is killed."""
 
 import multiprocessing
 import os
@@ -10,17 +10,21 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
+from typing import TypeVar
 
 from dist_pca.errors import UserError
-from dist_pca.shards.manifest import Shard
-from dist_pca.shards.writer import ShardJob, write_shard
 
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Report = Callable[[int, int], None]
+"""Told by a job now and then: samples and bytes done since the last time. It may raise to stop the job."""
 Progress = Callable[[int, int, int], None]
+"""Told now and then: samples done, samples in all, bytes done."""
 _POLL_SECONDS = 0.1
 
 
 class _Stopped(Exception):
-    """Raised in a worker whose build has failed elsewhere."""
+    """Raised in a worker whose fellows have failed."""
 
 
 @dataclass(frozen=True)
@@ -32,39 +36,59 @@ class _Shared:
     stop: Event
 
 
-def run_jobs(jobs: Sequence[ShardJob], workers: int, progress: Progress | None) -> list[Shard]:
-    """Write shards, in this process if one worker is enough, and return their descriptions in the jobs' order.
+def run_jobs(
+    work: Callable[[Job, Report], Result],
+    jobs: Sequence[Job],
+    *,
+    total: int,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """Do jobs, in this process if one worker is enough, and return their results in the jobs' order.
+
+    Args:
+        work: A function of a module, given a job and a `Report`.
+        jobs: What to do; jobs and results go between processes.
+        total: Samples in all jobs.
+        workers: Processes; None is one per core that this process may use.
+        progress: Called in this process.
 
     Raises:
-        UserError: a sample is refused, or a worker was killed.
-        OSError: the disk does not take a shard.
+        UserError: a worker was killed; and whatever `work` raises.
     """
-    total = sum(len(job.samples) for job in jobs)
     tell = progress or (lambda samples, total, stored: None)
     tell(0, total, 0)
-    workers = min(workers, len(jobs))
-    return _run_here(jobs, total, tell) if workers == 1 else _run_pool(jobs, workers, total, tell)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(workers or cores or 1, len(jobs))
+    return _run_here(work, jobs, total, tell) if workers <= 1 else _run_pool(work, jobs, workers, total, tell)
 
 
-def _run_here(jobs: Sequence[ShardJob], total: int, tell: Progress) -> list[Shard]:
+def _run_here(work: Callable[[Job, Report], Result], jobs: Sequence[Job], total: int, tell: Progress) -> list[Result]:
     samples = stored = 0
 
-    def report(size: int) -> None:
+    def report(more: int, size: int) -> None:
         nonlocal samples, stored
-        samples, stored = samples + 1, stored + size
+        samples, stored = samples + more, stored + size
         tell(samples, total, stored)
 
-    return [write_shard(job, report) for job in jobs]
+    return [work(job, report) for job in jobs]
 
 
-def _run_pool(jobs: Sequence[ShardJob], workers: int, total: int, tell: Progress) -> list[Shard]:
+def _run_pool(
+    work: Callable[[Job, Report], Result], jobs: Sequence[Job], workers: int, total: int, tell: Progress
+) -> list[Result]:
     # Spawned, because a progress bar's thread may hold locks at the time of a fork.
     context = multiprocessing.get_context("spawn")
     shared = _Shared(context.Value("q", 0), context.Value("q", 0), context.Event())
     with ProcessPoolExecutor(workers, context, _start_worker, (shared,)) as pool:
-        futures = [pool.submit(_work, job) for job in jobs]
-        pending = set(futures)
         try:
+            # Workers start while jobs are handed in, and inherit that Ctrl-C, which reaches the whole group, waits.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                futures = [pool.submit(work, job, _report) for job in jobs]
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            pending = set(futures)
             while pending:
                 done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
                 for future in done:
@@ -75,7 +99,7 @@ def _run_pool(jobs: Sequence[ShardJob], workers: int, total: int, tell: Progress
             raise UserError("a worker was killed, most likely for want of memory; use fewer --workers") from None
         except BaseException:
             shared.stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     return [future.result() for future in futures]
 
@@ -86,7 +110,6 @@ _worker: _Shared
 def _start_worker(shared: _Shared) -> None:
     global _worker
     _worker = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -97,14 +120,10 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
-def _work(job: ShardJob) -> Shard:
-    return write_shard(job, _report)
-
-
-def _report(size: int) -> None:
+def _report(samples: int, stored: int) -> None:
     if _worker.stop.is_set():
         raise _Stopped
     with _worker.samples.get_lock():
-        _worker.samples.value += 1
+        _worker.samples.value += samples
     with _worker.stored.get_lock():
-        _worker.stored.value += size
+        _worker.stored.value += stored

@@ -32,6 +32,7 @@ def scan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     unlabelled: bool = False,
+    need_labels: bool = True,
 ) -> list[RawSample]:
     """List a split's samples in the order of their paths.
 
@@ -42,6 +43,7 @@ def scan(
         include: Globs on image paths relative to `root`, in which `*` spans folders; an image must match one of them.
         exclude: Globs likewise; an image must match none of them.
         unlabelled: Leave labels aside.
+        need_labels: Whether a label file that is missing is an error; else its sample is listed all the same.
 
     Raises:
         UserError: the root is missing, nothing is selected, a listed image does not exist, or labels are missing
@@ -52,9 +54,9 @@ def scan(
     rules = recipe.splits[split]
     images = _images(root, rules)
     if not images:
-        globs = ", ".join(rules.images)
         raise UserError(
-            f"root {root}: no image matches {globs} (recipe {recipe.name}, split {split}); check the folder"
+            f"root {root}: no image matches {', '.join(rules.images)} (recipe {recipe.name}, split {split}); "
+            f"{_remedy(root, rules)}"
         )
     if rules.list_file is not None:
         images = _listed(images, root / rules.list_file)
@@ -64,11 +66,12 @@ def scan(
         return [RawSample(key, image, None) for key, image in zip(keys, images, strict=True)]
     labels = [_label_of(image, rules.label, recipe) for image in images]
     missing = [(image, label) for image, label in zip(images, labels, strict=True) if not (root / label).is_file()]
-    if missing:
+    if missing and (need_labels or len(missing) == len(images)):
         image, label = missing[0]
         raise UserError(
             f"root {root}: {len(missing)} of {len(images)} images have no label, the first is {image} "
-            f"(expected {label}); add the labels, leave the images out with --exclude, or build with --unlabelled"
+            f"(expected {label}); add the labels, leave the images out with --exclude or --on-error skip, "
+            "or build with --unlabelled"
         )
     return [RawSample(*sample) for sample in zip(keys, images, labels, strict=True)]
 
@@ -77,6 +80,15 @@ def _images(root: Path, rules: Split) -> list[str]:
     paths = {path for pattern in rules.images for path in root.glob(pattern)}
     files = (path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
     return sorted(path.relative_to(root).as_posix() for path in files)
+
+
+def _remedy(root: Path, rules: Split) -> str:
+    # Archives are often unpacked one folder too low.
+    lower = next((folder for folder in sorted(root.iterdir()) if folder.is_dir() and _images(folder, rules)), None)
+    if lower is not None:
+        return f"give {lower} as the root, where they are"
+    held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+    return f"the root holds {held}; lay the files out as the recipe says, or give the folder that holds them so"
 
 
 def _listed(images: Sequence[str], path: Path) -> list[str]:

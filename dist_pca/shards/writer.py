@@ -2,18 +2,21 @@
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from dist_pca.errors import UserError
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.images import Encoding, encode_image, open_image, stored_size
 from dist_pca.shards.labels import TrainIds, encode_label, lookup_table, read_label
-from dist_pca.shards.manifest import Shard, file_sha256
+from dist_pca.shards.manifest import PART, Shard, file_sha256, write_whole
+from dist_pca.shards.plan import OnError
+from dist_pca.shards.pool import Report
 from dist_pca.shards.recipe import Coding
 from dist_pca.shards.scan import RawSample
 
@@ -23,55 +26,104 @@ class ShardJob:
     """One shard to write, complete enough to be sent to another process."""
 
     path: Path
+    """Where the tar goes; its description goes beside it, as `.json`."""
+    name: str
+    """What the shard will be called in the end."""
     root: Path
     samples: tuple[RawSample, ...]
     coding: Coding
     classes: tuple[ClassInfo, ...]
     encoding: Encoding
+    on_error: OnError
 
 
-def write_shard(job: ShardJob, report: Callable[[int], None]) -> Shard:
-    """Write a shard and sync it to disk.
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that was left out."""
+
+    image: str
+    """Path below the root."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """Description of a shard that is on the disk as a whole."""
+
+    shard: Shard
+    skipped: tuple[Skipped, ...]
+
+
+_ADAPTER = TypeAdapter(Written)
+
+
+def write_shard(job: ShardJob, report: Report) -> None:
+    """Write a shard and then its description, each synced under a temporary name and renamed.
 
     Args:
         job: What to write, and where.
-        report: Called after each sample with the bytes that it takes in the tar; may raise to stop.
+        report: Called after each sample with the bytes that it takes in the tar.
 
     Raises:
-        UserError: an image or label is damaged, or they do not fit together.
+        UserError: an image or label is damaged, or they do not fit together, unless such samples are to be skipped.
         OSError: the disk does not take the shard.
     """
+    part = job.path.with_name(f"{job.path.stem}.{uuid4().hex}{PART}")
+    try:
+        written = _write(job, part, report)
+        part.replace(job.path)
+    finally:
+        part.unlink(missing_ok=True)
+    text = _ADAPTER.dump_json(written).decode()
+    write_whole(job.path.with_suffix(".json"), text)
+
+
+def read_written(path: Path) -> Written | None:
+    """The description of a shard at `path`; None if the shard was never finished."""
+    try:
+        written = _ADAPTER.validate_json(path.with_suffix(".json").read_bytes())
+        return written if path.stat().st_size == written.shard.bytes else None
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _write(job: ShardJob, part: Path, report: Report) -> Written:
     # Imported here because webdataset brings torch with it, which only processes that write need to wait for.
     from webdataset import TarWriter
 
     table = lookup_table(job.coding, job.classes)
-    offsets, lengths, sizes, pixel_counts = [], [], [], []
-    with job.path.open("wb") as file:
+    shard = Shard(job.name, 0, "", [], [], [], [], [], [])
+    skipped = []
+    with part.open("wb") as file:
         with TarWriter(file, encoder=False, user="root", group="root", mode=0o644, mtime=0) as writer:
             for raw in job.samples:
-                members, size, train_ids = _encode(job, raw, table)
+                try:
+                    members, (width, height), train_ids = _encode(job, raw, table)
+                except UserError as error:
+                    if job.on_error == "fail":
+                        raise
+                    skipped.append(Skipped(raw.image, _reason(error, job.root, raw)))
+                    report(1, 0)
+                    continue
                 offset = writer.tarstream.offset
                 writer.write({"__key__": raw.key, **members})
-                offsets.append(offset)
-                lengths.append(writer.tarstream.offset - offset)
-                sizes.append(size)
+                shard.keys.append(raw.key)
+                shard.offsets.append(offset)
+                shard.lengths.append(writer.tarstream.offset - offset)
+                shard.heights.append(height)
+                shard.widths.append(width)
                 if train_ids is not None:
                     counts = np.bincount(train_ids.ravel(), minlength=256)
-                    pixel_counts.append(counts[: len(job.classes)].tolist())
-                report(lengths[-1])
+                    shard.pixel_counts.append(counts[: len(job.classes)].tolist())
+                report(1, shard.lengths[-1])
         file.flush()
         os.fsync(file.fileno())
-    return Shard(
-        name=job.path.name,
-        bytes=job.path.stat().st_size,
-        sha256=file_sha256(job.path),
-        keys=[raw.key for raw in job.samples],
-        offsets=offsets,
-        lengths=lengths,
-        heights=[height for _, height in sizes],
-        widths=[width for width, _ in sizes],
-        pixel_counts=pixel_counts,
-    )
+    return Written(replace(shard, bytes=part.stat().st_size, sha256=file_sha256(part)), tuple(skipped))
+
+
+def _reason(error: UserError, root: Path, raw: RawSample) -> str:
+    # Without the root, so that the report is the same wherever the raw files lie; the remedy is not wanted any more.
+    return str(error).replace(f"{root}/", "").removeprefix(f"{raw.image}: ").partition("; ")[0]
 
 
 def _encode(

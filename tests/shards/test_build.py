@@ -111,6 +111,10 @@ def test_webdataset_itself_reads_the_shards(tmp_path: Path) -> None:
     make_folder(tmp_path / "raw", samples=5)
     manifest = build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1, samples_per_shard=3)
     urls = [str(manifest.folder / shard.name) for shard in manifest.shards]
+    raw = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["png"] for sample in raw] == [
+        (tmp_path / f"raw/images/{number:03d}.png").read_bytes() for number in range(5)
+    ]
     read = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
     assert [sample["__key__"] for sample in read] == [key for shard in manifest.shards for key in shard.keys]
     for number, sample in enumerate(read):
@@ -181,13 +185,25 @@ def _foreign_id(raw: Path) -> None:
         (_foreign_id, r"labels/002\.png: label values outside the recipe's table: 77, 240 pixels"),
     ],
 )
-def test_a_bad_sample_is_named_and_nothing_is_left_behind(tmp_path: Path, spoil, message: str, workers: int) -> None:  # type: ignore[no-untyped-def]
+def test_a_bad_sample_is_named_and_nothing_unfinished_is_left(
+    tmp_path: Path, spoil, message: str, workers: int
+) -> None:  # type: ignore[no-untyped-def]
     make_folder(tmp_path / "raw")
     spoil(tmp_path / "raw")
     with pytest.raises(UserError, match=message) as caught:
-        build_shards("folder", tmp_path / "raw", tmp_path / "new/out", workers=workers, samples_per_shard=2)
+        build_shards("folder", tmp_path / "raw", tmp_path / "new/out", workers=workers, samples_per_shard=4)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_an_error_keeps_finished_shards_and_says_so(tmp_path: Path) -> None:
+    make_folder(tmp_path / "raw")
+    _damage_image(tmp_path / "raw")
+    message = r"images/002\.png: .* image .*; finished shards are kept \(1 of 2\), building again goes on from there"
+    with pytest.raises(UserError, match=message):
+        build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1, samples_per_shard=2)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".building"]
+    assert not list((tmp_path / "out").glob(".building/*.part"))
 
 
 def test_the_same_build_is_not_repeated(tmp_path: Path) -> None:
@@ -230,7 +246,7 @@ def test_a_forced_build_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     assert load_manifest(tmp_path / "out") == old
 
 
-def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_interrupt_leaves_finished_shards_alone(tmp_path: Path) -> None:
     make_folder(tmp_path / "raw")
 
     def interrupt(samples: int, total: int, stored: int) -> None:
@@ -239,7 +255,8 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1, samples_per_shard=2, progress=interrupt)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".building"]
+    assert len(list((tmp_path / "out").glob(".building/shard-*"))) == 2  # a tar and its description
 
 
 def test_two_builds_do_not_write_to_one_folder_at_once(tmp_path: Path) -> None:

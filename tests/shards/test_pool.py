@@ -3,7 +3,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,8 +27,8 @@ def raw(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def _half_built(raw: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A build on two workers, both of which have begun to write."""
+def _half_built(raw: Path, out: Path, begun: Callable[[int], bool]) -> Iterator[subprocess.Popen[bytes]]:
+    """A build on two workers, of which `begun` says, given its process id, that it has come far enough."""
     code = (
         "from dist_pca.cli import main; import sys; "
         f"sys.argv = ['dist-pca', 'shards', 'build', 'folder', '--root', {str(raw)!r}, '--out', {str(out)!r}, "
@@ -42,9 +42,8 @@ def _half_built(raw: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
         start_new_session=True,
     )
     deadline = time.monotonic() + SECONDS
-    parts = [out / ".building" / f"shard-{index:06d}.tar" for index in range(2)]
     try:
-        while not all(part.is_file() and part.stat().st_size for part in parts):
+        while not begun(process.pid):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -55,9 +54,18 @@ def _half_built(raw: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
+def _both_write(out: Path) -> Callable[[int], bool]:
+    return lambda pid: len([part for part in out.glob(".building/shard-*.part") if part.stat().st_size]) == 2
+
+
+def _workers_start(pid: int) -> bool:
+    """Whether there is a worker beside multiprocessing's own resource tracker."""
+    return len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()) >= 2
+
+
 def test_a_killed_build_leaves_no_shard_no_worker_and_nothing_in_the_next_ones_way(raw: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with _half_built(raw, out) as process:
+    with _half_built(raw, out, _both_write(out)) as process:
         process.kill()
         process.communicate(timeout=SECONDS)  # returns once the workers, which share its output, are gone too
     assert [path.name for path in out.iterdir()] == [".building"]
@@ -66,9 +74,10 @@ def test_a_killed_build_leaves_no_shard_no_worker_and_nothing_in_the_next_ones_w
     assert load_manifest(out).samples == 10
 
 
-def test_ctrl_c_clears_up_and_exits_130(raw: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("early", [True, False])
+def test_ctrl_c_clears_up_and_exits_130(raw: Path, tmp_path: Path, early: bool) -> None:
     out = tmp_path / "out"
-    with _half_built(raw, out) as process:
+    with _half_built(raw, out, _workers_start if early else _both_write(out)) as process:
         os.killpg(process.pid, signal.SIGINT)
         printed, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 130

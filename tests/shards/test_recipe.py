@@ -35,7 +35,13 @@ def test_shipped_recipes_load_and_bear_their_file_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "label_set"), [("gta5", "cityscapes_19"), ("cityscapes", "cityscapes_19"), ("synthia", "synthia_16")]
+    ("name", "label_set"),
+    [
+        ("gta5", "cityscapes_19"),
+        ("cityscapes", "cityscapes_19"),
+        ("kitti", "cityscapes_19"),
+        ("synthia", "synthia_16"),
+    ],
 )
 def test_every_class_of_a_label_set_has_exactly_one_raw_id(name: str, label_set: str) -> None:
     assert sorted(load_recipe(name).coding.class_names) == sorted(LABEL_SETS[label_set])

@@ -1,0 +1,328 @@
+"""`dist-pca shards`: parsing and printing."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dist_pca.errors import UserError
+from dist_pca.resources import names
+from dist_pca.shards.classes import LABEL_SETS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dist_pca.shards.writer import Skipped
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Turn raw data sets into WebDataset shards, check them, and look at them.",
+)
+
+_BUILD_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca shards build gta5 --root raw/GTA5 --out data/gta5
+
+dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --dry-run
+
+dist-pca shards build cityscapes --root raw/cityscapes --out data/city_train --split train --unlabelled
+
+dist-pca shards build camvid --root raw/camvid --out data/day --include '0006R0/*'
+
+dist-pca shards build my_recipe.yaml --root raw/mine --out data/mine --max-edge 1280 --shard-size 512MB
+
+dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task $SLURM_ARRAY_TASK_ID --tasks 8
+"""
+
+_MERGE_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task 0 --tasks 2
+
+dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task 1 --tasks 2
+
+dist-pca shards merge data/gta5
+"""
+
+_VERIFY_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca shards verify data/gta5
+
+dist-pca shards verify data/gta5 --deep --json
+"""
+
+_INDEX_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca shards index data/theirs --label-set cityscapes_19
+
+dist-pca shards index data/theirs --classes classes.yaml --label-member seg.png
+
+dist-pca shards index data/unlabelled
+"""
+
+_INSPECT_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca shards inspect data/gta5
+
+dist-pca shards inspect data/gta5 --grid gta5.png --samples 20
+
+dist-pca shards inspect data/gta5 --json
+"""
+
+_Workers = Annotated[int | None, typer.Option(min=1, help="Processes at work.", show_default="one per core")]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+_Folder = Annotated[Path, typer.Argument(help="A shard folder.", show_default=False)]
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the recipes that come with dist-pca."""
+    from dist_pca.shards.recipe import load_recipe
+
+    table = Table("recipe", "splits", "data set")
+    for name in names("shards"):
+        recipe = load_recipe(name)
+        table.add_row(name, ", ".join(recipe.splits), recipe.description)
+    Console().print(table)
+
+
+@app.command("build", epilog=_BUILD_EXAMPLES)
+def build(
+    recipe: Annotated[
+        str, typer.Argument(help=f"A shipped recipe ({', '.join(names('shards'))}) or the path of a YAML file.")
+    ],
+    root: Annotated[Path, typer.Option(help="Folder of the raw data set.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the shards and their manifest.", show_default=False)],
+    split: Annotated[str | None, typer.Option(help="Split of the recipe; needed where it has several.")] = None,
+    workers: _Workers = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Take only images whose path below the root matches this glob; * spans folders. Repeatable."),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave out images that match. Repeatable.")] = None,
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Leave labels out, even where there are some.")] = (
+        False
+    ),
+    image_format: Annotated[
+        Literal["keep", "jpg", "png", "webp"],
+        typer.Option(help="How images are stored; keep copies JPEG, PNG and WebP files byte for byte."),
+    ] = "keep",
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of encoded JPEG and WebP images.")] = 90,
+    max_edge: Annotated[
+        int | None, typer.Option(min=1, help="Shrink images whose longer edge has more pixels than this.")
+    ] = None,
+    samples_per_shard: Annotated[
+        int | None, typer.Option(min=1, help="Samples in each shard.", show_default="256")
+    ] = None,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Cut shards by size instead, for example 512MB. Shards are cut before anything is encoded, so what "
+            "counts are the bytes of the raw images and labels."
+        ),
+    ] = None,
+    on_error: Annotated[
+        Literal["fail", "skip"],
+        typer.Option(help="What a damaged or unfit sample does: end the build, or be left out and reported."),
+    ] = "fail",
+    task: Annotated[
+        int | None,
+        typer.Option(min=0, help="Build only this part, counted from 0; then join all with dist-pca shards merge."),
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="Number of parts; they may be built at once, on several machines.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be built and write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the shards that --out holds.")] = False,
+) -> None:
+    """Build shards from a raw data set.
+
+    Shards are plain WebDataset tars, the same bytes whatever the number of workers or parts.
+    A build that is interrupted leaves nothing half-written, and the same command goes on from the shards it finished.
+    A build that is already there is not repeated.
+    """
+    from dist_pca.shards.build import build_part, build_shards
+    from dist_pca.shards.plan import PlanOptions, make_plan, parse_bytes
+    from dist_pca.shards.staging import STAGING, read_skipped
+
+    if (task is None) != (tasks is None):
+        raise UserError("--task and --tasks belong together, for example --task 0 --tasks 4")
+    options: PlanOptions = {
+        "split": split,
+        "include": include or (),
+        "exclude": exclude or (),
+        "unlabelled": unlabelled,
+        "image_format": image_format,
+        "quality": quality,
+        "max_edge": max_edge,
+        "samples_per_shard": samples_per_shard,
+        "shard_size": None if shard_size is None else parse_bytes(shard_size),
+        "on_error": on_error,
+    }
+    if dry_run:
+        from dist_pca.shards.report import plan_tables
+
+        Console().print(plan_tables(make_plan(recipe, root, **options), out))
+        return
+    from dist_pca.shards.progress import shown_progress
+    from dist_pca.shards.report import summary_table
+
+    start = time.perf_counter()
+    done = 0
+    try:
+        with shown_progress("images") as show:
+
+            def count(samples: int, total: int, stored: int) -> None:
+                nonlocal done
+                done = samples
+                show(samples, total, stored)
+
+            if task is not None and tasks is not None:
+                part = build_part(
+                    recipe, root, out, task=task, tasks=tasks, workers=workers, force=force, progress=count, **options
+                )
+                samples, shards, stored, skipped = part.samples, part.shards, part.bytes, part.skipped
+            else:
+                manifest = build_shards(recipe, root, out, workers=workers, force=force, progress=count, **options)
+                samples, shards, skipped = manifest.samples, len(manifest.shards), read_skipped(out)
+                stored = sum(shard.bytes for shard in manifest.shards)
+    except KeyboardInterrupt:
+        if (out / STAGING).exists():
+            Console(stderr=True).print("interrupted; the same command goes on from the shards that are finished")
+        raise
+    seconds = time.perf_counter() - start
+    nothing_done = "already built" if shards else "nothing to do"
+    speed = f"{done / seconds:,.0f}" if done else nothing_done
+    title = str(out) if task is None else f"{out}, task {task} of {tasks}"
+    _print_skipped(skipped, samples)
+    Console().print(summary_table(title, samples=samples, shards=shards, stored=stored, seconds=seconds, speed=speed))
+
+
+@app.command("merge", epilog=_MERGE_EXAMPLES)
+def merge(
+    out: Annotated[Path, typer.Argument(help="The folder that all parts were built into.", show_default=False)],
+) -> None:
+    """Join the parts that [bold]build --task[/] made into the shard folder that one build makes, byte for byte."""
+    from dist_pca.shards.build import merge_parts
+    from dist_pca.shards.staging import read_skipped
+
+    manifest = merge_parts(out)
+    _print_skipped(read_skipped(out), manifest.samples)
+    typer.echo(f"{out}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
+
+
+@app.command("verify", epilog=_VERIFY_EXAMPLES)
+def verify(
+    folder: _Folder,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep", help="Also decode every image and label: damage, sizes, label values, pixels of each class."
+        ),
+    ] = False,
+    workers: _Workers = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Check a shard folder against its manifest and list all that is wrong; exit code 1 if anything is.
+
+    Compares sizes and checksums of the shards, and the key and place of every sample.
+    """
+    from dist_pca.shards.progress import shown_progress
+    from dist_pca.shards.report import problem_table
+    from dist_pca.shards.verify import verify as check
+
+    with shown_progress("samples") as show:
+        found = check(folder, deep=deep, workers=workers, progress=show)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        if found.problems:
+            Console().print(problem_table(found))
+        count = len(found.problems)
+        said = "no problem" if count == 0 else f"{count:,} problem{'s' if count > 1 else ''}"
+        size = f"{found.shards:,} shards, {found.bytes / 1e6:,.1f} MB"
+        depth = ", every image and label decoded" if deep else ""
+        typer.echo(f"{folder}: {said} in {found.samples:,} samples, {size}{depth}")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command("index", epilog=_INDEX_EXAMPLES)
+def index(
+    folder: Annotated[Path, typer.Argument(help="A folder of WebDataset shards, *.tar.", show_default=False)],
+    classes: Annotated[
+        Path | None, typer.Option(help="Class table by train id: a YAML list of {name: road, color: \\[128, 64, 128]}.")
+    ] = None,
+    label_set: Annotated[str | None, typer.Option(help=f"Class table by name: {', '.join(LABEL_SETS)}.")] = None,
+    label_member: Annotated[
+        str, typer.Option(help="Extension of the members that hold labels: 8-bit PNGs of train ids, 255 for ignore.")
+    ] = "label.png",
+    workers: _Workers = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a manifest that is there.")] = False,
+) -> None:
+    """Make the manifest of shards that someone else wrote, so that they can be trained on.
+
+    Shards are read and left as they are; nothing is extracted. Without labels no class table is needed.
+    """
+    from dist_pca.shards.index import class_table, index_shards
+    from dist_pca.shards.progress import shown_progress
+    from dist_pca.shards.samples import walk
+
+    table = class_table(classes, label_set)
+    with shown_progress("shards") as show:
+        manifest = index_shards(
+            folder, classes=table, label_member=label_member, force=force, workers=workers, progress=show
+        )
+    if manifest.labelled:
+        labels = f"labels in {manifest.label_member}"
+    else:
+        first = walk(folder / manifest.shards[0].name)[0]
+        labels = f"no labels in {manifest.label_member} (the first sample has {', '.join(sorted(first.members))})"
+    typer.echo(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, {labels}")
+
+
+@app.command("inspect", epilog=_INSPECT_EXAMPLES)
+def inspect(
+    folder: _Folder,
+    grid: Annotated[
+        Path | None, typer.Option(help="Write a PNG of samples with their labels laid over and a legend.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples in the grid.")] = 12,
+    as_json: _AsJson = False,
+) -> None:
+    """Show what a shard folder holds: samples, sizes, and each class's share."""
+    from dist_pca.shards.inspect import render, save_grid, summarise
+    from dist_pca.shards.manifest import load_manifest
+
+    manifest = load_manifest(folder)
+    summary = summarise(manifest)
+    if as_json:
+        typer.echo(json.dumps(summary.to_dict(), indent=2))
+    else:
+        Console().print(render(summary))
+    if grid is not None:
+        save_grid(manifest, grid, samples)
+
+
+def _print_skipped(skipped: "Sequence[Skipped]", kept: int) -> None:
+    if skipped:
+        from dist_pca.shards.report import skipped_table
+
+        console = Console(stderr=True)
+        console.print(skipped_table(skipped))
+        text = f"warning: {len(skipped):,} of {len(skipped) + kept:,} samples were skipped"
+        console.print(text, style="yellow", soft_wrap=True, highlight=False)

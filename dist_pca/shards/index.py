@@ -1,0 +1,179 @@
+"""A manifest for WebDataset shards that someone else wrote."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from dist_pca.errors import UserError
+from dist_pca.shards.classes import LABEL_SETS, ClassInfo, label_set
+from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, file_sha256, save_manifest
+from dist_pca.shards.pool import Progress, Report, run_jobs
+from dist_pca.shards.recipe import Coding, Recipe, Split
+from dist_pca.shards.samples import Place, image_member, image_size, label_counts, walk
+
+RECIPE = "index"
+"""Stands where a built folder's recipe stands."""
+
+_COMPRESSED = ("*.tar.*", "*.tgz", "*.tbz2", "*.txz", "*.tzst")
+
+
+@dataclass(frozen=True)
+class _Job:
+    path: Path
+    label_member: str
+    classes: int | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A shard, and the first of its samples that has no labels, if any."""
+
+    shard: Shard
+    lacking: str | None
+
+
+def index_shards(
+    folder: str | Path,
+    *,
+    classes: Sequence[ClassInfo] | None = None,
+    label_member: str = "label.png",
+    force: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Make the manifest of a folder of plain WebDataset shards, beside them; the shards are only read.
+
+    Args:
+        folder: The folder, whose `*.tar` are its shards.
+        classes: Class table by train id; needed where there are labels.
+        label_member: Extension of the members that hold labels: 8-bit PNGs of train ids, 255 for ignore.
+        force: Replace a manifest that is there.
+        workers: Processes, one shard each; None is one per core.
+        progress: Called now and then with shards done, shards in all, and bytes done.
+
+    Raises:
+        UserError: a shard is no plain tar of regular files, a sample has no image, some samples have labels and some
+            have none, a label does not fit its image or the class table, or a key is there twice.
+    """
+    folder = Path(folder)
+    paths = _shards(folder, force)
+    table = None if classes is None else tuple(classes)
+    jobs = [_Job(path, label_member.lower(), None if table is None else len(table)) for path in paths]
+    found = run_jobs(_index, jobs, total=len(jobs), workers=workers, progress=progress)
+    shards = tuple(entry.shard for entry in found)
+    _check_keys(folder, shards)
+    labelled = any(shard.pixel_counts for shard in shards)
+    for entry in found:
+        if labelled and entry.lacking is not None:
+            raise UserError(
+                f"{folder / entry.shard.name}: sample {entry.lacking!r} has no {label_member} while others have; "
+                "give it one, or put samples without labels into a folder of their own"
+            )
+    manifest = Manifest(folder, RECIPE, 1, "all", labelled, table or (), shards, label_member=label_member.lower())
+    try:
+        save_manifest(manifest)
+    except OSError as error:
+        raise UserError(f"{folder / MANIFEST_NAME}: not written ({error}); mend that and index again") from error
+    return manifest
+
+
+def class_table(classes_file: Path | None, set_name: str | None) -> tuple[ClassInfo, ...] | None:
+    """Classes from a YAML list of {name, color}, or of a named label set; None where neither is given.
+
+    Raises:
+        UserError: both are given, the file is no class table, or there is no such set.
+    """
+    if classes_file is not None and set_name is not None:
+        raise UserError("--classes and --label-set both give the class table; give one of them")
+    if set_name is not None:
+        if set_name not in LABEL_SETS:
+            raise UserError(f"--label-set {set_name}: no such set; there are {', '.join(LABEL_SETS)}")
+        return label_set(set_name)
+    if classes_file is None:
+        return None
+    return Recipe(
+        name=RECIPE,
+        version=1,
+        classes_file=classes_file.name,
+        coding=Coding(kind="index"),
+        splits={"all": Split(images=("*",))},
+    ).class_table(classes_file.parent)
+
+
+def _shards(folder: Path, force: bool) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"shards {folder}: no such folder; give the folder that holds the .tar files")
+    if (folder / MANIFEST_NAME).exists() and not force:
+        raise UserError(f"shards {folder}: has a {MANIFEST_NAME} already; replace it with --force")
+    for pattern in _COMPRESSED:
+        for path in sorted(folder.glob(pattern)):
+            raise UserError(f"{path}: compressed, so no sample can be read alone; unpack it to a plain tar")
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise UserError(f"shards {folder}: no .tar in it; give the folder that holds the .tar files")
+    return paths
+
+
+def _index(job: _Job, report: Report) -> _Found:
+    places = walk(job.path)
+    if not places:
+        raise UserError(f"{job.path}: no sample in it; remove the file")
+    sizes, pixel_counts, lacking = [], [], None
+    with job.path.open("rb") as file:
+        for place in places:
+            try:
+                size, counts = _look(file, place, job)
+            except ValueError as error:
+                raise UserError(f"{job.path}: sample {place.key!r}: {error}; write the shard anew") from None
+            sizes.append(size)
+            if counts is not None:
+                pixel_counts.append(counts)
+            elif lacking is None:
+                lacking = place.key
+    shard = Shard(
+        name=job.path.name,
+        bytes=job.path.stat().st_size,
+        sha256=file_sha256(job.path),
+        keys=[place.key for place in places],
+        offsets=[place.offset for place in places],
+        lengths=[place.length for place in places],
+        heights=[height for _, height in sizes],
+        widths=[width for width, _ in sizes],
+        pixel_counts=pixel_counts,
+    )
+    report(1, shard.bytes)
+    return _Found(shard, lacking)
+
+
+def _look(file: BinaryIO, place: Place, job: _Job) -> tuple[tuple[int, int], list[int] | None]:
+    """A sample's image size (width, height), and its pixels of each class if it has labels."""
+    extension = image_member(place.members, job.label_member)
+    size = image_size(_member(file, place, extension), whole=False)
+    if job.label_member not in place.members:
+        return size, None
+    if job.classes is None:
+        raise UserError(
+            f"{job.path}: sample {place.key!r} has a {job.label_member}; say what its values mean with --classes or "
+            "--label-set"
+        )
+    return size, label_counts(_member(file, place, job.label_member), size, job.classes)
+
+
+def _member(file: BinaryIO, place: Place, extension: str) -> io.BytesIO:
+    offset, size = place.members[extension]
+    file.seek(offset)
+    return io.BytesIO(file.read(size))
+
+
+def _check_keys(folder: Path, shards: Sequence[Shard]) -> None:
+    seen: dict[str, str] = {}
+    for shard in shards:
+        for key in shard.keys:
+            if key in seen:
+                raise UserError(
+                    f"{folder / shard.name}: sample {key!r} is in {seen[key]} too, or its members do not lie together; "
+                    "give every sample a key of its own"
+                )
+            seen[key] = shard.name

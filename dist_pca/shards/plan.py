@@ -1,0 +1,209 @@
+"""What a build is made of, settled before anything is written: samples, their cut into shards, and how they are stored.
+
+Digests stand for it: two plans of one digest would write the same bytes.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
+
+from dist_pca.errors import UserError
+from dist_pca.shards.classes import ClassInfo
+from dist_pca.shards.images import Encoding, ImageFormat
+from dist_pca.shards.recipe import Recipe, load_recipe
+from dist_pca.shards.scan import RawSample, scan
+
+BUILDER_VERSION = 1
+"""Part of every digest; raise it when the same raw files and options would become other bytes."""
+
+SAMPLES_PER_SHARD = 256
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{ending}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for ending, base in (("B", 1000), ("IB", 1024))
+}
+
+OnError = Literal["fail", "skip"]
+
+
+class PlanOptions(TypedDict, total=False):
+    """What may be asked of a plan; the meanings are `make_plan`'s."""
+
+    split: str | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    unlabelled: bool
+    image_format: ImageFormat
+    quality: int
+    max_edge: int | None
+    samples_per_shard: int | None
+    shard_size: int | None
+    on_error: OnError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A build before it begins."""
+
+    recipe: Recipe
+    root: Path
+    split: str
+    samples: tuple[RawSample, ...]
+    sizes: tuple[tuple[int | None, int | None], ...]
+    """Bytes of each sample's raw image and label; None where there is no file."""
+    classes: tuple[ClassInfo, ...]
+    encoding: Encoding
+    samples_per_shard: int | None
+    shard_size: int | None
+    """Raw bytes in a shard at most; None where samples are counted."""
+    on_error: OnError
+
+    @property
+    def labelled(self) -> bool:
+        """Whether samples have labels."""
+        return self.samples[0].label is not None
+
+    @cached_property
+    def shards(self) -> list[slice]:
+        """Which samples each shard holds."""
+        if self.samples_per_shard is not None:
+            starts = [*range(0, len(self.samples), self.samples_per_shard)]
+        else:
+            starts = _starts([raw_bytes(sizes) for sizes in self.sizes], self.shard_size or 1)
+        return [slice(*bounds) for bounds in zip(starts, [*starts[1:], len(self.samples)], strict=True)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the recipe, the options and the names and sizes of the raw files."""
+        options = self._options() | {"samples_per_shard": self.samples_per_shard}
+        if self.shard_size is not None:
+            options["shard_size"] = self.shard_size
+        if self.on_error == "skip":
+            options["on_error"] = self.on_error
+        return self._digest(options, slice(None))
+
+    @cached_property
+    def shard_digests(self) -> list[str]:
+        """Digest of all that each shard's bytes depend on, so that what else is built does not matter."""
+        return [self._digest(self._options(), shard) for shard in self.shards]
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "builder": BUILDER_VERSION,
+            "recipe": self.recipe.model_dump(mode="json", exclude={"description"}),
+            "classes": [asdict(info) for info in self.classes],
+            "split": self.split,
+            "encoding": asdict(self.encoding),
+        }
+
+    def _digest(self, options: dict[str, Any], part: slice) -> str:
+        digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+        for sample, sizes in zip(self.samples[part], self.sizes[part], strict=True):
+            for name, size in zip((sample.image, sample.label), sizes, strict=True):
+                digest.update(json.dumps([name, size]).encode())
+        return digest.hexdigest()
+
+
+def make_plan(
+    recipe: Recipe | str | Path,
+    root: str | Path,
+    *,
+    split: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    unlabelled: bool = False,
+    image_format: ImageFormat = "keep",
+    quality: int = 90,
+    max_edge: int | None = None,
+    samples_per_shard: int | None = None,
+    shard_size: int | None = None,
+    on_error: OnError = "fail",
+) -> Plan:
+    """Look at a raw data set's names and sizes and settle what a build of it is made of; writes nothing.
+
+    Args:
+        recipe: A recipe, or a shipped one's name, or the path of a YAML file.
+        root: Folder of the raw data set.
+        split: One of the recipe's splits; None where it has only one.
+        include: Globs on image paths relative to `root` (`*` spans folders); only matching images are taken.
+        exclude: Globs likewise; matching images are left out.
+        unlabelled: Leave labels out though the data set has them.
+        image_format: `keep` stores JPEG, PNG and WebP files byte for byte and others as PNG.
+        quality: Quality of images that are encoded as JPEG or WebP, 1 to 100.
+        max_edge: Images with a longer edge (pixels) are shrunk to it, labels by nearest neighbour.
+        samples_per_shard: Samples in each shard but the last; None is 256, or what `shard_size` makes of it.
+        shard_size: Cut shards by bytes instead: as many samples as have so many bytes of raw files, and at least one.
+        on_error: Whether a sample that cannot be stored ends the build or is left out and reported.
+
+    Raises:
+        UserError: the recipe, the root or the selection is wrong, labels are missing, or both cuts are given.
+    """
+    if samples_per_shard is not None and shard_size is not None:
+        raise UserError("--samples-per-shard and --shard-size both cut shards; give one of them")
+    if samples_per_shard is None and shard_size is None:
+        samples_per_shard = SAMPLES_PER_SHARD
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    root = Path(root)
+    split = recipe.split(split)
+    samples = scan(
+        recipe,
+        root,
+        split,
+        include=include,
+        exclude=exclude,
+        unlabelled=unlabelled,
+        need_labels=on_error == "fail",
+    )
+    return Plan(
+        recipe=recipe,
+        root=root,
+        split=split,
+        samples=tuple(samples),
+        sizes=tuple((_size(root, sample.image), _size(root, sample.label)) for sample in samples),
+        classes=recipe.class_table(root, required=samples[0].label is not None),
+        encoding=Encoding(image_format, quality, max_edge),
+        samples_per_shard=samples_per_shard,
+        shard_size=shard_size,
+        on_error=on_error,
+    )
+
+
+def raw_bytes(sizes: tuple[int | None, int | None]) -> int:
+    """Bytes of a sample's raw files."""
+    return sum(size or 0 for size in sizes)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes that a text such as 256MB, 1.5 GiB or 1000000 stands for.
+
+    Raises:
+        UserError: it is no such text, or less than one byte.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", text.strip().upper())
+    if match is None or match[2] not in _UNITS or float(match[1]) * _UNITS[match[2]] < 1:
+        raise UserError(f"--shard-size {text!r}: give a size such as 256MB, 1GB or 512MiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _size(root: Path, name: str | None) -> int | None:
+    try:
+        return None if name is None else (root / name).stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _starts(sizes: Sequence[int], limit: int) -> list[int]:
+    starts, filled = [0], 0
+    for index, size in enumerate(sizes):
+        if filled and filled + size > limit:
+            starts.append(index)
+            filled = 0
+        filled += size
+    return starts

@@ -1,0 +1,254 @@
+"""The folder in which shards wait until all are whole: what is expected there, what is finished, and how it goes out.
+
+Names of staged shards carry a digest of all that their bytes depend on. So a finished shard can be told from one of
+another build by its name alone, and a process that was left over from an earlier build writes nothing of this one's.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from dist_pca.errors import UserError
+from dist_pca.shards.classes import ClassInfo
+from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, load_manifest, save_manifest, write_whole
+from dist_pca.shards.plan import OnError, Plan
+from dist_pca.shards.writer import Skipped, Written, read_written
+
+STAGING = ".building"
+SKIPPED_NAME = "skipped.json"
+_DONE = ".built"
+_OUTLINE = "plan.json"
+_SHARDS = "shard-*.tar"
+
+
+@dataclass(frozen=True)
+class Outline:
+    """As much of a plan as is needed to put its finished shards together without the raw files."""
+
+    fingerprint: str
+    recipe: str
+    recipe_version: int
+    split: str
+    labelled: bool
+    classes: tuple[ClassInfo, ...]
+    shards: tuple[str, ...]
+    """Name of each staged tar."""
+    samples: int
+    on_error: OnError
+    tasks: int
+
+    def part(self, task: int) -> slice:
+        """Which of the shards a task writes."""
+        count = len(self.shards)
+        return slice(task * count // self.tasks, (task + 1) * count // self.tasks)
+
+
+_OUTLINES = TypeAdapter(Outline)
+_REPORTS = TypeAdapter(tuple[Skipped, ...])
+
+
+def outline(plan: Plan, tasks: int) -> Outline:
+    """What of a plan goes into its staging folder."""
+    return Outline(
+        fingerprint=plan.fingerprint,
+        recipe=plan.recipe.name,
+        recipe_version=plan.recipe.version,
+        split=plan.split,
+        labelled=plan.labelled,
+        classes=plan.classes,
+        shards=tuple(f"shard-{index:06d}-{digest[:16]}.tar" for index, digest in enumerate(plan.shard_digests)),
+        samples=len(plan.samples),
+        on_error=plan.on_error,
+        tasks=tasks,
+    )
+
+
+def shard_name(staged: str) -> str:
+    """What a staged shard is called in the end."""
+    return f"{staged.rpartition('-')[0]}.tar"
+
+
+def sweep(out: Path) -> None:
+    """Remove what a build that was killed after its very end has left."""
+    shutil.rmtree(out / _DONE, ignore_errors=True)
+
+
+def is_built(out: Path, fingerprint: str) -> bool:
+    """Whether a folder holds this very build already.
+
+    Raises:
+        UserError: it holds other shards.
+    """
+    if (out / MANIFEST_NAME).exists():
+        if load_manifest(out).fingerprint == fingerprint:
+            return True
+        raise UserError(f"shards {out}: holds another build; choose another --out, or replace it with --force")
+    if any(out.glob(_SHARDS)):
+        raise UserError(f"shards {out}: holds shards without a manifest; choose another --out, or replace with --force")
+    return False
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Make the staging folder and hold it alone, after finishing what an earlier build was killed at the end of.
+
+    Raises:
+        UserError: another build is at work there.
+    """
+    with ExitStack() as held:
+        staging = _hold(held, out, fcntl.LOCK_EX)
+        if (staging / MANIFEST_NAME).exists():
+            _put_in_place(out)
+            staging = _hold(held, out, fcntl.LOCK_EX)
+        yield staging
+
+
+@contextmanager
+def task_folder(out: Path, wanted: Outline, task: int) -> Iterator[Path]:
+    """Make the staging folder and hold one task's part of it, while other tasks of the same plan hold theirs.
+
+    Raises:
+        UserError: a whole build, this task, or tasks of another plan are at work there.
+    """
+    with ExitStack() as held:
+        staging = _hold(held, out, fcntl.LOCK_SH)
+        if (staging / MANIFEST_NAME).exists():
+            raise UserError(f"shards {out}: a build was cut short at its end; finish it with `dist-pca shards merge`")
+        with _locked(staging / "plan.lock", fcntl.LOCK_EX):
+            if read_outline(staging) != wanted:
+                others = "tasks with another recipe, other options, other raw files or another --tasks are at work"
+                for path in staging.glob("task-*.lock"):
+                    with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB, f"shards {out}: {others} there"):
+                        pass
+                write_outline(staging, wanted)
+            busy = f"shards {out}: another process is at work on --task {task} there"
+            held.enter_context(_locked(staging / f"task-{task}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB, busy))
+        yield staging
+
+
+def _hold(held: ExitStack, out: Path, kind: int) -> Path:
+    staging = out / STAGING
+    while True:
+        staging.mkdir(parents=True, exist_ok=True)
+        lock = staging / "lock"
+        busy = f"shards {out}: another build is writing there"
+        handle = held.enter_context(_locked(lock, kind | fcntl.LOCK_NB, busy))
+        # A build that ended in the meantime took its folder away, and the lock with it.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(lock.stat(), os.fstat(handle)):
+                return staging
+
+
+@contextmanager
+def _locked(path: Path, kind: int, busy: str = "") -> Iterator[int]:
+    """Hold a lock file, of which this gives the descriptor; the system lets go of it however this process ends."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, kind)
+        except BlockingIOError:
+            raise UserError(f"{busy}; wait for it or choose another --out") from None
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def read_outline(staging: Path) -> Outline | None:
+    """The plan whose shards are staged; None if there is none."""
+    try:
+        return _OUTLINES.validate_json((staging / _OUTLINE).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def write_outline(staging: Path, wanted: Outline) -> None:
+    """Say whose shards are staged."""
+    write_whole(staging / _OUTLINE, _OUTLINES.dump_json(wanted).decode())
+
+
+def finished(staging: Path, plan: Outline, name: str) -> Written | None:
+    """Description of a staged shard, if it is there and the plan would write the same."""
+    written = read_written(staging / name)
+    return None if written is None or (written.skipped and plan.on_error == "fail") else written
+
+
+def clear(staging: Path, *, keep: Iterable[str], beginnings: tuple[str, ...]) -> None:
+    """Remove parts, and shards of other plans, whose names begin in a certain way; `keep` names staged tars."""
+    kept = {kept for name in keep for kept in (name, f"{Path(name).stem}.json")}
+    for path in staging.iterdir():
+        if path.name.removeprefix(".").startswith(beginnings) and path.name not in kept:
+            path.unlink(missing_ok=True)
+
+
+def publish(out: Path, plan: Outline) -> Manifest:
+    """Put the finished shards of a plan in place, of which every one is there, and the manifest last.
+
+    Raises:
+        UserError: shards are missing, or more than half of the samples were skipped.
+    """
+    staging = out / STAGING
+    written = {name: finished(staging, plan, name) for name in plan.shards}
+    _check_complete(out, plan, {name for name, found in written.items() if found is None})
+    found = [description for description in written.values() if description is not None]
+    skipped = tuple(sample for description in found for sample in description.skipped)
+    if 2 * len(skipped) > plan.samples:
+        raise UserError(
+            f"shards {out}: {len(skipped)} of {plan.samples} samples were skipped, more than half, the first "
+            f"{skipped[0].image}: {skipped[0].reason}; check that the recipe fits the data set"
+        )
+    shards = tuple(description.shard for description in found if description.shard.keys)
+    manifest = Manifest(
+        staging, plan.recipe, plan.recipe_version, plan.split, plan.labelled, plan.classes, shards, plan.fingerprint
+    )
+    if skipped:
+        write_whole(staging / SKIPPED_NAME, json.dumps([asdict(sample) for sample in skipped], indent=1) + "\n")
+    # From here on the staged manifest stands for a build that is decided: whoever comes next finishes it.
+    save_manifest(manifest)
+    _put_in_place(out)
+    return replace(manifest, folder=out)
+
+
+def read_skipped(out: Path) -> tuple[Skipped, ...]:
+    """The samples that the build of a shard folder left out."""
+    path = out / SKIPPED_NAME
+    return _REPORTS.validate_json(path.read_bytes()) if path.is_file() else ()
+
+
+def _check_complete(out: Path, plan: Outline, missing: set[str]) -> None:
+    lacking = {task: len(missing.intersection(plan.shards[plan.part(task)])) for task in range(plan.tasks)}
+    parts = [f"--task {task} ({count} shard{'s' if count > 1 else ''})" for task, count in lacking.items() if count]
+    if parts:
+        raise UserError(
+            f"shards {out}: {len(parts)} of {plan.tasks} parts are not finished: {', '.join(parts)}; run "
+            f"`dist-pca shards build` with --tasks {plan.tasks} and each of them, all other options as they were"
+        )
+
+
+def _put_in_place(out: Path) -> None:
+    """Move what a staged manifest lists; after a kill at any point, doing it again does the rest."""
+    staging = out / STAGING
+    manifest = load_manifest(staging, check_files=False)
+    plan = read_outline(staging)
+    places = {shard_name(name): staging / name for name in plan.shards} if plan else {}
+    # Without a manifest the folder counts as unbuilt, so that goes first and comes last.
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
+    for stale in set(out.glob(_SHARDS)) - {out / shard.name for shard in manifest.shards}:
+        stale.unlink()
+    for shard in manifest.shards:
+        if places[shard.name].exists():
+            places[shard.name].replace(out / shard.name)
+    (out / SKIPPED_NAME).unlink(missing_ok=True)
+    if (staging / SKIPPED_NAME).exists():
+        write_whole(out / SKIPPED_NAME, (staging / SKIPPED_NAME).read_text(encoding="utf-8"), staging)
+    save_manifest(replace(manifest, folder=out), staging)
+    sweep(out)
+    # Renamed first, so that what a kill leaves of it is never taken for a build.
+    staging.replace(out / _DONE)
+    sweep(out)

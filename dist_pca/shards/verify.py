@@ -1,0 +1,194 @@
+"""Whether a shard folder is what its manifest says: every problem in it, not only the first."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from dist_pca.errors import UserError
+from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, file_sha256, load_manifest
+from dist_pca.shards.pool import Progress, Report, run_jobs
+from dist_pca.shards.samples import image_member, image_size, label_counts, read_sample, walk
+
+_SAMPLES_PER_JOB = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong."""
+
+    file: str
+    """Name in the shard folder."""
+    key: str
+    """The sample; empty where it is the whole file."""
+    problem: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was looked at, and what is wrong with it."""
+
+    folder: str
+    deep: bool
+    shards: int
+    samples: int
+    bytes: int
+    problems: list[Problem]
+
+    def to_dict(self) -> dict[str, object]:
+        """The same as plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A shard as a file, or some of its samples to be decoded."""
+
+    manifest: Manifest
+    """Without shards."""
+    shard: Shard
+    decode: bool
+
+
+def verify(
+    folder: str | Path, *, deep: bool = False, workers: int | None = None, progress: Progress | None = None
+) -> Verification:
+    """Compare a shard folder with its manifest.
+
+    Sizes and checksums of the files, what is in the folder, and the place, order and key of every sample.
+
+    Args:
+        folder: The shard folder.
+        deep: Also decode every image and label: damage, sizes, label values, and pixels of each class.
+        workers: Processes; None is one per core.
+        progress: Called now and then with samples done, samples in all (twice as many where deep), and bytes done.
+
+    Raises:
+        UserError: there is no such folder, or no manifest in it.
+    """
+    folder = Path(folder)
+    try:
+        manifest = load_manifest(folder, check_files=False)
+    except UserError as error:
+        if not (folder / MANIFEST_NAME).is_file():
+            raise
+        problem = Problem(MANIFEST_NAME, "", str(error).removeprefix(f"{folder / MANIFEST_NAME}: "))
+        return Verification(str(folder), deep, 0, 0, 0, [problem])
+    bare = replace(manifest, shards=())
+    jobs = [_Job(bare, shard, decode=False) for shard in manifest.shards]
+    if deep:
+        there = [shard for shard in manifest.shards if (folder / shard.name).is_file()]
+        jobs += [_Job(bare, part, decode=True) for shard in there for part in _parts(shard)]
+    total = sum(len(job.shard.keys) for job in jobs)
+    found = run_jobs(_verify, jobs, total=total, workers=workers, progress=progress)
+    problems = [*_folder_problems(manifest), *(problem for part in found for problem in part)]
+    return Verification(
+        folder=str(folder),
+        deep=deep,
+        shards=len(manifest.shards),
+        samples=manifest.samples,
+        bytes=sum(shard.bytes for shard in manifest.shards),
+        problems=sorted(problems, key=lambda problem: problem.file),
+    )
+
+
+def _parts(shard: Shard) -> Iterator[Shard]:
+    for start in range(0, len(shard.keys), _SAMPLES_PER_JOB):
+        part = slice(start, start + _SAMPLES_PER_JOB)
+        columns = ("keys", "offsets", "lengths", "heights", "widths", "pixel_counts")
+        yield replace(shard, **{name: getattr(shard, name)[part] for name in columns})
+
+
+def _folder_problems(manifest: Manifest) -> Iterator[Problem]:
+    listed = [shard.name for shard in manifest.shards]
+    for path in sorted(manifest.folder.glob("*.tar")):
+        if path.name not in listed:
+            yield Problem(path.name, "", f"not listed in {MANIFEST_NAME}")
+    first: dict[str, str] = {}
+    for shard in manifest.shards:
+        for key in shard.keys:
+            if key in first:
+                yield Problem(shard.name, key, f"the key is in {first[key]} too")
+            first.setdefault(key, shard.name)
+
+
+def _verify(job: _Job, report: Report) -> list[Problem]:
+    return list(_sample_problems(job, report) if job.decode else _file_problems(job, report))
+
+
+def _file_problems(job: _Job, report: Report) -> Iterator[Problem]:
+    shard, path = job.shard, job.manifest.folder / job.shard.name
+    if not path.is_file():
+        yield Problem(shard.name, "", f"listed in {MANIFEST_NAME} but missing")
+    else:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            yield Problem(shard.name, "", f"{size} bytes where {MANIFEST_NAME} says {shard.bytes}")
+        elif file_sha256(path) != shard.sha256:
+            yield Problem(shard.name, "", "the bytes are not those that were built (SHA-256)")
+        yield from _place_problems(path, shard)
+    report(len(shard.keys), shard.bytes)
+
+
+def _place_problems(path: Path, shard: Shard) -> Iterator[Problem]:
+    try:
+        places = walk(path)
+    except UserError as error:
+        yield Problem(shard.name, "", str(error).removeprefix(f"{path}: "))
+        return
+    if len(places) != len(shard.keys):
+        problem = f"{len(places)} samples where {MANIFEST_NAME} lists {len(shard.keys)}"
+        yield Problem(shard.name, "", problem)
+    listed = zip(shard.keys, shard.offsets, shard.lengths, strict=True)
+    for place, (key, offset, length) in zip(places, listed, strict=False):
+        if place.key != key:
+            yield Problem(shard.name, key, f"the sample at its place is {place.key!r}")
+        elif (place.offset, place.length) != (offset, length):
+            said = f"{MANIFEST_NAME} says bytes {offset} to {offset + length}"
+            yield Problem(shard.name, key, f"lies at bytes {place.offset} to {place.offset + place.length}, {said}")
+
+
+def _sample_problems(job: _Job, report: Report) -> Iterator[Problem]:
+    manifest, shard = job.manifest, job.shard
+    for index, key in enumerate(shard.keys):
+        try:
+            members = read_sample(manifest, shard, index)
+            image = image_member(members, manifest.label_member)
+            yield from (Problem(shard.name, key, text) for text in _image_problems(shard, index, members, image))
+            if manifest.labelled:
+                label = members.get(manifest.label_member)
+                yield from (Problem(shard.name, key, text) for text in _label_problems(manifest, shard, index, label))
+        except (OSError, ValueError, tarfile.TarError) as error:
+            yield Problem(shard.name, key, str(error))
+        report(1, 0)
+
+
+def _image_problems(shard: Shard, index: int, members: dict[str, bytes], image: str) -> Iterator[str]:
+    said = (shard.widths[index], shard.heights[index])
+    try:
+        size = image_size(io.BytesIO(members[image]), whole=True)
+    except ValueError as error:
+        yield f"{image}: {error}"
+        return
+    if size != said:
+        yield f"{image}: {size[0]} x {size[1]} pixels where {MANIFEST_NAME} says {said[0]} x {said[1]}"
+
+
+def _label_problems(manifest: Manifest, shard: Shard, index: int, label: bytes | None) -> Iterator[str]:
+    member = manifest.label_member
+    if label is None:
+        yield f"no {member}"
+        return
+    try:
+        counts = label_counts(io.BytesIO(label), (shard.widths[index], shard.heights[index]), len(manifest.classes))
+    except ValueError as error:
+        yield f"{member}: {error}"
+        return
+    wrong = [
+        info.name
+        for info, *both in zip(manifest.classes, counts, shard.pixel_counts[index], strict=True)
+        if both[0] != both[1]
+    ]
+    if wrong:
+        yield f"{member}: pixels of {', '.join(wrong[:5])} are not as many as {MANIFEST_NAME} says"

@@ -1,0 +1,135 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_pca.cli import main
+from tests.shards.foreign import sample, write
+from tests.shards.trees import make_folder
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    make_folder(tmp_path / "raw", samples=6)
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Run `dist-pca shards` and return its exit code."""
+    monkeypatch.setenv("COLUMNS", "140")
+
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["dist-pca", "shards", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return int(left.value.code or 0)
+
+    return call
+
+
+def _build(raw: Path, out: Path) -> tuple[object, ...]:
+    return ("build", "folder", "--root", raw, "--out", out, "--workers", 1, "--samples-per-shard", 2)
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(run, raw: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert run(*_build(raw, tmp_path / "out"), "--dry-run") == 0
+    printed = capsys.readouterr().out
+    for word in ("3, each of 2 samples", "images/000.png", "labels/004.png", "class 2", "nothing is written"):
+        assert word in printed
+    assert "images/005.png" not in printed  # only the first ones
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_skipped_samples_are_a_table_and_a_warning(run, raw: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    (raw / "images/003.png").write_bytes(b"nonsense")
+    assert run(*_build(raw, tmp_path / "out"), "--on-error", "skip") == 0
+    printed = capsys.readouterr()
+    assert "images/003.png" in printed.err
+    assert "unreadable image" in printed.err
+    assert printed.err.splitlines()[-1] == "warning: 1 of 6 samples were skipped"
+    assert printed.out.splitlines()[-2].split()[1] == "5"
+
+
+def test_parts_are_built_and_merged(run, raw: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    for task in (1, 0):
+        assert run(*_build(raw, tmp_path / "out"), "--task", task, "--tasks", 2) == 0
+        assert f"task {task} of 2" in capsys.readouterr().out
+    assert run("merge", tmp_path / "out") == 0
+    assert capsys.readouterr().out == f"{tmp_path}/out: 6 samples in 3 shards\n"
+    assert run("merge", tmp_path / "out") == 0
+    assert run(*_build(raw, tmp_path / "out"), "--task", 0) == 2
+    assert "--task and --tasks belong together" in capsys.readouterr().err
+
+
+def test_verify_exits_with_one_where_there_are_problems(run, raw: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert run(*_build(raw, tmp_path / "out")) == 0
+    capsys.readouterr()
+    verify = ("verify", tmp_path / "out", "--deep", "--workers", 1)
+    assert run(*verify) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path}/out: no problem in 6 samples, 3 shards, ")
+    (tmp_path / "out/shard-000001.tar").unlink()
+    (tmp_path / "out/shard-000007.tar").touch()
+    assert run(*verify) == 1
+    printed = capsys.readouterr().out
+    assert "shard-000001.tar" in printed
+    assert ": 2 problems in 6 samples" in printed.splitlines()[-1]
+    assert run(*verify, "--json") == 1
+    assert [entry["file"] for entry in json.loads(capsys.readouterr().out)["problems"]] == [
+        "shard-000001.tar",
+        "shard-000007.tar",
+    ]
+    assert run("verify", tmp_path / "nowhere") == 2
+
+
+def test_index_makes_a_folder_that_inspect_draws(run, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    folder = write(tmp_path / "theirs", [sample(f"{number}", "seg.png") for number in range(3)])
+    index = ("index", folder, "--label-set", "cityscapes_19", "--label-member", "seg.png", "--workers", 1)
+    assert run(*index) == 0
+    assert capsys.readouterr().out == f"{folder}: 3 samples in 2 shards, labels in seg.png\n"
+    assert run("index", folder, "--force", "--workers", 1) == 0
+    assert capsys.readouterr().out.endswith("no labels in label.png (the first sample has jpg, seg.png)\n")
+    assert run(*index, "--force") == 0
+    assert run("inspect", folder, "--grid", tmp_path / "grid.png") == 0
+    assert "sidewalk" in capsys.readouterr().out
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("command", ["recipes", "build", "merge", "verify", "index", "inspect"])
+def test_help_is_there_for_every_command(run, command: str, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert run(command, "--help") == 0
+    assert f"Usage: dist-pca shards {command}" in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    # 20 kB a file: enough for the small shards, not for the large last one.
+    from PIL import Image
+
+    from tests.shards.trees import random_image, save
+
+    save(random_image(0, 100, 100), raw / "images/005.png")
+    save(Image.new("L", (100, 100)), raw / "labels/005.png")
+    code = (
+        "import resource, sys; from dist_pca.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)) if sys.argv.pop() == 'small' else None; main()"
+    )
+    command = [sys.executable, "-c", code, "shards", *map(str, _build(raw, out))]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*command, "small"], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert "build stopped: [Errno 27]" in line
+    assert line.endswith("; finished shards are kept (2 of 3), building again goes on from there")
+    assert not list(out.glob(".building/*.part"))
+    assert not list(out.glob("*"))[1:]
+    ended = subprocess.run([*command, "enough"], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(path.name for path in out.iterdir()) == [
+        "manifest.json",
+        *(f"shard-{number:06d}.tar" for number in range(3)),
+    ]

@@ -1,0 +1,131 @@
+import io
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+from webdataset.tariterators import base_plus_ext
+
+from dist_pca.errors import UserError
+from dist_pca.shards.samples import walk
+from tests.shards.foreign import write_tar
+
+OWN = ("__key__", "__url__", "__local_path__")
+NAMES = st.lists(
+    st.text(st.sampled_from("aB._/é"), min_size=1, max_size=8).filter(
+        lambda name: not name.startswith("/") and not name.endswith("/") and ".." not in name.split("/")
+    )
+    | st.text(st.sampled_from("ab/"), min_size=90, max_size=150).map(lambda name: f"x{name}.png"),
+    max_size=12,
+)
+
+
+def _repeated(names: list[str]) -> bool:
+    """Whether a member of a sample has the extension of an earlier one."""
+    seen: set[str] = set()
+    current = None
+    for key, extension in map(base_plus_ext, names):
+        if key is None or re.match("__[^/]*__($|/)", f"{key}.{extension}"):
+            continue
+        seen = seen if key == current else set()
+        current = key
+        if extension.lower() in seen:
+            return True
+        seen.add(extension.lower())
+    return False
+
+
+def _info(name: str, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    return info
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@given(names=NAMES)
+def test_samples_are_those_webdataset_reads_and_each_slice_is_a_tar_of_one(
+    tmp_path_factory: pytest.TempPathFactory, form: int, names: list[str]
+) -> None:
+    path = tmp_path_factory.mktemp("tar") / "a.tar"
+    with tarfile.open(path, "w", format=form) as archive:
+        for number, name in enumerate(names):
+            info = _info(name)
+            info.size = 700 * (number % 3)
+            archive.addfile(info, io.BytesIO(bytes([number]) * info.size))
+    reader = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+    if _repeated(names):
+        with pytest.raises(ValueError, match="duplicate file name"):
+            list(reader)
+        with pytest.raises(UserError, match="twice in its sample"):
+            walk(path)
+        return
+    expected = list(reader)
+    places = walk(path)
+    assert [place.key for place in places] == [members["__key__"] for members in expected]
+    content = path.read_bytes()
+    for place, members in zip(places, expected, strict=True):
+        inside = {extension: content[start : start + size] for extension, (start, size) in place.members.items()}
+        assert inside == {name: value for name, value in members.items() if name not in OWN}
+        part = content[place.offset : place.offset + place.length]
+        with tarfile.open(fileobj=io.BytesIO(part + bytes(1024)), mode="r:") as archive:
+            found = {info.name: archive.extractfile(info).read() for info in archive}  # type: ignore[union-attr]
+        for extension, value in inside.items():
+            assert {name.lower(): data for name, data in found.items()}[f"{place.key}.{extension}".lower()] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("a.png", tarfile.SYMTYPE, "member 'a.png': not a regular file"),
+        ("a.png", tarfile.LNKTYPE, "not a regular file"),
+        ("folder", tarfile.DIRTYPE, "member 'folder': not a regular file"),
+        ("a.fifo", tarfile.FIFOTYPE, "not a regular file"),
+        ("/etc/a.png", tarfile.REGTYPE, "member '/etc/a.png': the name leaves its folder"),
+        ("b/../../a.png", tarfile.REGTYPE, "the name leaves its folder"),
+    ],
+)
+def test_members_that_are_more_than_a_file_in_the_folder_are_refused(
+    tmp_path: Path, name: str, kind: bytes, message: str
+) -> None:
+    path = write_tar(tmp_path / "a.tar", [(_info("0.png"), b"x"), (_info(name, kind), b"")])
+    with pytest.raises(UserError, match=f"a.tar: .*{message}") as caught:
+        walk(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_sparse_members_are_refused(tmp_path: Path) -> None:
+    info = _info("0.png")
+    info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "1000000000000"}
+    path = write_tar(tmp_path / "a.tar", [(info, b"x")])
+    with pytest.raises(UserError, match=r"member '0\.png': not a regular file"):
+        walk(path)
+
+
+@pytest.mark.parametrize("kind", ["w:gz", "w:bz2", "w:xz"])
+def test_compressed_tars_are_refused_whatever_their_name(tmp_path: Path, kind: str) -> None:
+    path = write_tar(tmp_path / "a.tar", [(_info("0.png"), b"x")], kind)
+    with pytest.raises(UserError, match=r"a\.tar: compressed with .*; unpack it"):
+        walk(path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content[:700],  # inside a member
+        lambda content: content[: 3 * 512],  # between two, where Python's tarfile sees an end
+        lambda content: content[:1536] + b"x" * 512 + content[2048:],  # a header, where it sees one too
+        lambda content: content + content,
+        lambda content: b"",
+        lambda content: b"not a tar" * 1000,
+    ],
+)
+def test_damaged_tars_are_refused(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    path = write_tar(tmp_path / "a.tar", [(_info(f"{number}.png"), b"x" * 600) for number in range(3)])
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(UserError, match=r"a\.tar: ") as caught:
+        walk(path)
+    assert "\n" not in str(caught.value)
