@@ -62,6 +62,19 @@ class SamplingConfig(Section):
     target image; 0 leaves them. Needs class counts, so labels or predictions, in the target's shards."""
 
 
+class CacheConfig(Section):
+    """A node's copies of remote shards."""
+
+    folder: str | None = None
+    """On a local disk, shared by all processes of the node; None is $DIST_PCA_CACHE or ~/.cache/dist_pca/shards."""
+    max_bytes: Positive = 50_000_000_000
+    """All copies together; the least recently used make room."""
+    timeout: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds without a byte after which an attempt to fetch has failed."""
+    retries: NonNegative = 6
+    """Attempts after the first one, further and further apart."""
+
+
 class DataConfig(Section):
     """Which shards are streamed and how images become crops."""
 
@@ -84,6 +97,7 @@ class DataConfig(Section):
     shuffle_window: Positive = 4
     """Shards whose samples are shuffled together; reads stay within this many shards of each folder."""
     sampling: SamplingConfig = SamplingConfig()
+    cache: CacheConfig = CacheConfig()
     max_corrupt_share: Fraction = 0.001
     """Samples that cannot be decoded are replaced by others; the run stops when they are more than this share of an
     epoch, or of all samples taken where these are more."""

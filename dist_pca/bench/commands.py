@@ -1,5 +1,6 @@
 """`dist-pca bench`: parsing and printing."""
 
+import tempfile
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
@@ -31,6 +32,14 @@ dist-pca bench association --world 2 --n 4096 --exchange gather --exchange ring 
 dist-pca bench association --save results.csv && dist-pca bench table results.csv
 """
 
+_DATA_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca bench data
+
+dist-pca bench data --only reading --only seeking --json
+"""
+
 _TABLE_EXAMPLES = """
 [bold]Examples[/]
 
@@ -56,6 +65,14 @@ class _Implementation(str, Enum):
     BLOCKWISE = "blockwise"
     TRITON = "triton"
     MATMUL = "matmul"
+
+
+class _Measurement(str, Enum):
+    READING = "reading"
+    BUILDING = "building"
+    SEEKING = "seeking"
+    MEMORY = "memory"
+    TRAINING = "training"
 
 
 @app.callback()
@@ -157,6 +174,36 @@ def association(
         printer.print(sized, "")
     if sweep is not None:
         printer.print(report.rich_table("growth with n", comparison.growth(records)))
+
+
+@app.command("data", epilog=_DATA_EXAMPLES)
+def data(
+    only: Annotated[
+        list[_Measurement] | None,
+        typer.Option(help="Measure this alone. Repeatable.", show_default="everything, in about two minutes"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; their median counts.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Measure building and reading of shards beside bare loops over the same codec and transforms.
+
+    Ratios are of rates measured in turn in one run. Data are drawn for it, in a temporary folder.
+    """
+    from dist_pca.bench import report
+    from dist_pca.bench.data import MEASUREMENTS
+
+    console = Console(stderr=True)
+    records = []
+    with tempfile.TemporaryDirectory() as folder, console.status("") as status:
+        for name in _values(only or _Measurement):
+            status.update(f"measuring {name}")
+            (Path(folder) / name).mkdir()
+            records += MEASUREMENTS[name](Path(folder) / name, repeats)
+    if as_json:
+        typer.echo(report.to_json(records))
+        return
+    rows = [{"": str(r["name"]), "value": f"{r['value']:.4g}", "unit": str(r["unit"])} for r in records]
+    Console(highlight=False).print(report.rich_table(f"{report.device_name()}: data", rows))
 
 
 @app.command("table", epilog=_TABLE_EXAMPLES)

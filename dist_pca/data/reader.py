@@ -2,30 +2,52 @@
 
 import io
 import os
+import re
 import tarfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dist_pca.errors import UserError
+from dist_pca.data.cache import CacheSettings, Prefetcher, open_shard
+from dist_pca.errors import CorruptSample, UserError
 from dist_pca.shards.manifest import Manifest
 
 _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
+_PLAIN_HEADER = re.compile(
+    rb"([\0 -~]{100})"  # name
+    rb"(?:[0-7]{7}[\0 ]){3}"  # mode, user, group
+    rb"([0-7]{11})[\0 ]"  # size
+    rb"[0-7]{11}[\0 ]"  # time
+    rb"([0-7]{6})\0 "  # checksum
+    rb"0\0{100}"  # a regular file, so no link's target
+    rb"ustar(?:\x0000|  \0).{64}"  # names of user and group
+    rb"(?:[0-7]{7}\0|\0{8}){2}"  # device
+    rb"\0{155}.{12}",  # no prefix to the name
+    re.DOTALL,
+)
 
 
 class ShardReader:
-    """Reads samples at random; keeps the shards that it used last open. Close it when done."""
+    """Reads samples at random; keeps the shards that it used last open. Close it when done.
 
-    def __init__(self, manifest: Manifest, keep_open: int) -> None:
+    Shards of a URL are read from the node's cache, into which they are fetched whole.
+    """
+
+    def __init__(self, manifest: Manifest, keep_open: int, cache: CacheSettings | None = None) -> None:
         """Start with no file open.
 
         Args:
-            manifest: The shard folder.
+            manifest: The shard folder, as `open_manifest` gives it.
             keep_open: Shards held open at once, 1 or more.
+            cache: Limit of the cache, and how to fetch; None takes the defaults.
         """
         self._manifest = manifest
         self._keep_open = keep_open
+        self._cache = cache or CacheSettings()
+        self._remote = "://" in manifest.location
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._prefetcher: Prefetcher | None = None
 
     def read(self, shard_index: int, sample_index: int) -> dict[str, Any]:
         """One sample as WebDataset gives it: `__key__`, `__url__` (path of the shard) and members by extension.
@@ -34,28 +56,46 @@ class ShardReader:
         regular files that carry the sample's key are left out.
 
         Raises:
-            UserError: the shard is gone, cut short or no tar, or the key would leave a folder it is written into.
+            CorruptSample: the sample is no tar, or its key would leave a folder it is written into.
+            UserError: the shard is gone, is cut short or cannot be fetched.
         """
         shard = self._manifest.shards[shard_index]
         path = self._manifest.folder / shard.name
         key = shard.keys[sample_index]
+        where = f"{path}: sample {key!r}"
+        remedy = "remove this copy of the shard" if self._remote else "copy the shard again or build it again"
         if key.startswith("/") or ".." in PurePosixPath(key).parts:
-            raise UserError(f"{path}: sample {key!r}: the key leaves its folder; build the shards again")
+            raise CorruptSample(f"{where}: the key leaves its folder; build the shards again")
+        length = shard.lengths[sample_index]
         try:
-            length = shard.lengths[sample_index]
             content = os.pread(self._open(shard_index, path), length, shard.offsets[sample_index])
-            if len(content) < length:
-                raise UserError(f"{path}: ends inside sample {key!r}; copy the shard again or build it again")
+        except OSError as error:
+            raise UserError(f"{where} is unreadable ({error}); {remedy}") from error
+        if len(content) < length:
+            raise UserError(f"{path}: ends inside sample {key!r}; {remedy}")
+        try:
             members = _members(content, f"{key}.")
         except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
-            raise UserError(
-                f"{path}: sample {key!r} is unreadable ({error}); copy the shard again or build it again"
-            ) from error
+            raise CorruptSample(f"{where} is unreadable ({error}); {remedy}") from error
         size = (shard.heights[sample_index], shard.widths[sample_index])
         return {"__key__": key, "__url__": str(path), "__size__": size, **members}
 
+    def prefetch(self, shard_indices: Sequence[int]) -> None:
+        """Start to fetch shards that will be read, the first of them first; returns at once.
+
+        They take the place of those asked for before. Faults are left to `read`. Shards of a local folder are there.
+        """
+        if not self._remote:
+            return
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self._manifest, self._cache)
+        self._prefetcher.want(shard_indices)
+
     def close(self) -> None:
-        """Close all files; reading again opens them anew."""
+        """Close all files and end fetches ahead; reading again opens them anew."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -63,19 +103,54 @@ class ShardReader:
         if shard_index not in self._files:
             if len(self._files) == self._keep_open:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard_index] = os.open(path, os.O_RDONLY)
+            self._files[shard_index] = (
+                open_shard(self._manifest, shard_index, self._cache) if self._remote else os.open(path, os.O_RDONLY)
+            )
         self._files.move_to_end(shard_index)
         return self._files[shard_index]
 
 
 def _members(content: bytes, prefix: str) -> dict[str, bytes]:
-    members = {}
+    found = _plain_members(content)
+    if found is None:
+        found = _tar_members(content)
+    return {name.removeprefix(prefix).lower(): value for name, value in found if name.startswith(prefix)}
+
+
+def _plain_members(content: bytes) -> list[tuple[str, bytes]] | None:
+    """Names and bytes in a tar of nothing but regular files with short ASCII names, as shards are written here.
+
+    None for any other tar and a damaged one, which `tarfile` judges better but takes several times as long for.
+    """
+    members = []
+    offset = 0
+    while offset < len(content):
+        header = content[offset : offset + tarfile.BLOCKSIZE]
+        fields = _PLAIN_HEADER.fullmatch(header)
+        if fields is None:
+            return None
+        name, size, checksum = fields[1].partition(b"\0")[0], int(fields[2], 8), int(fields[3], 8)
+        start = offset + tarfile.BLOCKSIZE
+        # By definition the checksum counts its own eight bytes as blanks.
+        if start + size > len(content) or sum(header) - sum(header[148:156]) + 8 * 32 != checksum:
+            return None
+        members.append((name.decode("ascii"), content[start : start + size]))
+        offset = start + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return members
+
+
+def _tar_members(content: bytes) -> list[tuple[str, bytes]]:
+    members = []
     # Mode "r:" refuses compression and `issparse` leaves out holes: neither may grow a few bytes into many.
     with tarfile.open(fileobj=io.BytesIO(content + _END_OF_ARCHIVE), mode="r:") as archive:
         for member in archive:
-            if not member.isreg() or member.issparse() or not member.name.startswith(prefix):
-                continue
-            stream = archive.extractfile(member)
-            if stream is not None:
-                members[member.name.removeprefix(prefix).lower()] = stream.read()
+            # Some versions of `tarfile` walk backwards, and so for ever.
+            if member.size < 0:
+                raise tarfile.ReadError("a member of negative size")
+            if member.isreg() and not member.issparse():
+                if member.offset_data + member.size > len(content):
+                    raise tarfile.ReadError("a member that goes on after the sample")
+                stream = archive.extractfile(member)
+                if stream is not None:
+                    members.append((member.name, stream.read()))
     return members

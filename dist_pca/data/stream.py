@@ -3,6 +3,7 @@
 import atexit
 import logging
 import signal
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
@@ -19,7 +20,8 @@ import webdataset
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from dist_pca.config import DataConfig, SamplingConfig
+from dist_pca.config import CacheConfig, DataConfig, SamplingConfig
+from dist_pca.data.cache import CacheSettings, cache_settings
 from dist_pca.data.classes import chosen_classes, lookup_table
 from dist_pca.data.decode import decode_sample
 from dist_pca.data.order import micro_batch_positions, micro_batch_size
@@ -32,6 +34,8 @@ from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
 
 _log = logging.getLogger("dist_pca.data")
+_AHEAD = 128
+"""Samples of each loader process whose shards are fetched before their turn comes."""
 _MOST_REPLACEMENTS = 8
 """Samples drawn in the place of a corrupt one before all of them are taken to be."""
 
@@ -124,9 +128,11 @@ def stream(
         accumulation=accumulation,
         global_batch=global_batch,
     )
+    cache = cache_settings(config.cache)
+    openers = [partial(ShardReader, manifest, config.shuffle_window, cache) for manifest in manifests]
     batches = _load(
-        partial(_ordered_samples, sampler, config.shuffle_window, positions, accumulation, start_step),
-        webdataset.map(partial(_crop_sample, config, seed, domain, sampler, tables)),
+        partial(_ordered_samples, sampler, openers, positions, accumulation, start_step),
+        webdataset.map(partial(_crop_sample, config, seed, domain, sampler, openers, tables)),
         partial(_batches, size=size),
         workers=config.workers,
         pin_memory=torch.cuda.is_available(),
@@ -136,7 +142,13 @@ def stream(
 
 
 def evaluation_stream(
-    manifest: Manifest, rank: int, world_size: int, *, classes: Sequence[ClassInfo], workers: int = 2
+    manifest: Manifest,
+    rank: int,
+    world_size: int,
+    *,
+    classes: Sequence[ClassInfo],
+    workers: int = 2,
+    cache: CacheConfig | None = None,
 ) -> Generator[EvaluationSample, None, None]:
     """Every sample once over all ranks: rank r of W takes the samples r, r + W, ... in the manifest's order.
 
@@ -146,13 +158,14 @@ def evaluation_stream(
         world_size: Number of ranks.
         classes: Classes whose train ids the labels are given in; others become ignore.
         workers: Loader processes; 0 decodes in this one.
+        cache: For shards of a URL; None takes the defaults.
 
     Raises:
         UserError: at once if labelled shards have none of the classes; while iterating if a sample cannot be read.
     """
     table = lookup_table(manifest, classes) if manifest.labelled else None
     samples = _load(
-        partial(_share_of_samples, manifest, rank, world_size),
+        partial(_share_of_samples, manifest, rank, world_size, cache_settings(cache or CacheConfig())),
         webdataset.map(partial(_whole_sample, table, manifest.label_member)),
         workers=workers,
         pin_memory=False,
@@ -185,7 +198,7 @@ def _load(*stages: Callable[..., Any], workers: int, pin_memory: bool) -> Genera
             yield item
     except (RuntimeError, OSError) as error:
         processes = processes or set(active_children()) - others
-        if wait([process.sentinel for process in processes], timeout=1):
+        if _any_died(processes):
             raise UserError(
                 "a loader process was killed, most likely for want of memory; lower data.workers"
             ) from error
@@ -194,10 +207,19 @@ def _load(*stages: Callable[..., Any], workers: int, pin_memory: bool) -> Genera
         at_child_exit.cancel()
         atexit.unregister(items.close)
         items.close()
+        processes = processes or set(active_children()) - others
         # After one of them has died the loader tells the others nothing, and they ignore SIGTERM.
         for process in processes:
             process.kill()
             process.join()
+
+
+def _any_died(processes: set[BaseProcess]) -> bool:
+    try:
+        return bool(wait([process.sentinel for process in processes], timeout=1))
+    except RuntimeError:
+        # The loader's own handler of a child's death interrupts whatever comes after it.
+        return True
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
@@ -221,17 +243,30 @@ def _worker() -> tuple[int, int]:
 
 
 def _ordered_samples(
-    sampler: Sampler, keep_open: int, positions: Callable[[int, int], range], accumulation: int, start_step: int
+    sampler: Sampler,
+    openers: Sequence[Callable[[], ShardReader]],
+    positions: Callable[[int, int], range],
+    accumulation: int,
+    start_step: int,
 ) -> Iterator[_Taken]:
     # The loader takes items from its processes in turn, so this deals them whole micro-batches in turn.
     worker, workers = _worker()
     with ExitStack() as stack:
-        readers = [stack.enter_context(closing(ShardReader(m, keep_open))) for m in sampler.manifests]
-        for index in count(start_step * accumulation + worker, workers):
-            step, accumulation_index = divmod(index, accumulation)
-            for position in positions(step, accumulation_index):
-                choice = sampler.choose(position)
-                yield _Taken(position, choice, _read(readers[choice.place.part], choice))
+        readers = [stack.enter_context(closing(opener())) for opener in openers]
+        choices = (
+            (position, sampler.choose(position))
+            for index in count(start_step * accumulation + worker, workers)
+            for position in positions(*divmod(index, accumulation))
+        )
+        upcoming = deque(islice(choices, _AHEAD))
+        for taken in count():
+            if taken % (_AHEAD // 4) == 0:
+                for part, reader in enumerate(readers):
+                    shards = (choice.place.shard for _, choice in upcoming if choice.place.part == part)
+                    reader.prefetch(list(dict.fromkeys(shards)))
+            position, choice = upcoming.popleft()
+            upcoming.append(next(choices))
+            yield _Taken(position, choice, _read(readers[choice.place.part], choice))
 
 
 def _read(reader: ShardReader, choice: Choice) -> dict[str, Any] | CorruptSample:
@@ -241,16 +276,22 @@ def _read(reader: ShardReader, choice: Choice) -> dict[str, Any] | CorruptSample
         return error
 
 
-def _share_of_samples(manifest: Manifest, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
+def _share_of_samples(manifest: Manifest, rank: int, world_size: int, cache: CacheSettings) -> Iterator[dict[str, Any]]:
     worker, workers = _worker()
     places = ((shard, sample) for shard, content in enumerate(manifest.shards) for sample in range(len(content.keys)))
-    with closing(ShardReader(manifest, keep_open=1)) as reader:
+    with closing(ShardReader(manifest, 1, cache)) as reader:
         for shard, sample in islice(places, rank + worker * world_size, None, world_size * workers):
             yield reader.read(shard, sample)
 
 
 def _crop_sample(
-    config: DataConfig, seed: int, domain: Domain, sampler: Sampler, tables: Sequence[Pixels | None], taken: _Taken
+    config: DataConfig,
+    seed: int,
+    domain: Domain,
+    sampler: Sampler,
+    openers: Sequence[Callable[[], ShardReader]],
+    tables: Sequence[Pixels | None],
+    taken: _Taken,
 ) -> _Crop:
     """The crop at a position; of another sample where its own is corrupt."""
     position, choice, sample = taken
@@ -271,7 +312,7 @@ def _crop_sample(
             if len(skipped) > _MOST_REPLACEMENTS:
                 raise UserError(f"{error}; {_MOST_REPLACEMENTS} samples drawn in its place are no better") from error
         choice = Choice(sampler.instead_of(position, len(skipped)), None)
-        with closing(ShardReader(sampler.manifests[choice.place.part], keep_open=1)) as reader:
+        with closing(openers[choice.place.part]()) as reader:
             sample = _read(reader, choice)
     draw = partial(draw_crop, sample["__size__"], config, seed=seed, domain=domain, position=position)
     table = tables[part]
@@ -279,7 +320,8 @@ def _crop_sample(
         return _Crop(apply_crop(image, None, draw())[0], None, sample["__key__"], position, skipped)
     crop = draw() if choice.wanted is None else _crop_that_shows(choice.wanted, label, table, draw, config.sampling)
     pixels, train_ids = apply_crop(image, label, crop)
-    return _Crop(pixels, table[train_ids], sample["__key__"], position, skipped)
+    assert train_ids is not None
+    return _Crop(pixels, table.take(train_ids), sample["__key__"], position, skipped)
 
 
 def _crop_that_shows(

@@ -96,7 +96,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    # Pillow would copy an image that is in RGB already.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def stored_size(image: Image.Image, encoding: Encoding) -> tuple[int, int]:

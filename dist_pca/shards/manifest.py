@@ -61,7 +61,7 @@ class Manifest:
     """Digest of what the shards were built from (recipe, options, raw file names and sizes)."""
     label_member: str = "label.png"
     """Extension of the members that hold labels."""
-    location: str = field(default="", compare=False)
+    location: str = field(default="", compare=False, repr=False)
     """Where the shards come from, a path or a URL; not stored. Files of a URL are fetched into the folder."""
 
     @property

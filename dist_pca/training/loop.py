@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dist_pca.config import RunConfig
+from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.data.classes import class_table
 from dist_pca.data.order import micro_batch_size
 from dist_pca.data.randomness import Domain as DomainName
@@ -20,7 +21,7 @@ from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.objective import Domain, objective
 from dist_pca.shards.classes import ClassInfo
-from dist_pca.shards.manifest import Manifest, load_manifest
+from dist_pca.shards.manifest import Manifest
 from dist_pca.training.checkpoint import latest_checkpoint, load_model, load_optimizer, read_step, save_checkpoint
 from dist_pca.training.engine import World, reconcile_launcher, start_world
 from dist_pca.training.optimizer import build_optimizer
@@ -47,8 +48,9 @@ def check(config: RunConfig, *, world_size: int, resume: bool) -> Plan:
         UserError: something does not fit.
     """
     reconcile_launcher(config)
-    sources = tuple(load_manifest(folder) for folder in config.data.folders("source"))
-    targets = tuple(load_manifest(folder) for folder in config.data.folders("target") if config.objective.adapt)
+    cache = cache_settings(config.data.cache)
+    sources = tuple(open_manifest(folder, cache) for folder in config.data.folders("source"))
+    targets = tuple(open_manifest(folder, cache) for folder in config.data.folders("target") if config.objective.adapt)
     classes = class_table(config.data, sources, targets)
     batches = {
         "training.source_batch": (sources, config.training.source_batch),
@@ -105,10 +107,12 @@ def train(plan: Plan) -> None:
             # Dropout draws anew from (seed, step, rank), so that no generator state has to be stored.
             torch.manual_seed(hash((config.seed, step, world.rank)) % 2**63)
             for _ in range(training.accumulation):
+                with telemetry.waiting_for_data():
+                    source_batch, target_batch = next(sources), next(targets)
                 source, target = forward(
                     engine,
-                    next(sources),
-                    next(targets),
+                    source_batch,
+                    target_batch,
                     joint=config.model.joint_batch,
                     device=world.device,
                     seed=config.seed,

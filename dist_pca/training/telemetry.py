@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -37,7 +39,7 @@ class Telemetry:
         self.classes, self.steps, self.log_every, self.images = classes, steps, log_every, images
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
-        self.seconds, self.collected = time.perf_counter(), 0
+        self.seconds, self.collected, self.waited = time.perf_counter(), 0, 0.0
         self.console = Console(stderr=True)
         self.progress: Progress | None = None
         self.first = dist.get_rank() == 0
@@ -80,6 +82,13 @@ class Telemetry:
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + torch.where(defined, value, 0)
             self.counts[name] = self.counts.get(name, torch.zeros_like(value)) + defined
 
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time spent inside as data wait."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
     def step(self, step: int, scalars: dict[str, float]) -> None:
         """Tell step number `step` (from 1): a live update, and a line when one is due. Collective."""
         self.collected += 1
@@ -91,7 +100,8 @@ class Telemetry:
         elapsed = time.perf_counter() - self.seconds
         record["seconds_per_step"] = elapsed / self.collected
         record["images_per_second"] = self.images * self.collected / elapsed
-        self.seconds, self.collected = time.perf_counter(), 0
+        record["data_wait_share"] = self.waited / elapsed
+        self.seconds, self.collected, self.waited = time.perf_counter(), 0, 0.0
         self.sums, self.counts = {}, {}
         if self.first:
             self._tell(step, record)

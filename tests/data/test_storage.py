@@ -1,0 +1,271 @@
+import io
+import logging
+import multiprocessing
+import random
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from dist_pca.data import storage
+from dist_pca.data.storage import Cancelled, Patience, download, is_remote, object_url, shown
+from dist_pca.errors import UserError
+from tests.data.servers import FolderServer, serving
+
+CONTENT = random.Random(0).randbytes(1_000_000)
+QUICK = Patience(timeout=0.3, retries=3, backoff=0.02)
+ONE_LINE = r"\A[^\n]+\Z"
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "access",
+        "AWS_SECRET_ACCESS_KEY": "sesame",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    storage._s3_client.cache_clear()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FolderServer]:
+    (tmp_path / "bucket/shards").mkdir(parents=True)
+    (tmp_path / "bucket/shards/file").write_bytes(CONTENT)
+    with serving(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture(params=["http", "s3"])
+def url(request: pytest.FixtureRequest, server: FolderServer, aws: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same file over both protocols."""
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    return f"{endpoint}/bucket/shards/file" if request.param == "http" else "s3://bucket/shards/file"
+
+
+def fetch(url: str, *, patience: Patience = QUICK, most: int = len(CONTENT)) -> bytes:
+    file = io.BytesIO()
+    download(url, file, most=most, patience=patience)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("location", ["data/gta5", "/data/gta5", "~/x", "./pipe:cat", "..", "data/a:b"])
+def test_a_path_is_local(location: str) -> None:
+    assert not is_remote(location)
+
+
+@pytest.mark.parametrize(
+    "location", ["http://host/a", "https://host:8443/a/b?x=y", "s3://bucket", "S3://bucket/prefix/"]
+)
+def test_http_and_s3_are_remote(location: str) -> None:
+    assert is_remote(location)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["pipe:touch executed", "pipe://touch executed", "file:///data", "gs://user:sesame@b/x", "ftp://h/x", "gopher:x"],
+)
+def test_any_other_scheme_is_refused_in_one_line_and_nothing_is_executed(
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=ONE_LINE) as caught:
+        is_remote(location)
+    assert "s3://" in str(caught.value)
+    assert "sesame" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http:",
+        "https://",
+        "http://host:port/x",
+        "http://[::1/x",
+        "s3:///x",
+        "s3://access:sesame@bucket/x",
+        "s3://b:9000/x",
+    ],
+)
+def test_an_incomplete_url_and_keys_in_an_s3_url_are_refused_in_one_line(location: str) -> None:
+    with pytest.raises(UserError, match=ONE_LINE) as caught:
+        is_remote(location)
+    assert "s3://bucket/prefix" in str(caught.value)
+    assert "sesame" not in str(caught.value)
+
+
+def test_a_file_s_url_keeps_user_and_query_and_what_is_shown_has_neither() -> None:
+    url = object_url("https://user:sesame@host:8443/shards/?signature=sesame#top", "shard 1.tar")
+    assert url == "https://user:sesame@host:8443/shards/shard%201.tar?signature=sesame"
+    assert shown(url) == "https://host:8443/shards/shard%201.tar"
+    assert object_url("s3://bucket", "shard 1.tar") == "s3://bucket/shard 1.tar"
+
+
+def test_a_file_arrives_as_it_is(url: str) -> None:
+    assert fetch(url) == CONTENT
+
+
+def test_what_the_file_held_before_is_gone(url: str) -> None:
+    file = io.BytesIO(bytes(2 * len(CONTENT)))
+    download(url, file, most=len(CONTENT), patience=QUICK)
+    assert file.getvalue() == CONTENT
+
+
+@pytest.mark.parametrize("status", ["500", "503", "429"])
+def test_an_answer_that_may_pass_is_tried_again(url: str, server: FolderServer, status: str) -> None:
+    server.faults["file"].extend([status, status])
+    assert fetch(url) == CONTENT
+    assert server.asked("file") == 3
+
+
+def test_a_broken_transfer_goes_on_where_it_was(url: str, server: FolderServer) -> None:
+    server.faults["file"].extend(["cut", "503", "cut"])
+    assert fetch(url) == CONTENT
+    starts = [int(asked[6:-1]) for _, asked in server.requests if asked]
+    assert len(starts) == 3
+    assert len(CONTENT) // 2 - (1 << 16) <= starts[0] == starts[1] < starts[2]
+
+
+def test_a_broken_transfer_starts_over_where_the_server_knows_no_ranges(url: str, server: FolderServer) -> None:
+    server.ranges = False
+    server.faults["file"].append("cut")
+    assert fetch(url) == CONTENT
+
+
+def test_a_server_that_stalls_in_mid_body_is_left_after_the_timeout(url: str, server: FolderServer) -> None:
+    server.faults["file"].append("stall")
+    start = time.monotonic()
+    assert fetch(url) == CONTENT
+    assert 0.3 <= time.monotonic() - start < 3
+
+
+def test_a_file_that_became_shorter_than_what_was_taken_is_taken_afresh(url: str, server: FolderServer) -> None:
+    server.faults["file"].extend(["cut", "416"])
+    assert fetch(url) == CONTENT
+    assert [asked is None for _, asked in server.requests] == [True, False, True]
+
+
+def test_a_server_that_never_recovers_ends_in_one_line(url: str, server: FolderServer) -> None:
+    server.faults["file"].extend(["503"] * 9)
+    with pytest.raises(UserError, match=rf"{ONE_LINE[:-2]}HTTP 503, 4 attempts; see that the server is reachable"):
+        fetch(url)
+    assert server.asked("file") == 4
+
+
+def test_no_server_at_all_ends_in_one_line(aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    for url in (f"http://user:sesame@127.0.0.1:{port}/file?key=sesame", "s3://bucket/file"):
+        with pytest.raises(UserError, match=r"\A[^\n]+/file: [^\n]+ 4 attempts; [^\n]+\Z") as caught:
+            fetch(url)
+        assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", ["400", "401", "403", "404", "410"])
+def test_a_final_answer_is_not_asked_for_twice(url: str, server: FolderServer, status: str) -> None:
+    server.faults["file"].append(status)
+    with pytest.raises(UserError, match=rf"\A[^\n]+bucket/shards/file: HTTP {status}[^\n]+check the location[^\n]*\Z"):
+        fetch(url)
+    assert server.asked("file") == 1
+
+
+def test_a_file_larger_than_allowed_is_not_taken(url: str) -> None:
+    with pytest.raises(UserError, match=r"\A[^\n]+file: more than the 999999 bytes[^\n]+\Z"):
+        fetch(url, most=len(CONTENT) - 1)
+
+
+def test_secrets_of_a_url_reach_the_server_but_neither_messages_nor_logs(
+    server: FolderServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"http://user:sesame@127.0.0.1:{server.server_port}/bucket/shards/file?signature=sesame"
+    server.faults["file"].extend(["500", "403"])
+    with caplog.at_level(logging.DEBUG), pytest.raises(UserError) as caught:
+        fetch(url)
+    assert "sesame" not in str(caught.value) + caplog.text
+    assert server.queries == ["signature=sesame"] * 2
+    assert all(header and header.startswith("Basic ") for header in server.authorizations)
+
+
+def test_forked_processes_do_not_talk_over_their_parent_s_connection(url: str) -> None:
+    fork = multiprocessing.get_context("fork")
+    assert fetch(url) == CONTENT
+    barrier, whole = fork.Barrier(4), fork.SimpleQueue()
+
+    def fetch_often() -> None:
+        barrier.wait()
+        whole.put(all(fetch(url, patience=replace(QUICK, retries=0)) == CONTENT for _ in range(5)))
+
+    processes = [fork.Process(target=fetch_often) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=20)
+    assert [whole.get() for _ in processes if not whole.empty()] == [True] * 4
+
+
+def test_waiting_draws_nothing_from_the_global_generator(url: str, server: FolderServer) -> None:
+    server.faults["file"].append("500")
+    state = random.getstate()
+    fetch(url)
+    assert random.getstate() == state
+
+
+def test_a_download_that_nobody_wants_any_more_ends(url: str, server: FolderServer) -> None:
+    server.faults["file"].extend(["503"] * 9)
+    cancelled = threading.Event()
+    patience = Patience(timeout=1, retries=9, backoff=60)
+    threading.Timer(0.2, cancelled.set).start()
+    with pytest.raises(Cancelled):
+        download(url, io.BytesIO(), most=1, patience=patience, cancelled=cancelled)
+
+
+@pytest.fixture
+def bucket(aws: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    yield client
+    server.stop()
+
+
+def test_an_object_is_read_from_an_s3_compatible_server(bucket: Any) -> None:
+    bucket.put_object(Bucket="bucket", Key="a b/file+é", Body=CONTENT)
+    assert fetch("s3://bucket/a b/file+é") == CONTENT
+
+
+def test_a_missing_object_and_a_missing_bucket_are_final(bucket: Any) -> None:
+    for url in ("s3://bucket/none", "s3://none/none"):
+        with pytest.raises(UserError, match=rf"\A{url}: HTTP 404, not there; [^\n]+\Z"):
+            fetch(url)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("AWS_PROFILE", "nobody"), ("AWS_ENDPOINT_URL", "http://user:sesame@[::1"), ("AWS_PROFILE", "")]
+)
+def test_wrong_aws_settings_are_one_line(bucket: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    url = "s3://bucket/file" if value else "s3://not a bucket/file"
+    with pytest.raises(UserError, match=r"\A[^\n]+ check [^\n]+AWS settings[^\n]*\Z") as caught:
+        fetch(url)
+    assert "sesame" not in str(caught.value)
+
+
+def test_s3_without_boto3_says_what_to_install(aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(UserError, match=r"\A[^\n]+pip install 'dist-pca\[s3\]'\Z"):
+        fetch("s3://bucket/file")
