@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 
 from dist_pca.demo.canvas import Canvas, view
@@ -92,7 +93,9 @@ def write_streets(
         (root / folder).mkdir(parents=True, exist_ok=True)
     table = [{"name": info.name, "color": list(info.color)} for info in CLASSES]
     (root / "classes.yaml").write_text(yaml.safe_dump(table, sort_keys=False, default_flow_style=None))
-    for index in track(list(indices), description=f"drawing {look.name} streets ({split})"):
+    for index in track(
+        list(indices), console=Console(stderr=True), description=f"drawing {look.name} streets ({split})"
+    ):
         image, label = render_street(index, look, seed=seed, size=size)
         name = f"{split}-{index:05d}.png"
         Image.fromarray(image).save(root / "images" / name, compress_level=3)
