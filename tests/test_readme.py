@@ -3,12 +3,19 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from dist_pca.cli import app
+from dist_pca.shards.build import build_shards
 
 README = Path(__file__).parents[1] / "README.md"
+COMMANDS = {
+    *("shards", "build", "merge", "verify", "index", "inspect"),
+    *("train", "evaluate", "bench", "association", "data", "table"),
+}
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="the README is beside the tests in a checkout only")
 
 
@@ -33,12 +40,22 @@ def test_every_option_it_shows_is_the_command_lines() -> None:
     commands = [line.split() for line in lines if line.startswith("dist-pca")]
     assert commands
     for _, *words in commands:
-        name = [
-            word
-            for word in words[:2]
-            if word in ("shards", "build", "inspect", "train", "evaluate", "bench", "association", "table")
-        ]
+        name = [word for word in words[:2] if word in COMMANDS]
         shown = CliRunner().invoke(app, [*name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
         assert shown.exit_code == 0
         for option in (word for word in words if word.startswith("--")):
             assert option in shown.output, f"{name} {option}"
+
+
+def test_its_recipe_for_a_new_data_set_builds(tmp_path: Path) -> None:
+    (recipe,) = (block for block in blocks("yaml") if "splits:" in block)
+    (tmp_path / "harbour.yaml").write_text(recipe)
+    root = tmp_path / "raw"
+    for split in ("train", "val"):
+        for folder in ("frames", "masks"):
+            (root / folder / split / "pier 3").mkdir(parents=True)
+        Image.new("RGB", (4, 1)).save(root / f"frames/{split}/pier 3/0001.jpg")
+        Image.fromarray(np.array([[0, 1, 2, 3]], np.uint8)).save(root / f"masks/{split}/pier 3/0001_id.png")
+        manifest = build_shards(tmp_path / "harbour.yaml", root, tmp_path / split, split=split, workers=1)
+        assert manifest.labelled
+        assert manifest.pixel_counts == [1, 2]
