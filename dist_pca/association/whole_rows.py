@@ -13,6 +13,8 @@ from dist_pca.association.statistics import SIGMA_EPSILON
 
 GROUP = 32
 """Rows come in multiples of this, where there is a choice."""
+LED_BACK = 128
+"""Targets that are led back at a time, beside a tile that is waiting for them."""
 
 
 def match_whole_rows(direction: Direction, rows: torch.Tensor) -> Matched:
@@ -63,7 +65,8 @@ def close_cycles(
             middles = torch.unique(best)
             middles = middles[leads_to[middles] < 0]
             middles = middles[_in_groups(len(middles), middles.device)]
-            leads_to[middles] = match_whole_rows(backward, middles).best
+            for few in middles.split(LED_BACK):
+                leads_to[few] = match_whole_rows(backward, few).best
             kept = (classes[part] == classes[leads_to[best]]) & (classes[part] < num_classes)
             chosen = _whole_groups(kept)
             rows, best, weight = rows[chosen], best[chosen], kept[chosen].to(total.dtype)
