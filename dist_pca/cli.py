@@ -13,6 +13,7 @@ from rich.console import Console
 import dist_pca
 from dist_pca.bench.commands import app as bench_app
 from dist_pca.errors import UserError
+from dist_pca.evaluation.commands import app as evaluation_app
 from dist_pca.resources import names
 from dist_pca.shards.commands import app as shards_app
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train semantic segmentation that adapts to a new domain without labels, on one GPU or many.",
 )
+app.add_typer(evaluation_app)
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 
@@ -33,17 +35,7 @@ dist-pca train gta5_to_cityscapes data.source=data/gta5 data.target=data/city_tr
 
 dist-pca train my_run.yaml training.steps=2000 objective.association.scope=world --launcher accelerate/gpu_zero3
 
-dist-pca train my_run.yaml --resume
-"""
-
-_EVALUATE_EXAMPLES = """
-[bold]Examples[/]
-
-dist-pca evaluate runs/gta5_to_cityscapes --shards data/city_val
-
-dist-pca evaluate runs/synthia_to_cityscapes --shards data/city_val --label-set synthia_13 --json
-
-accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_pca.cli evaluate runs/camvid --shards data/test
+dist-pca train my_run.yaml training.steps=4000 --resume
 """
 
 
@@ -88,46 +80,38 @@ def train(
         ),
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on in a run folder also where keys differ, or refuse one that holds a run.",
+            show_default="go on with the same run",
+        ),
+    ] = None,
 ) -> None:
-    """Train on this machine, and print the [bold]accelerate launch[/] line that does it."""
+    """Train on this machine, and print the [bold]accelerate launch[/] line that does it.
+
+    A run goes on from its newest checkpoint by itself. Ctrl-C, SIGTERM, SIGUSR1 and training.time_limit save and leave;
+    a second signal leaves at once.
+
+    Exit codes: 0 every step is made, 2 something to mend, 65 diverged, 69 a rank was lost, 75 saved and to be started
+    again, 130 saved after Ctrl-C.
+    """
     from dist_pca.train import resolve_config
     from dist_pca.training.launch import launch, launch_command, process_count, shown
     from dist_pca.training.loop import check
+    from dist_pca.training.resume import is_finished
 
     run = resolve_config(config, overrides or [])
     command = launch_command(config, overrides or [], launcher=launcher, processes=processes, resume=resume)
     # What cannot run is said here, before a launcher that follows every failure with a traceback of its own.
     check(run, world_size=process_count(command), resume=resume)
-    Console(stderr=True, soft_wrap=True, highlight=False).print(shown(command), style="dim", markup=False)
-    sys.exit(launch(command))
-
-
-@app.command("evaluate", epilog=_EVALUATE_EXAMPLES)
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
-    shards: Annotated[Path, typer.Option(help="Folder of labelled shards.", show_default=False)],
-    label_set: Annotated[
-        list[str] | None, typer.Option(help="Also the mean IoU of a named set, for example synthia_13. Repeatable.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Score a run's newest checkpoint: IoU of each class, mean IoU and pixel accuracy."""
-    from dist_pca.evaluation.evaluate import evaluate as score
-    from dist_pca.evaluation.report import table
-    from dist_pca.shards.manifest import load_manifest
-    from dist_pca.training.engine import join_ranks
-    from dist_pca.training.run import load_run
-
-    manifest = load_manifest(shards)
-    config, classes, model = load_run(run)
-    if label_set:
-        evaluation = config.evaluation.model_copy(update={"label_sets": tuple(label_set)})
-        config = config.model_copy(update={"evaluation": evaluation})
-    rank, world_size, device = join_ranks()
-    scores = score(model.to(device), manifest, classes, config, device=device, rank=rank, world_size=world_size)
-    if rank == 0:
-        typer.echo(scores.to_json()) if as_json else Console().print(table(scores, f"{run} on {shards}"))
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if is_finished(run):
+        console.print(f"{run.folder}: all {run.training.steps} steps are made already", markup=False)
+        return
+    console.print(shown(command), style="dim", markup=False)
+    sys.exit(launch(command, run.folder))
 
 
 @app.command("demo")

@@ -5,13 +5,14 @@ combinations that cannot work are refused before anything starts, naming the key
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 from yaml import YAMLError
 
@@ -21,6 +22,8 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Duration = Annotated[float, BeforeValidator(lambda value: _seconds(value)), Field(gt=0)]
+"""Seconds. YAML reads an unquoted 10:00:00 as 36000, the seconds it has, so a bare number can mean nothing else."""
 Level = Literal["features", "predictions"]
 Scope = Literal["pair", "rank", "node", "world"]
 Implementation = Literal["auto", "reference", "blockwise", "triton"]
@@ -265,6 +268,14 @@ class TrainingConfig(Section):
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept."""
+    time_limit: Duration | None = None
+    """Wall-clock time after which the run saves and leaves, to be started again: seconds, or [D-]HH:MM:SS. Under SLURM
+    it leaves two minutes before the job's end anyway, where SLURM says when that is."""
+    stall_timeout: Duration = 300.0
+    """Time in which a rank that died or does not move ends all others; more than the longest step, first batch or
+    checkpoint may take. Seconds, or [D-]HH:MM:SS."""
+    max_bad_steps: Positive = 5
+    """Steps in a row with a loss or gradient that is not finite, whose updates are skipped, before the run stops."""
 
 
 class EvaluationConfig(Section):
@@ -274,6 +285,29 @@ class EvaluationConfig(Section):
     """Height and width images are resized to; None resizes the shorter edge to the mean of data.shorter_edge."""
     label_sets: tuple[str, ...] = ()
     """Named subsets whose mean IoU is reported beside the whole table's."""
+    window: tuple[Positive, Positive] | None = None
+    """Height and width, in pixels of the resized image, of windows that the network sees one after another, which
+    bounds memory; logits are averaged where they overlap. None shows it the whole image."""
+    stride: tuple[Positive, Positive] | None = None
+    """Pixels from one window to the next, down and across; None is two thirds of the window."""
+    flip: bool = False
+    """Average class probabilities with those of the mirrored image."""
+    scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
+    """Factors of the input size at which the network sees the image; class probabilities are averaged."""
+    aggregation: Fraction = 0.0
+    """Share of each position's features, then of its class probabilities, that is replaced by the similarity-weighted
+    mean of its image, or of its window (test-time aggregation; training's diffusion takes 0.5); 0 is off."""
+
+    @model_validator(mode="after")
+    def _check_stride(self) -> Self:
+        if self.stride is not None:
+            if self.window is None:
+                raise ValueError("stride: there is no window to move; set evaluation.window too")
+            if any(step > edge for step, edge in zip(self.stride, self.window, strict=True)):
+                raise ValueError(
+                    f"stride: {list(self.stride)} leaves gaps between windows of {list(self.window)}; lower it"
+                )
+        return self
 
 
 class RunConfig(Section):
@@ -349,6 +383,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved run as YAML that `load_config` reads back to an equal one."""
     OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path)
+
+
+def _seconds(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    parts = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", value)
+    if parts is None:
+        raise ValueError(f"write seconds or [D-]HH:MM:SS, got {value!r}")
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return ((24 * days + hours) * 60 + minutes) * 60 + seconds
 
 
 def _explain(detail: Any) -> str:

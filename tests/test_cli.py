@@ -112,7 +112,7 @@ def test_the_command_line_does_not_wait_for_torch() -> None:
         (("train", "demo", "training.stepz=3"), "training.stepz: unknown key; the nearest is training.steps"),
         (("train", "demo", "--launcher", "accelerate/gpu"), "launch/accelerate/gpu: no such file"),
         (("train", "demo", "data.source=nowhere"), "shards nowhere: no such folder"),
-        (("evaluate", "nowhere", "--shards", "nothing"), "shards nothing: no such folder"),
+        (("evaluate", "nowhere", "--shards", "nothing"), "nowhere: not a run folder"),
     ],
 )
 def test_wrong_words_end_with_one_line_and_exit_code_two(

@@ -1,7 +1,8 @@
 """One network over one labelled shard folder, shared out over ranks."""
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,9 @@ from dist_pca.data.stream import evaluation_stream
 from dist_pca.errors import UserError
 from dist_pca.evaluation.confusion import confusion_matrix
 from dist_pca.evaluation.inference import input_size, predict
+from dist_pca.evaluation.label_files import cityscapes_ids, prediction_names, save_label
 from dist_pca.evaluation.report import Scores, label_set_members, score
+from dist_pca.evaluation.staged import staged_folder
 from dist_pca.shards.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.shards.manifest import Manifest
 
@@ -28,6 +31,7 @@ def evaluate(
     device: torch.device | str,
     rank: int = 0,
     world_size: int = 1,
+    predictions: Path | None = None,
 ) -> Scores:
     """Score a segmenter on every image of a shard folder once, at the labels' own size.
 
@@ -39,26 +43,34 @@ def evaluate(
         model: A segmenter on `device`.
         manifest: Labelled shards.
         classes: The classes that the model was trained on, by train id; labels of others are ignored.
-        config: The run: sizes, label sets and loader processes.
+        config: The run: sizes, evaluation protocol, label sets and loader processes.
         device: Where images are labelled.
         rank: Rank, below `world_size`; rank 0 shows progress on stderr.
         world_size: Number of ranks.
+        predictions: Folder to make, for one PNG of each image at its label's size; whole or not at all. Values are
+            label ids of Cityscapes, or train ids where a class of `classes` is not one of Cityscapes'. Ranks must share
+            its file system.
 
     Raises:
-        UserError: the shards have no labels or none of the classes, a label set is not covered by `classes`, or a
-            sample cannot be read.
+        UserError: the folder of predictions is not empty or cannot be written, the shards have no labels or none of
+            the classes, a label set is not covered by `classes`, or a sample cannot be read.
     """
     if not manifest.labelled:
         raise UserError(f"shards {manifest.folder}: no labels to score against; evaluate on labelled shards")
     label_set_members(config.evaluation.label_sets, classes)
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
     images = torch.zeros((), dtype=torch.int64, device=device)
-    samples = evaluation_stream(manifest, rank, world_size, classes=classes, workers=config.data.workers)
+    samples = evaluation_stream(
+        manifest, rank, world_size, classes=classes, workers=config.data.workers, cache=config.data.cache
+    )
+    coding, names = cityscapes_ids(classes), prediction_names(manifest)
     was_training = model.training
     model.eval()
     try:
-        with closing(samples):
-            for _, image, label in track(
+        with ExitStack() as stack:
+            stack.enter_context(closing(samples))
+            staged = predictions and stack.enter_context(staged_folder(predictions, "--write-predictions"))
+            for key, image, label in track(
                 samples,
                 f"evaluating {manifest.folder.name}",
                 total=len(range(rank, manifest.samples, world_size)),
@@ -67,10 +79,12 @@ def evaluate(
             ):
                 pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)[None]
                 truth = torch.from_numpy(label).to(device)
-                prediction = predict(
-                    model, pixels, input_size(config, *image.shape[:2]), (truth.shape[0], truth.shape[1])
-                )
-                counts += confusion_matrix(prediction[0], truth, len(classes), IGNORE_INDEX)
+                size = (truth.shape[0], truth.shape[1])
+                prediction = predict(model, pixels, input_size(config, *image.shape[:2]), size, config.evaluation)[0]
+                counts += confusion_matrix(prediction, truth, len(classes), IGNORE_INDEX)
+                if staged:
+                    train_ids = prediction.cpu().numpy()
+                    save_label(staged / f"{names[key]}.png", train_ids if coding is None else coding[train_ids])
                 images += 1
     finally:
         model.train(was_training)

@@ -1,32 +1,54 @@
 """From images to label maps."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dist_pca.config import RunConfig
+from dist_pca.config import EvaluationConfig, RunConfig
+from dist_pca.errors import UserError
+from dist_pca.evaluation.views import view_logits
+
+_BAND_ELEMENTS = 2**24
+"""Scores held at the output size at once; whole maps of them would not fit for large images."""
+_LONGEST_ASPECT = 16
+"""Images longer than that in proportion to their height are resized to the area of one that is not."""
 
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, images: torch.Tensor, input_size: tuple[int, int], output_size: tuple[int, int]
+    model: nn.Module,
+    images: torch.Tensor,
+    input_size: tuple[int, int],
+    output_size: tuple[int, int],
+    protocol: EvaluationConfig | None = None,
 ) -> torch.Tensor:
     """Label images: resize them, run the network, upsample its logits and take the largest.
+
+    Where the network sees an image in several ways, the largest mean probability is taken.
 
     Args:
         model: A segmenter, in evaluation mode, on the images' device.
         images: uint8 RGB, B x 3 x H x W.
         input_size: Height and width that the network sees; bilinear with antialiasing.
         output_size: Height and width of the result; bilinear, corners not aligned.
+        protocol: Windows, mirror images, scales and aggregation; None has none of them.
 
     Returns:
         Train ids, uint8, B x height x width.
+
+    Raises:
+        UserError: the accelerator's memory does not suffice, or the network sees fewer pixels than it needs.
     """
-    pixels = images.float() / 255
-    if images.shape[-2:] != input_size:
-        pixels = F.interpolate(pixels, input_size, mode="bilinear", align_corners=False, antialias=True)
-    logits = model(pixels).logits.float()
-    return F.interpolate(logits, output_size, mode="bilinear", align_corners=False).argmax(1).to(torch.uint8)
+    try:
+        views = view_logits(model, images.float() / 255, input_size, protocol or EvaluationConfig())
+        return torch.cat(list(_label_bands(views, output_size)), dim=1)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"an image of {input_size[0]} x {input_size[1]} pixels does not fit into the memory of {images.device}; "
+            "show the network smaller windows with --window or evaluation.window"
+        ) from error
 
 
 def input_size(config: RunConfig, height: int, width: int) -> tuple[int, int]:
@@ -38,3 +60,39 @@ def input_size(config: RunConfig, height: int, width: int) -> tuple[int, int]:
         return config.evaluation.input_size
     scale = sum(config.data.shorter_edge) / 2 / min(height, width)
     return round(height * scale), round(width * scale)
+
+
+def proportional_input_size(config: RunConfig, height: int, width: int) -> tuple[int, int]:
+    """Height and width at which the network sees an image of any proportions, which are kept.
+
+    The shorter edge is that of evaluation.input_size, or the middle of data.shorter_edge. Very long images are resized
+    to the area of a 16 : 1 image of that edge.
+    """
+    edge = min(config.evaluation.input_size or (sum(config.data.shorter_edge) / 2,))
+    scale = min(edge / min(height, width), edge * (_LONGEST_ASPECT / (height * width)) ** 0.5)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _label_bands(views: Sequence[torch.Tensor], output_size: tuple[int, int]) -> Iterator[torch.Tensor]:
+    batch, classes = views[0].shape[:2]
+    height, width = output_size
+    rows = max(1, _BAND_ELEMENTS // (batch * classes * width))
+    for top in range(0, height, rows):
+        bands = (_upsampled_rows(logits, top, min(top + rows, height), output_size) for logits in views)
+        scores = next(bands) if len(views) == 1 else sum(band.softmax(dim=1) for band in bands)
+        assert isinstance(scores, torch.Tensor)
+        yield scores.argmax(dim=1).to(torch.uint8)
+
+
+def _upsampled_rows(logits: torch.Tensor, top: int, bottom: int, output_size: tuple[int, int]) -> torch.Tensor:
+    """Rows `top` to `bottom` of bilinear upsampling with corners not aligned, B x K x rows x width."""
+    height, width = output_size
+    given = logits.shape[2]
+    # Fractions of rows are in fp64: in fp32 the rows of a band would lie a little off those of the whole map.
+    place = (torch.arange(top, bottom, device=logits.device, dtype=torch.float64) + 0.5) * (given / height) - 0.5
+    place = place.clamp(min=0, max=given - 1)
+    above = place.floor().long()
+    share = (place - above).to(logits.dtype)[:, None]
+    below = (above + 1).clamp(max=given - 1)
+    rows = torch.lerp(logits[:, :, above], logits[:, :, below], share)
+    return F.interpolate(rows, (bottom - top, width), mode="bilinear", align_corners=False)

@@ -55,13 +55,20 @@ class Backbone(nn.Module):
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps, finest first, each B x C x h x w, of normalised images B x 3 x H x W."""
-        size = [max(1, round(edge / self.multiple)) * self.multiple for edge in images.shape[-2:]]
-        if size != list(images.shape[-2:]):
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        if self.multiple > 1:
+            size = [_nearest_multiple(edge, self.multiple) for edge in images.shape[-2:]]
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)  # type: ignore[arg-type]
         maps: list[torch.Tensor] = self.body(images)
         if getattr(self.body, "output_fmt", "NCHW") == "NHWC":
             return [feature_map.permute(0, 3, 1, 2).contiguous() for feature_map in maps]
         return maps
+
+
+def _nearest_multiple(edge: int, multiple: int) -> int | torch.SymInt:
+    """The multiple, 1 at least, nearest to `edge`, of two the even one; in whole numbers, which tracers can follow."""
+    count, rest = (2 * edge + multiple) // (2 * multiple), (2 * edge + multiple) % (2 * multiple)
+    halfway = 1 - torch.sym_min(1, rest)
+    return torch.sym_max(1, count - halfway * (count % 2)) * multiple
 
 
 def build_backbone(name: str, output_stride: int | None) -> Backbone:

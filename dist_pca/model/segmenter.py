@@ -1,16 +1,18 @@
 """The network of a run: images in, class logits and pixel features out."""
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
-from dist_pca.config import ModelConfig
 from dist_pca.model.backbone import Backbone, build_backbone
 from dist_pca.model.batch_norm import hold_statistics, synchronise
 from dist_pca.model.heads import DeepLabV2Head, PyramidHead
 from dist_pca.model.weights import load_weights
+
+if TYPE_CHECKING:
+    from dist_pca.config import ModelConfig
 
 
 class Output(NamedTuple):
@@ -69,7 +71,7 @@ class Segmenter(nn.Module):
         return self
 
 
-def build_segmenter(config: ModelConfig, num_classes: int) -> Segmenter:
+def build_segmenter(config: "ModelConfig", num_classes: int) -> Segmenter:
     """The network that a config describes, with its backbone's weights loaded and its head drawn at random.
 
     Raises:

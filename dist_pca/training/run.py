@@ -37,11 +37,15 @@ def create_run(config: RunConfig, classes: tuple[ClassInfo, ...], world_size: in
     (config.folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
 
 
-def load_run(folder: Path) -> tuple[RunConfig, tuple[ClassInfo, ...], Segmenter]:
-    """Config, class table and the newest checkpoint's network of a run, in evaluation mode on the CPU.
+def load_run(folder: Path, checkpoint: str | None = None) -> tuple[RunConfig, tuple[ClassInfo, ...], Segmenter]:
+    """Config, class table and network of a run, in evaluation mode on the CPU.
+
+    Args:
+        folder: The run folder.
+        checkpoint: Step or name of a checkpoint; None takes the newest.
 
     Raises:
-        UserError: the folder is not a run, or has no checkpoint.
+        UserError: the folder is not a run, or has no checkpoint or not this one.
     """
     if not (folder / "config.yaml").is_file() or not (folder / "classes.json").is_file():
         raise UserError(
@@ -49,9 +53,17 @@ def load_run(folder: Path) -> tuple[RunConfig, tuple[ClassInfo, ...], Segmenter]
         )
     config = load_config(folder / "config.yaml")
     classes = _CLASSES.validate_json((folder / "classes.json").read_text())
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    if checkpoint is None:
+    weights = latest_checkpoint(folder / "checkpoints") if checkpoint is None else _checkpoint(folder, checkpoint)
+    if weights is None:
         raise UserError(f"{folder}: has no checkpoint yet; train it first, or lower training.checkpoint_every")
     model = build_segmenter(config.model.model_copy(update={"weights": "scratch", "batch_norm": "local"}), len(classes))
-    load_model(model, checkpoint)
+    load_model(model, weights)
     return config, classes, model.eval()
+
+
+def _checkpoint(folder: Path, wanted: str) -> Path:
+    name = f"step-{int(wanted):08d}" if wanted.isdecimal() else wanted
+    there = {path.name: path for path in sorted((folder / "checkpoints").glob("step-*"))}
+    if name not in there:
+        raise UserError(f"checkpoint {wanted}: not in {folder}, which has {', '.join(there) or 'none'}")
+    return there[name]

@@ -39,9 +39,17 @@ def segmenter() -> Segmenter:
     return network
 
 
-def scores_on_rank(rank: int, world_size: int, folder: Path) -> str:
-    manifest = load_manifest(folder)
-    return evaluate(segmenter(), manifest, CLASSES, run(), device="cpu", rank=rank, world_size=world_size).to_json()
+def scores_on_rank(rank: int, world_size: int, folder: Path, predictions: Path | None = None) -> str:
+    return evaluate(
+        segmenter(),
+        load_manifest(folder),
+        CLASSES,
+        run(),
+        device="cpu",
+        rank=rank,
+        world_size=world_size,
+        predictions=predictions,
+    ).to_json()
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +87,62 @@ def test_every_image_is_scored_once(manifest: Manifest) -> None:
 def test_scores_are_equal_on_any_number_of_ranks(manifest: Manifest, tmp_path: Path) -> None:
     single = scores_on_rank(0, 1, manifest.folder)
     assert run_on_ranks(scores_on_rank, 2, tmp_path, manifest.folder) == [single, single]
+
+
+def test_every_views_protocol_changes_what_is_scored(manifest: Manifest) -> None:
+    plain = evaluate(segmenter(), manifest, CLASSES, run(), device="cpu")
+    for keys in ({"flip": True}, {"scales": (2.0,)}, {"window": (12, 20)}, {"aggregation": 0.5}):
+        assert evaluate(segmenter(), manifest, CLASSES, run(**keys), device="cpu") != plain, keys
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_predictions_are_written_once_by_all_ranks_and_give_the_scores(
+    manifest: Manifest, tmp_path: Path, world_size: int
+) -> None:
+    if world_size == 1:
+        scores_on_rank(0, 1, manifest.folder, tmp_path / "out")
+    else:
+        run_on_ranks(scores_on_rank, world_size, tmp_path, manifest.folder, tmp_path / "out")
+    files = sorted((tmp_path / "out").iterdir())
+    assert [path.stem for path in files] == [key for shard in manifest.shards for key in shard.keys]
+    raw = torch.stack([torch.from_numpy(decode(path.read_bytes())) for path in files])
+    assert sorted(raw.unique().tolist()) == [7, 23, 26]
+    counts = torch.zeros(3, 3, dtype=torch.int64)
+    for seed, ids in enumerate(raw):
+        label = torch.from_numpy(decode(sample_members(seed)["label.png"]))
+        counts += confusion_matrix((ids == 23) + 2 * (ids == 26).long(), label, 3, 255)
+    assert score(counts, CLASSES, 5) == expected_scores()
+
+
+def test_predictions_of_other_classes_are_train_ids(manifest: Manifest, tmp_path: Path) -> None:
+    classes = (*CLASSES[:2], ClassInfo("tree", (0, 0, 0)))
+    evaluate(segmenter(), manifest, classes, run(), device="cpu", predictions=tmp_path / "out")
+    values = {int(value) for path in (tmp_path / "out").iterdir() for value in np.unique(decode(path.read_bytes()))}
+    assert values == {0, 1, 2}
+
+
+def test_no_predictions_are_left_of_an_evaluation_that_failed(manifest: Manifest, tmp_path: Path) -> None:
+    calls = 0
+
+    def fail_late(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise UserError("sample 3")
+
+    model = segmenter()
+    model.register_forward_pre_hook(fail_late)
+    with pytest.raises(UserError, match="sample 3"):
+        evaluate(model, manifest, CLASSES, run(), device="cpu", predictions=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_are_not_written_over_others(manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("x")
+    model = segmenter()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
+    with pytest.raises(UserError, match=r"^--write-predictions .*: is there already"):
+        evaluate(model, manifest, CLASSES, run(), device="cpu", predictions=tmp_path)
 
 
 @pytest.mark.parametrize("training", [True, False])

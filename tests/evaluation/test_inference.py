@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dist_pca.config import RunConfig
-from dist_pca.evaluation.inference import input_size, predict
+from dist_pca.errors import UserError
+from dist_pca.evaluation import inference
+from dist_pca.evaluation.inference import input_size, predict, proportional_input_size
 
 
 class LogitsOnly(NamedTuple):
@@ -89,3 +91,35 @@ def test_without_one_the_shorter_edge_gets_the_middle_of_its_range_and_the_aspec
     size = input_size(run((20, 30)), height, width)
     assert min(size) == 25
     assert max(size) == pytest.approx(25 * max(height, width) / min(height, width), abs=0.51)
+
+
+@pytest.mark.parametrize("band", [1, 40, 200, 1000])
+def test_labels_made_in_bands_are_those_of_whole_maps(band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Random(nn.Module):
+        def forward(self, images: torch.Tensor) -> LogitsOnly:
+            return LogitsOnly(torch.randn(2, 5, 7, 9, generator=torch.Generator().manual_seed(0)))
+
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    whole = nn.functional.interpolate(Random()(images).logits, (37, 41), mode="bilinear", align_corners=False)
+    monkeypatch.setattr(inference, "_BAND_ELEMENTS", band * 5 * 41)
+    assert torch.equal(predict(Random(), images, (8, 8), (37, 41)), whole.argmax(1).to(torch.uint8))
+
+
+def test_memory_that_does_not_suffice_is_an_error_with_a_remedy() -> None:
+    class Hungry(nn.Module):
+        def forward(self, images: torch.Tensor) -> LogitsOnly:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match=r"8 x 12 pixels does not fit into the memory of cpu; .*evaluation\.window"):
+        predict(Hungry(), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), (8, 12), (8, 8))
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000))
+def test_images_of_any_proportions_keep_them(height: int, width: int) -> None:
+    seen = proportional_input_size(run((20, 30), (40, 90)), height, width)
+    assert min(seen) >= 1
+    # Rounding may add a fifth to an edge of three pixels.
+    assert seen[0] * seen[1] <= 1.2 * 16 * 40**2
+    if max(height, width) <= 16 * min(height, width):
+        assert min(seen) == 40
+        assert max(seen) == pytest.approx(40 * max(height, width) / min(height, width), abs=0.51)

@@ -1,0 +1,72 @@
+"""Predictions as files: in the format of Cityscapes' own evaluation, and as pictures that people look at."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dist_pca.evaluation.pictures import color_labels
+from dist_pca.shards.classes import ClassInfo
+from dist_pca.shards.manifest import Manifest
+from dist_pca.shards.recipe import load_recipe
+
+Pixels = npt.NDArray[np.uint8]
+
+_CITYSCAPES_FRAME = re.compile(r"(?:^|[_/])([A-Za-z-]+_\d{6}_\d{6}_leftImg8bit)$")
+
+
+def cityscapes_ids(classes: Sequence[ClassInfo]) -> Pixels | None:
+    """256 entries that turn train ids into the label ids of Cityscapes, by class name.
+
+    None where a class is not one of Cityscapes': a file must not mix two codings.
+    """
+    ids = {name: value for value, name in load_recipe("cityscapes").coding.ids.items()}
+    if any(info.name not in ids for info in classes):
+        return None
+    table = np.zeros(256, np.uint8)
+    table[: len(classes)] = [ids[info.name] for info in classes]
+    return table
+
+
+def prediction_names(manifest: Manifest) -> dict[str, str]:
+    """File name, without extension, of each sample's prediction, by key.
+
+    An image of Cityscapes is called as its file was, which is how their evaluation finds it; others as their key.
+    """
+    keys = [key for shard in manifest.shards for key in shard.keys]
+    frames = [_CITYSCAPES_FRAME.search(key) for key in keys]
+    names = [key if frame is None else frame[1] for key, frame in zip(keys, frames, strict=True)]
+    return dict(zip(keys, names if len(set(names)) == len(names) else keys, strict=True))
+
+
+def save_label(path: Path, label: Pixels, classes: Sequence[ClassInfo] | None = None) -> None:
+    """Write a label map, height x width, as an 8-bit PNG of its values.
+
+    Args:
+        path: The file, which appears whole; its folder is made.
+        label: The values.
+        classes: Classes whose colours viewers show the values in; None leaves them grey.
+    """
+    image = Image.fromarray(label)
+    if classes is not None:
+        image.putpalette([value for info in classes for value in info.color] + [0] * (768 - 3 * len(classes)))
+    save_whole(path, image)
+
+
+def overlay(image: Pixels, label: Pixels, classes: Sequence[ClassInfo]) -> Image.Image:
+    """An RGB image, height x width x 3, half covered by its classes' colours."""
+    return Image.blend(Image.fromarray(image), Image.fromarray(color_labels(label, classes)), 0.5)
+
+
+def save_whole(path: Path, image: Image.Image) -> None:
+    """Write a PNG that appears whole or not at all, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        image.save(part, "PNG")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

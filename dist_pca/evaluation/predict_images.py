@@ -1,0 +1,87 @@
+"""Labels of image files, written as files."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from dist_pca.config import RunConfig
+from dist_pca.errors import UserError
+from dist_pca.evaluation.image_files import read_image, result_names
+from dist_pca.evaluation.inference import predict, proportional_input_size
+from dist_pca.evaluation.label_files import overlay, save_label, save_whole
+from dist_pca.shards.classes import ClassInfo
+from dist_pca.shards.manifest import write_whole
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What became of a list of images."""
+
+    written: int
+    """Images whose results are written."""
+    skipped: tuple[str, ...]
+    """What was wrong with each of the others."""
+
+
+def predict_images(
+    model: nn.Module,
+    images: Sequence[Path],
+    out: Path,
+    classes: Sequence[ClassInfo],
+    config: RunConfig,
+    *,
+    device: torch.device | str,
+    labels: bool = True,
+    overlays: bool = True,
+    on_error: Literal["fail", "skip"] = "fail",
+    progress: Callable[[int], None] = lambda done: None,
+) -> Predicted:
+    """Label images of any size, one at a time, and write the results at the images' own size.
+
+    Args:
+        model: A segmenter in evaluation mode, on `device`.
+        images: Image files.
+        out: Folder of `labels/NAME.png`, 8-bit train ids in the classes' colours, `overlays/NAME.png`, and
+            `classes.json`, names and colours by train id. Each file appears whole or not at all.
+        classes: Classes by train id.
+        config: The run: sizes and evaluation protocol. Images keep their proportions.
+        device: Where images are labelled.
+        labels: Write label maps.
+        overlays: Write the images with colours laid over.
+        on_error: What an unreadable image does.
+        progress: Told how many images are done.
+
+    Raises:
+        UserError: an image cannot be read and is not to be skipped, or a result cannot be written.
+    """
+    skipped = []
+    for done, (path, name) in enumerate(result_names(images).items()):
+        progress(done)
+        try:
+            image = np.array(read_image(path))
+        except UserError as error:
+            if on_error == "fail":
+                raise
+            skipped.append(str(error).partition(";")[0])
+            continue
+        size = (image.shape[0], image.shape[1])
+        pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)[None]
+        label = predict(model, pixels, proportional_input_size(config, *size), size, config.evaluation)[0].cpu().numpy()
+        try:
+            if done == len(skipped):
+                out.mkdir(parents=True, exist_ok=True)
+                write_whole(out / "classes.json", json.dumps([asdict(info) for info in classes], indent=1) + "\n")
+            if labels:
+                save_label(out / "labels" / f"{name}.png", label, classes)
+            if overlays:
+                save_whole(out / "overlays" / f"{name}.png", overlay(image, label, classes))
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error}); give another folder") from error
+    progress(len(images))
+    return Predicted(len(images) - len(skipped), tuple(skipped))

@@ -1,0 +1,180 @@
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from dist_pca.cli import app, main
+from dist_pca.evaluation import commands
+from dist_pca.model.exported import load_exported
+from tests.data.shards import make_shards
+from tests.evaluation.networks import segmenter, write_run
+from tests.training.runs import build_streets, launch
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Exit code of a command line."""
+    monkeypatch.setattr(sys, "argv", ["dist-pca", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return int(left.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two checkpoints, labelled and unlabelled shards, and an image."""
+    folder = tmp_path_factory.mktemp("commands")
+    other = segmenter()
+    torch.nn.init.zeros_(other.head.classifier.weight)  # type: ignore[union-attr, arg-type]
+    write_run(folder, other, segmenter())
+    (folder / "empty").mkdir()
+    write_run(folder / "empty")
+    make_shards(folder / "labelled", [2, 1])
+    make_shards(folder / "unlabelled", [1], labelled=False)
+    (folder / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "images" / "1.png")
+    (folder / "text.png").write_text("not an image")
+    return folder
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    assert run(monkeypatch, "evaluate", *arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_newest_checkpoint_is_scored_unless_another_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (folder / "tiny", "--shards", folder / "labelled")
+    newest = evaluated(monkeypatch, capsys, *arguments)
+    assert evaluated(monkeypatch, capsys, *arguments, "--checkpoint", 2) == newest
+    first = evaluated(monkeypatch, capsys, *arguments, "--checkpoint", 1)
+    assert first != newest
+    assert evaluated(monkeypatch, capsys, *arguments, "--checkpoint", "step-00000001") == first
+
+
+def test_options_take_the_place_of_the_runs_keys(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"flip": True, "scales": (1.0, 1.5), "window": (16, 16), "stride": (8, 8)}
+    write_run(tmp_path, segmenter(), **keys)
+    options = ["--flip", "--scale", 1, "--scale", 1.5, "--window", 16, 16, "--stride", 8, 8]
+    by_keys = evaluated(monkeypatch, capsys, tmp_path / "tiny", "--shards", folder / "labelled")
+    by_options = evaluated(monkeypatch, capsys, folder / "tiny", "--shards", folder / "labelled", *options)
+    assert by_keys == by_options
+    # A window of its own does not get the stride of the run's.
+    assert run(monkeypatch, "evaluate", tmp_path / "tiny", "--shards", folder / "labelled", "--window", 12, 12) == 0
+
+
+def test_written_predictions_end_with_a_line_that_says_their_coding(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    evaluate = ("evaluate", folder / "tiny", "--shards", folder / "labelled", "--write-predictions", out)
+    assert run(monkeypatch, *evaluate) == 0
+    assert f"{out}: 3 predictions (Cityscapes ids)" in capsys.readouterr().err
+    assert len(list(out.iterdir())) == 3
+    assert run(monkeypatch, *evaluate) == 2
+    assert f"--write-predictions {out}: is there already" in capsys.readouterr().err
+
+
+def test_predict_ends_with_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    predict = ("predict", folder / "tiny", folder / "images", folder / "text.png", "--out", out, "--no-overlay")
+    assert run(monkeypatch, *predict, "--on-error", "skip") == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{out}: labels of 1 image, 1 skipped\n"
+    assert printed.err.startswith(f"skipped {folder}/text.png: unreadable image")
+    assert (out / "labels" / "images" / "1.png").is_file()
+    assert run(monkeypatch, *predict) == 2
+    assert "--out" in capsys.readouterr().err
+    assert run(monkeypatch, *predict, "--force", "--on-error", "skip") == 0
+
+
+def test_export_names_what_it_wrote(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "export", folder / "tiny", "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().out == f"{tmp_path}/out: classes.json, config.json, model.safetensors\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("evaluate nowhere --shards labelled", "nowhere: not a run folder"),
+        ("evaluate empty/tiny --shards labelled", "empty/tiny: has no checkpoint yet"),
+        ("evaluate tiny --shards unlabelled", "no labels to score against"),
+        ("evaluate tiny --shards labelled --checkpoint 7", "checkpoint 7: not in tiny, which has step-00000001, "),
+        ("evaluate tiny --shards labelled --checkpoint ../x", "checkpoint ../x: not in tiny"),
+        ("evaluate tiny --shards labelled --stride 4 4", "evaluation.stride: there is no window to move"),
+        ("evaluate tiny --shards labelled --scale 0", "evaluation.scales: Input should be greater than 0"),
+        ("evaluate tiny --shards labelled --window 4 4", "the network cannot see an image of 4 x 4 pixels"),
+        ("evaluate tiny --shards labelled --window 0 4", "evaluation.window: Input should be greater than 0"),
+        ("evaluate tiny --shards labelled --label-set cityscape", "no label set 'cityscape'"),
+        ("evaluate tiny --shards labelled --write-predictions text.png", "--write-predictions text.png: is there"),
+        ("evaluate tiny --shards labelled --write-predictions text.png/out", "text.png/out: cannot be written"),
+        ("predict tiny nothing.png --out out", "nothing.png: no such file or folder"),
+        ("predict tiny text.png --out out", "text.png: unreadable image"),
+        ("predict tiny images --out images", "--out images: is there already"),
+        ("predict tiny images --out text.png/out", "--out text.png/out: cannot be written"),
+        ("predict tiny images --out out --no-labels --no-overlay", "nothing is left to write"),
+        ("predict empty/tiny images --out out", "has no checkpoint yet"),
+        ("export tiny --out images", "--out images: is there already"),
+        ("export tiny --out out --onnx-size 8 8", "there is no ONNX file without --onnx"),
+        ("export nowhere --out out", "nowhere: not a run folder"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_one_line_and_nothing_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    assert run(monkeypatch, *words.split()) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert message in said
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "export"])
+def test_examples_use_options_that_there_are(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+    examples = getattr(commands, f"_{command.upper()}_EXAMPLES")
+    options = {word for word in examples.split() if word.startswith("--") and word != "--config_file"}
+    assert options
+    for option in options:
+        assert f" {option} " in shown.partition("Examples")[0], option
+
+
+@pytest.mark.slow
+def test_a_trained_run_is_scored_applied_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_streets(tmp_path)
+    trained = launch(tmp_path, "whole")
+    assert trained.returncode == 0, trained.stderr
+    trained_run, out = tmp_path / "runs" / "whole", tmp_path / "out"
+    evaluate = ("evaluate", trained_run, "--shards", tmp_path / "dusk", "--flip", "--window", 32, 32)
+    assert run(monkeypatch, *evaluate, "--write-predictions", out / "results") == 0
+    images = sorted((tmp_path / "raw" / "dusk" / "images").iterdir())
+    assert len(list((out / "results").iterdir())) == len(images) == 6
+    assert run(monkeypatch, "predict", trained_run, *images, "--out", out / "seen") == 0
+    assert run(monkeypatch, "export", trained_run, "--out", out / "exported") == 0
+    found = load_exported(out / "exported")
+    assert found.shorter_edge == 48
+    for path in images:
+        with Image.open(path) as opened:
+            pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+        scaled = torch.nn.functional.interpolate(pixels, (48, 72), mode="bilinear", antialias=True)
+        with torch.no_grad():
+            logits = torch.nn.functional.interpolate(found.model(scaled).logits, (64, 96), mode="bilinear")
+        label = np.asarray(Image.open(out / "seen" / "labels" / path.name))
+        assert (logits[0].argmax(0).numpy() == label).mean() > 0.999
+    capsys.readouterr()

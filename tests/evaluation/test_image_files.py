@@ -1,0 +1,95 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from dist_pca.errors import UserError
+from dist_pca.evaluation.image_files import find_images, read_image, result_names
+
+
+def image(path: Path, mode: str = "RGB", size: tuple[int, int] = (6, 4)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size).save(path)
+    return path
+
+
+def test_files_folders_and_globs_are_found_each_file_once(tmp_path: Path) -> None:
+    first, second = image(tmp_path / "a" / "2.png"), image(tmp_path / "a" / "deep" / "1.JPG")
+    odd = image(tmp_path / "b" / "3.png").rename(tmp_path / "b" / "named.odd")
+    image(tmp_path / "a" / ".hidden" / "4.png")
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    sources = [str(odd), f"{tmp_path}/a", f"{tmp_path}/**/*.png", str(first)]
+    assert find_images(sources, tmp_path / "out") == [odd, first, second]
+
+
+def test_results_of_an_earlier_call_are_not_taken_for_images(tmp_path: Path) -> None:
+    first = image(tmp_path / "1.png")
+    image(tmp_path / "out" / "overlays" / "1.png")
+    assert find_images([str(tmp_path)], tmp_path / "out") == [first]
+
+
+@pytest.mark.parametrize("source", ["nowhere.png", "empty", "*.jpg"])
+def test_what_means_no_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{source.replace('*', '[*]')}: no "):
+        find_images([source], tmp_path / "out")
+
+
+def test_names_are_paths_below_the_shared_folder(tmp_path: Path) -> None:
+    names = result_names([tmp_path / "a" / "1.png", tmp_path / "b" / "1.png"])
+    assert list(names.values()) == ["a/1", "b/1"]
+    assert list(result_names([tmp_path / "a" / "1.v2.png"]).values()) == ["1.v2"]
+
+
+def test_extensions_are_kept_where_they_tell_two_apart(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("1.png", "1.jpg", "2.png")]
+    assert list(result_names(files).values()) == ["1.png", "1.jpg", "2"]
+
+
+parts = st.sampled_from(["a", "A", "1", "1.png", "1.png-2", "x"])
+paths = st.builds(
+    lambda folders, ext: Path("/d", *folders).with_name(folders[-1] + ext),
+    st.lists(parts, min_size=1),
+    st.sampled_from([".png", ".jpg", ".PNG", ""]),
+)
+
+
+@given(st.lists(paths, min_size=1, max_size=12, unique=True))
+def test_no_two_names_are_the_same_on_any_file_system(files: list[Path]) -> None:
+    names = result_names(files)
+    assert list(names) == files
+    assert len({name.casefold() for name in names.values()}) == len(files)
+    assert not any(name.startswith("/") or ".." in Path(name).parts for name in names.values())
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"])
+def test_images_of_any_mode_are_read_in_rgb(tmp_path: Path, mode: str) -> None:
+    path = image(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), mode)
+    read = read_image(path)
+    assert (read.mode, read.size) == ("RGB", (6, 4))
+
+
+def test_an_image_is_read_the_way_up_that_viewers_show_it(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    read = np.asarray(read_image(tmp_path / "a.png"))
+    assert read.shape == (6, 4, 3)
+    assert (read[:, -1] == 255).all()
+    assert not read[:, :-1].any()
+
+
+def test_what_is_no_image_or_cut_short_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not an image")
+    whole = image(tmp_path / "cut.png", size=(64, 64))
+    os.truncate(whole, whole.stat().st_size // 2)
+    for name in ("text.png", "cut.png"):
+        with pytest.raises(UserError, match=rf"{name}: .*--on-error skip$"):
+            read_image(tmp_path / name)

@@ -1,0 +1,136 @@
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dist_pca.config import EvaluationConfig
+from dist_pca.evaluation.inference import predict
+from dist_pca.evaluation.views import view_logits, window_starts
+from tests.evaluation.networks import segmenter
+
+NETWORK = segmenter()
+edges = st.integers(33, 80)
+
+
+def protocol(**keys: Any) -> EvaluationConfig:
+    return EvaluationConfig.model_validate(keys)
+
+
+def images(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+class LogitsOnly(NamedTuple):
+    logits: torch.Tensor
+
+
+class PixelWise(nn.Module):
+    """A network that sees no further than a pixel, so that windows can make no difference; remembers what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int]] = []
+
+    def forward(self, pixels: torch.Tensor) -> LogitsOnly:
+        self.seen.append((pixels.shape[-2], pixels.shape[-1]))
+        return LogitsOnly(pixels)
+
+
+@given(length=st.integers(1, 300), window=st.integers(1, 300), data=st.data())
+def test_windows_cover_an_edge_and_stay_on_it(length: int, window: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, window))
+    starts = window_starts(length, window, stride)
+    covered = {pixel for start in starts for pixel in range(start, start + min(window, length))}
+    assert covered == set(range(length))
+    assert starts == sorted(set(starts))
+    assert len(starts) == 1 + -(-max(0, length - window) // stride)
+
+
+@settings(max_examples=20, deadline=None)
+@given(height=edges, width=edges, more=st.tuples(st.integers(0, 50), st.integers(0, 50)))
+def test_a_window_over_everything_is_the_whole_image(height: int, width: int, more: tuple[int, int]) -> None:
+    pixels = images(height, width).float() / 255
+    window = (height + more[0], width + more[1])
+    with torch.no_grad():
+        (whole,) = view_logits(NETWORK, pixels, (height, width), protocol())
+        (windowed,) = view_logits(NETWORK, pixels, (height, width), protocol(window=window))
+    torch.testing.assert_close(windowed, whole, rtol=0, atol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=edges, width=edges, window=st.tuples(st.integers(4, 90), st.integers(4, 90)), data=st.data())
+def test_where_surroundings_do_not_matter_windows_change_nothing(
+    height: int, width: int, window: tuple[int, int], data: st.DataObject
+) -> None:
+    stride = [data.draw(st.integers(max(1, edge // 3), edge)) for edge in window]
+    pixels = images(height, width).float() / 255
+    model = PixelWise()
+    (logits,) = view_logits(model, pixels, (height, width), protocol(window=window, stride=stride))
+    torch.testing.assert_close(logits, pixels)
+    assert set(model.seen) == {(min(window[0], height), min(window[1], width))}
+
+
+def test_logits_are_averaged_where_windows_overlap() -> None:
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, pixels: torch.Tensor) -> LogitsOnly:
+            self.calls += 1
+            return LogitsOnly(torch.full_like(pixels, float(self.calls)))
+
+    (logits,) = view_logits(Counting(), torch.zeros(1, 3, 4, 6), (4, 6), protocol(window=(4, 4), stride=(4, 2)))
+    assert logits[0, 0, 0].tolist() == [1.0, 1.0, 1.5, 1.5, 2.0, 2.0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(height=edges, width=edges, window=st.sampled_from([None, (32, 32)]), scales=st.sampled_from([(1,), (0.75, 1.5)]))
+def test_with_flip_a_mirrored_image_gets_the_mirrored_logits(
+    height: int, width: int, window: tuple[int, int] | None, scales: tuple[float, ...]
+) -> None:
+    how = protocol(flip=True, window=window, scales=scales)
+    pixels = images(height, width).float() / 255
+    with torch.no_grad():
+        first = view_logits(NETWORK, pixels, (height, width), how)
+        second = view_logits(NETWORK, pixels.flip(-1), (height, width), how)
+    assert len(first) == 2 * len(scales)
+    mirrored = [view.flip(-1) for pair in zip(second[1::2], second[::2], strict=True) for view in pair]
+    torch.testing.assert_close(first, mirrored, rtol=1e-3, atol=1e-3)
+
+
+def test_one_scale_is_another_input_size() -> None:
+    scaled = predict(NETWORK, images(64, 96), (64, 96), (64, 96), protocol(scales=(0.5,)))
+    assert torch.equal(scaled, predict(NETWORK, images(64, 96), (32, 48), (64, 96)))
+
+
+def test_several_views_give_the_class_of_the_largest_mean_probability() -> None:
+    class BySize(nn.Module):
+        """Sure of class 0 at full size, a little for class 1 at half of it."""
+
+        def forward(self, pixels: torch.Tensor) -> LogitsOnly:
+            score = 3.0 if pixels.shape[-1] == 16 else -1.0
+            return LogitsOnly(torch.stack([torch.full_like(pixels[:, 0], score), torch.zeros_like(pixels[:, 0])], 1))
+
+    label = predict(BySize(), images(16, 16), (16, 16), (16, 16), protocol(scales=(1, 0.5)))
+    assert not label.any()
+    # 0.95 + 0.27 + 0.27 is less than half of three.
+    label = predict(BySize(), images(16, 16), (16, 16), (16, 16), protocol(scales=(1, 0.5, 0.5)))
+    assert label.all()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"stride": (8, 8)}, "there is no window"),
+        ({"window": (8, 8), "stride": (8, 9)}, r"\[8, 9\] leaves gaps between windows of \[8, 8\]"),
+        ({"scales": ()}, "at least 1 item"),
+        ({"scales": (0.0,)}, "greater than 0"),
+        ({"aggregation": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_protocols_that_cannot_be_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        protocol(**keys)
