@@ -18,7 +18,9 @@ GROUP = 64
 KEY_ROWS = 2048
 """Rows of a gradient with respect to keys that a CPU works on at a time."""
 # On processors to which MKL gives no AVX-512, oneDNN multiplies twice as fast; PyTorch asks it for bf16 by itself.
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
+    torch.ops.mkldnn, "_linear_pointwise"
+)
 
 
 class Match(NamedTuple):
@@ -122,6 +124,8 @@ def products(
         key_gradient += multiply(probabilities.T, weighted)
     else:
         # In parts that are still in the cache when they are added.
-        for columns, part in zip(probabilities.split(KEY_ROWS, dim=1), key_gradient.split(KEY_ROWS), strict=True):
+        for columns, part in zip(
+            torch.split(probabilities, KEY_ROWS, dim=1), torch.split(key_gradient, KEY_ROWS), strict=True
+        ):
             part += _library_product(columns.T, weighted)
     return multiply(probabilities, key)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from dist_pca.bench.report import Record
 from dist_pca.config import DataConfig
+from dist_pca.data.classes import lookup_table
 from dist_pca.data.reader import ShardReader
 from dist_pca.data.sampling import build_sampler
 from dist_pca.data.stream import Batch, stream
@@ -29,11 +30,11 @@ from dist_pca.shards.classes import CITYSCAPES_CLASSES
 from dist_pca.shards.manifest import Manifest, Shard, load_manifest, save_manifest
 from dist_pca.training.launch import launch_command
 
-SIZE = (360, 480)
+SIZE = (720, 1280)
 """Height and width of the drawn images."""
-IMAGES, COPIES = 32, 24
+IMAGES, COPIES = 16, 16
 """Different images, and how often the builder meets each."""
-BATCH, BATCHES = 8, 40
+BATCH, BATCHES = 8, 10
 SAMPLES = 25_000
 """Of the manifest that is loaded and sought in, with 19 classes."""
 FAR_STEP = 1_000_000
@@ -46,7 +47,7 @@ def measure_reading(folder: Path, repeats: int) -> list[Record]:
 
     The bare loop decodes the same files from memory, draws the same crops and stacks them, in this one process.
     """
-    manifest = build_shards("folder", _raw(folder), folder / "jpg", image_format="jpg", samples_per_shard=8)
+    manifest = build_shards("folder", _raw(folder), folder / "jpg", image_format="jpg", samples_per_shard=4)
     with closing(_stream(manifest, workers=1)) as batches, closing(_bare_batches(manifest)) as bare:
         rates = [(_rate(batches), _rate(bare)) for _ in range(repeats)]
     cores = os.cpu_count() or 1
@@ -101,7 +102,7 @@ def measure_seeking(folder: Path) -> list[Record]:
 
 def measure_memory(folder: Path) -> list[Record]:
     """What this process holds more after many batches than after a tenth of them."""
-    manifest = build_shards("folder", _raw(folder), folder / "small", max_edge=32, samples_per_shard=8)
+    manifest = build_shards("folder", _raw(folder), folder / "small", max_edge=32, samples_per_shard=4)
     config = DataConfig(source="", shorter_edge=(16, 24), crop=(16, 16), workers=0)
     resident = []
     with closing(_stream(manifest, workers=0, config=config, batch=1)) as batches:
@@ -158,7 +159,7 @@ def _record(name: str, value: float, unit: str) -> Record:
 
 
 def _config(workers: int) -> DataConfig:
-    return DataConfig(source="", shorter_edge=(270, 350), crop=(256, 256), workers=workers)
+    return DataConfig(source="", shorter_edge=(540, 760), crop=(512, 512), workers=workers)
 
 
 def _stream(
@@ -188,7 +189,7 @@ def _rate(batches: Iterator[object]) -> float:
 
 
 def _bare_batches(manifest: Manifest) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-    config = _config(workers=0)
+    config, table = _config(workers=0), lookup_table(manifest, manifest.classes)
     with closing(ShardReader(manifest, keep_open=1)) as reader:
         samples = [reader.read(n, index) for n, shard in enumerate(manifest.shards) for index in range(len(shard.keys))]
     for start in count(0, BATCH):
@@ -203,7 +204,7 @@ def _bare_batches(manifest: Manifest) -> Generator[tuple[torch.Tensor, torch.Ten
             pixels, ids = apply_crop(image, label, crop)
             assert ids is not None
             images.append(pixels)
-            labels.append(ids)
+            labels.append(table.take(ids))
         yield torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 
 from dist_pca.config import CacheConfig, DataConfig, SamplingConfig
 from dist_pca.data.cache import CacheSettings, cache_settings
@@ -342,10 +342,11 @@ def _crop_that_shows(
 def _batches(crops: Iterator[_Crop], *, size: int) -> Iterator[Batch]:
     # webdataset.batched would read the first sample of the next batch before it gives out this one.
     while members := list(islice(crops, size)):
-        labels = [crop.label for crop in members if crop.label is not None]
+        labels = [torch.from_numpy(crop.label) for crop in members if crop.label is not None]
+        # In a loader process this stacks into shared memory at once.
         yield Batch(
-            images=torch.from_numpy(np.stack([crop.image for crop in members])),
-            labels=torch.from_numpy(np.stack(labels)) if labels else None,
+            images=default_collate([torch.from_numpy(crop.image) for crop in members]),
+            labels=default_collate(labels) if labels else None,
             keys=[crop.key for crop in members],
             positions=[crop.position for crop in members],
             skipped=[line for crop in members for line in crop.skipped],

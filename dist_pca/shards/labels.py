@@ -50,7 +50,7 @@ def read_label(path: Path, coding: Coding, table: TrainIds) -> TrainIds:
             outside the table where the coding does not let them pass.
     """
     codes = _READERS[coding.kind](path, coding)
-    train_ids: TrainIds = table[codes]
+    train_ids: TrainIds = table.take(codes)
     if coding.other == "error" and (unknown := train_ids == _UNKNOWN).any():
         values = np.unique(codes[unknown])
         shown = ", ".join(f"#{value:06x}" if coding.kind == "color" else str(value) for value in values[:5])
