@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,8 @@ from rich.logging import RichHandler
 from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
+from dist_pca.training.outcome import SUPERVISED, ExitCode, leave, record_outcome, say_error
+from dist_pca.training.signals import StopRequest
 
 
 def resolve_config(name: str, overrides: list[str]) -> RunConfig:
@@ -46,37 +47,57 @@ def _set_up_logging() -> None:
 
 
 def _say(message: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(message, style="red", markup=False)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
 
 
 def main(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a config that comes with dist-pca.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=100")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on in a run folder also where keys differ, or refuse one that holds a run.",
+            show_default="go on with the same run",
+        ),
+    ] = None,
 ) -> None:
     """Train a run in this process, as one of those that `accelerate launch` started."""
+    stop = StopRequest()
     rank = int(os.environ.get("RANK", "0"))
     try:
         run = resolve_config(config, overrides or [])
         _set_up_logging()
         # After parsing: a wrong key should not wait for these imports.
         from dist_pca.training.loop import check, train
+        from dist_pca.training.resume import is_finished
 
         plan = check(run, world_size=int(os.environ.get("WORLD_SIZE", "1")), resume=resume)
+        if is_finished(run):
+            if rank == 0:
+                _say(f"{run.folder}: all {run.training.steps} steps are made already")
+            return
     except UserError as error:
         if rank != 0:
             # Every rank finds the same; the launcher ends this one once rank 0 has said it.
-            time.sleep(30)
+            stop.wait(30)
         else:
-            _say(f"error: {error}")
+            say_error(str(error))
         sys.exit(UserError.EXIT_CODE)
     try:
-        train(plan)
+        code = train(plan, stop)
     except UserError as error:
-        _say(f"error: rank {rank}: {error}")
-        # Other ranks may wait for this one in a collective; leaving at once lets the launcher end them.
-        sys.stderr.flush()
-        os._exit(UserError.EXIT_CODE)
+        message = str(error) if error.EXIT_CODE == ExitCode.DIVERGED else f"rank {rank}: {error}"
+        record_outcome(run.folder, error.EXIT_CODE, message)
+        say_error(message)
+        leave(run.folder, error.EXIT_CODE)
+    if rank == 0:
+        made = f"{run.folder}: step {stop.step} of {run.training.steps} is made and saved"
+        message = made if code == ExitCode.DONE else f"{stop.reason}: {made}; the same command goes on from there"
+        record_outcome(run.folder, code, message)
+        if code != ExitCode.DONE:
+            _say(message)
+    sys.exit(0 if SUPERVISED in os.environ else code)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,14 @@ dist-pca bench data
 dist-pca bench data --only reading --only seeking --json
 """
 
+_RESUME_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca bench resume
+
+dist-pca bench resume --kills 25 --seed 1 --json
+"""
+
 _TABLE_EXAMPLES = """
 [bold]Examples[/]
 
@@ -204,6 +212,29 @@ def data(
         return
     rows = [{"": str(r["name"]), "value": f"{r['value']:.4g}", "unit": str(r["unit"])} for r in records]
     Console(highlight=False).print(report.rich_table(f"{report.device_name()}: data", rows))
+
+
+@app.command("resume", epilog=_RESUME_EXAMPLES)
+def resume(
+    kills: Annotated[int, typer.Option(min=1, help="How often the run is killed; each costs a start.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the instants.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Kill a small run of two processes again and again, some times inside a checkpoint write, and start it again.
+
+    Weights, optimiser and metrics are then compared, bit by bit, with those of the run that was never killed.
+    """
+    from dist_pca.bench import report
+    from dist_pca.bench.resume import measure_resume
+
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder, console.status("") as status:
+        records = measure_resume(Path(folder), kills, seed, status.update)
+    if as_json:
+        typer.echo(report.to_json(records))
+        return
+    rows = [{"": str(r["name"]), "value": str(r["value"])} for r in records]
+    Console(highlight=False).print(report.rich_table(f"{report.device_name()}: resume", rows))
 
 
 @app.command("table", epilog=_TABLE_EXAMPLES)

@@ -72,9 +72,9 @@ def _train(console: Console, out: Path, name: str, overrides: Sequence[str]) -> 
     if checkpoint.is_dir():
         console.print(f"trained  {wanted.folder} (already there)")
         return
-    command = launch_command(config, settings, resume=made.is_file())
+    command = launch_command(config, settings)
     console.print(f"train    {shown(command)}", style="dim")
-    if code := launch(command):
+    if code := launch(command, wanted.folder):
         raise UserError(f"{wanted.folder}: training ended with exit code {code}; its output above says why")
 
 

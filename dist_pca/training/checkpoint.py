@@ -33,26 +33,18 @@ def save_checkpoint(engine: Any, folder: Path, step: int, *, seed: int, keep: in
     """Write a checkpoint after `step` updates, then point `latest` at it and drop all but the newest `keep`.
 
     Collective; rank 0 writes. Batch-norm statistics are averaged over ranks first, and stay so.
+
+    Raises:
+        UserError: on rank 0, it cannot be written, most often for want of space; those before it are as they were.
     """
     average_batch_norm(engine.module)
     model = full_parameters(engine) | {name: b.detach().cpu().clone() for name, b in persistent_buffers(engine.module)}
     optimizer = full_optimizer_state(engine)
     if dist.get_rank() == 0:
-        target = folder / f"step-{step:08d}"
-        aside = folder / f".{target.name}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in model.items()}, aside / "model.safetensors")
-        save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, aside / "optimizer.safetensors")
         state = {"step": step, "seed": seed, "world_size": dist.get_world_size(), "version": __version__}
-        (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-        _write_whole(folder / "latest", target.name + "\n")
+        _write(folder, f"step-{step:08d}", {"model": model, "optimizer": optimizer}, state)
         for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     dist.barrier()
 
 
@@ -111,6 +103,37 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); point checkpoints/latest at another step-*") from None
+
+
+def _write(folder: Path, name: str, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, object]) -> None:
+    aside, target = folder / f".{name}.partial", folder / name
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        for part, values in tensors.items():
+            save_file({key: tensor.contiguous() for key, tensor in values.items()}, aside / f"{part}.safetensors")
+        (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
+        if target.exists():
+            _remove(target)
+        aside.rename(target)
+        _write_whole(folder / "latest", name + "\n")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        pointer = folder / "latest"
+        before = pointer.read_text().strip() if pointer.is_file() else "no checkpoint"
+        raise UserError(
+            f"{target}: cannot be written ({error}); {before} is whole, so make room there and start the run again"
+        ) from error
+
+
+def _remove(checkpoint: Path) -> None:
+    # Under a name of its own, so that no half-removed one is ever taken for a checkpoint.
+    aside = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

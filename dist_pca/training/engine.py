@@ -3,10 +3,12 @@
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
@@ -96,7 +98,13 @@ def start_world(config: RunConfig) -> World:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     accelerator = Accelerator(
         deepspeed_plugin=_plugin(deepspeed_config(config, stage)),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if use_cuda else "gloo")],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(
+                backend="nccl" if use_cuda else "gloo",
+                # The last resort: the watchdog has ended the run long before.
+                timeout=timedelta(seconds=2 * config.training.stall_timeout),
+            )
+        ],
         mixed_precision="no",
     )
     came_up = dist.get_world_size() if dist.is_initialized() else 1
@@ -108,6 +116,12 @@ def start_world(config: RunConfig) -> World:
     return World(
         accelerator, dist.get_rank(), launched, local_size, accelerator.device, _node_group(launched, local_size)
     )
+
+
+def connect_store() -> Store:
+    """A client of the store that the ranks found each other through, which no collective waits in."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return PrefixStore("dist_pca", TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30)))
 
 
 def join_ranks() -> tuple[int, int, torch.device]:

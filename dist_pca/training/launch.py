@@ -2,16 +2,24 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import torch
 import yaml
 
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
+from dist_pca.training.outcome import SUPERVISED, ExitCode, forget_outcome, read_outcome
+from dist_pca.training.signals import SIGNALS
+
+SHUTDOWN_SECONDS = 600
+"""Time the launcher gives its ranks to save after a SIGTERM of its own; it would be 30."""
 
 
 def launch_command(
@@ -20,7 +28,7 @@ def launch_command(
     *,
     launcher: str | None = None,
     processes: int | None = None,
-    resume: bool = False,
+    resume: bool | None = None,
 ) -> list[str]:
     """The command that trains a run under `accelerate launch`.
 
@@ -29,7 +37,7 @@ def launch_command(
         overrides: `key=value`s.
         launcher: A YAML file for accelerate or a shipped one's name; None takes one process per GPU, or two on the CPU.
         processes: Processes on this machine; None takes the launcher file's.
-        resume: Go on from the newest checkpoint.
+        resume: None goes on with the same run; True also where keys differ; False refuses a folder that holds a run.
 
     Raises:
         UserError: there is no such shipped launcher.
@@ -42,7 +50,7 @@ def launch_command(
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)),
         *(("--num_processes", str(processes)) if processes else ()),
         *("-m", "dist_pca.train", config, *overrides),
-        *(("--resume",) if resume else ()),
+        *(() if resume is None else ("--resume",) if resume else ("--no-resume",)),
     ]
 
 
@@ -61,17 +69,64 @@ def process_count(command: Sequence[str]) -> int:
         raise UserError(f"launcher {file}: has no num_processes; write one, or give --processes") from error
 
 
-def launch(command: Sequence[str]) -> int:
-    """Run a launch command to its end and give its exit code; Ctrl-C reaches the ranks, which are waited for."""
-    # Without these the launcher warns that it sets or found them itself.
-    quiet = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // process_count(command)))}
+def launch(command: Sequence[str], folder: Path) -> int:
+    """Run a launch command to its end, and give the exit code of the run as `outcome.ExitCode` has it.
+
+    SIGINT, SIGTERM, SIGUSR1 or SIGHUP to this process makes the ranks save and leave; the launcher between them, which
+    would die of SIGUSR1 and kill ranks that save for longer than half a minute, hears nothing. A second one ends all.
+
+    Args:
+        command: What `launch_command` gave.
+        folder: The run folder, where the ranks write how the run ended.
+    """
+    forget_outcome(folder)
+    # Without the first ones the launcher warns that it sets or found them itself.
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // process_count(command)))}
     if not torch.cuda.is_available():
-        quiet["DS_ACCELERATOR"] = "cpu"
-    with subprocess.Popen(command, env=quiet | os.environ) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            return process.wait()
+        environment["DS_ACCELERATOR"] = "cpu"
+    environment |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)} | os.environ | {SUPERVISED: "1"}
+    received: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        members = psutil.Process(process.pid).children(recursive=True)
+        ranks = [member for member in members if _is_rank(member, process.pid)]
+        # SIGUSR1 is ignored by a rank that does not listen yet.
+        passed_on = number if number == signal.SIGINT else signal.SIGTERM
+        for rank in ranks if len(received) == 1 else members:
+            with suppress(psutil.Error):
+                rank.send_signal(passed_on) if len(received) == 1 else rank.kill()
+        if len(received) > 1 or not ranks:
+            process.kill()
+
+    # `nohup` and shells' background jobs want theirs ignored.
+    numbers = [n for n in (*SIGNALS, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    # What is ignored stays so in the launcher: SLURM may signal every process of a job, it too.
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        # In a session of its own: Ctrl-C reaches this process alone.
+        with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+            for number in numbers:
+                signal.signal(number, forward)
+            code = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    outcome = read_outcome(folder)
+    if outcome is not None:
+        return outcome.code
+    if len(received) == 1:
+        # No rank was there yet, so nothing is lost.
+        return ExitCode.INTERRUPTED if received[0] == signal.SIGINT else ExitCode.SAVED
+    if received:
+        return 128 + received[-1]
+    return code if code >= 0 else 128 - code
+
+
+def _is_rank(process: psutil.Process, launcher: int) -> bool:
+    with suppress(psutil.Error):
+        return process.ppid() == launcher and "RANK" in process.environ()
+    return False
 
 
 def shown(command: Sequence[str]) -> str:

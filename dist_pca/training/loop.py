@@ -1,5 +1,6 @@
 """The training loop."""
 
+import os
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from itertools import repeat
@@ -17,17 +18,21 @@ from dist_pca.data.randomness import Purpose, draw
 from dist_pca.data.sampling import build_sampler
 from dist_pca.data.stream import Batch, stream
 from dist_pca.data.transform import check_crop
-from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.objective import Domain, objective
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
+from dist_pca.training.bad_steps import BadSteps, finite
 from dist_pca.training.checkpoint import latest_checkpoint, load_model, load_optimizer, read_step, save_checkpoint
-from dist_pca.training.engine import World, reconcile_launcher, start_world
+from dist_pca.training.engine import World, connect_store, reconcile_launcher, start_world
 from dist_pca.training.optimizer import build_optimizer
+from dist_pca.training.outcome import ExitCode, forget_outcome
+from dist_pca.training.resume import check_resume
 from dist_pca.training.run import create_run
 from dist_pca.training.schedule import learning_rate_factor
+from dist_pca.training.signals import StopRequest
 from dist_pca.training.telemetry import Telemetry
+from dist_pca.training.watchdog import Watchdog
 
 
 class Plan(NamedTuple):
@@ -41,7 +46,7 @@ class Plan(NamedTuple):
     model: Segmenter
 
 
-def check(config: RunConfig, *, world_size: int, resume: bool) -> Plan:
+def check(config: RunConfig, *, world_size: int, resume: bool | None) -> Plan:
     """Everything that can be refused before a process group exists: launcher, data, classes, sizes, network, folder.
 
     Raises:
@@ -61,54 +66,66 @@ def check(config: RunConfig, *, world_size: int, resume: bool) -> Plan:
             micro_batch_size(batch, world_size=world_size, accumulation=config.training.accumulation, key=key)
             check_crop(manifest, config.data.shorter_edge, config.data.crop)
     build_sampler(config.data, sources, "source", config.seed, targets=targets)
-    if not resume and latest_checkpoint(config.folder / "checkpoints") is not None:
-        raise UserError(f"{config.folder}: already holds a run; add --resume to go on with it, or choose another name=")
+    check_resume(config, resume)
     torch.manual_seed(config.seed)
     return Plan(config, sources, targets, classes, build_segmenter(config.model, len(classes)))
 
 
-def train(plan: Plan) -> None:
-    """Train from the run folder's newest checkpoint, or from the start, to the last step. Collective."""
-    config = plan.config
-    world = start_world(config)
-    engine, optimizer, start_step = _start_engine(plan, world)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
-    if world.rank == 0:
-        create_run(config, plan.classes, world.size)
-    dist.barrier()
+def train(plan: Plan, stop: StopRequest) -> ExitCode:
+    """Train from the run folder's newest checkpoint, or from the start, to the last step or until asked to stop.
 
-    training = config.training
-    images = training.source_batch + (training.target_batch if plan.targets else 0)
-    with (
-        ExitStack() as streams,
-        Telemetry(
-            config.folder,
-            plan.classes,
-            steps=training.steps,
-            start_step=start_step,
-            log_every=training.log_every,
-            images=images,
-        ) as telemetry,
-    ):
-        sources = streams.enter_context(
+    Collective.
+
+    Raises:
+        UserError: a shard or a checkpoint cannot be read or written, or too many steps in a row went wrong.
+    """
+    config, training = plan.config, plan.config.training
+    stop.limit(training.time_limit, os.environ)
+    world = start_world(config)
+    with ExitStack() as stack:
+        watchdog = stack.enter_context(
+            Watchdog(connect_store(), world.rank, world.size, timeout=training.stall_timeout, folder=config.folder)
+        )
+        engine, optimizer, start_step = _start_engine(plan, world)
+        base_rates = [group["lr"] for group in optimizer.param_groups]
+        if world.rank == 0:
+            create_run(config, plan.classes, world.size)
+            forget_outcome(config.folder)
+        dist.barrier()
+        telemetry = stack.enter_context(
+            Telemetry(
+                config.folder,
+                plan.classes,
+                steps=training.steps,
+                start_step=start_step,
+                log_every=training.log_every,
+                images=training.source_batch + (training.target_batch if plan.targets else 0),
+            )
+        )
+        sources = stack.enter_context(
             closing(_stream(plan, plan.sources, "source", training.source_batch, world, start_step))
         )
         targets = (
             repeat(None)
             if not plan.targets
-            else streams.enter_context(
+            else stack.enter_context(
                 closing(_stream(plan, plan.targets, "target", training.target_batch, world, start_step))
             )
         )
+        bad_steps = BadSteps(engine.module, config.folder, training.max_bad_steps)
+
         for step in range(start_step, training.steps):
             factor = learning_rate_factor(config, step)
             for group, base in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = base * factor
             # Dropout draws anew from (seed, step, rank), so that no generator state has to be stored.
             torch.manual_seed(hash((config.seed, step, world.rank)) % 2**63)
+            bad_steps.begin()
             for _ in range(training.accumulation):
+                watchdog.enter("data", step + 1)
                 with telemetry.waiting_for_data():
                     source_batch, target_batch = next(sources), next(targets)
+                watchdog.enter("forward")
                 source, target = forward(
                     engine,
                     source_batch,
@@ -118,19 +135,35 @@ def train(plan: Plan) -> None:
                     seed=config.seed,
                 )
                 loss, terms = objective(
-                    config.objective, source, target, step=step, accumulation=training.accumulation, node=world.node
+                    config.objective,
+                    finite(source),
+                    None if target is None else finite(target),
+                    step=step,
+                    accumulation=training.accumulation,
+                    node=world.node,
                 )
-                engine.backward(loss)
+                watchdog.enter("backward")
+                engine.backward(bad_steps.watch(loss, terms, (source, target), (source_batch, target_batch)))
+                watchdog.enter("optimizer")
                 engine.step()
                 telemetry.collect(terms)
-            norm = engine.get_global_grad_norm()
+            norm = float(engine.get_global_grad_norm() or 0.0)
+            skipped = bad_steps.end(step + 1, norm)
+            watchdog.enter("log")
+            telemetry.collect({"skipped_share": torch.tensor(float(skipped), device=world.device)})
             telemetry.step(
-                step + 1, {"learning_rate": config.optimizer.lr * factor, "gradient_norm": float(norm or 0.0)}
+                step + 1,
+                {"learning_rate": config.optimizer.lr * factor, "gradient_norm": None if skipped else norm},
             )
-            if (step + 1) % training.checkpoint_every == 0 or step + 1 == training.steps:
+            stopping = stop.agree(step + 1, world.device)
+            if (step + 1) % training.checkpoint_every == 0 or step + 1 == training.steps or stopping:
+                watchdog.enter("checkpoint")
                 save_checkpoint(
                     engine, config.folder / "checkpoints", step + 1, seed=config.seed, keep=training.keep_checkpoints
                 )
+            if stopping and step + 1 < training.steps:
+                return stop.exit_code
+    return ExitCode.DONE
 
 
 def forward(

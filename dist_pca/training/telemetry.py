@@ -75,10 +75,10 @@ class Telemetry:
             self.events.close()
 
     def collect(self, terms: dict[str, torch.Tensor]) -> None:
-        """Add a micro-batch's terms; nothing leaves the device until a line is due. Undefined values do not count."""
+        """Add a micro-batch's terms; nothing leaves the device until a line is due. Only finite values count."""
         for name, value in terms.items():
             value = value.detach().double()
-            defined = ~value.isnan()
+            defined = value.isfinite()
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + torch.where(defined, value, 0)
             self.counts[name] = self.counts.get(name, torch.zeros_like(value)) + defined
 
@@ -89,7 +89,7 @@ class Telemetry:
         yield
         self.waited += time.perf_counter() - start
 
-    def step(self, step: int, scalars: dict[str, float]) -> None:
+    def step(self, step: int, scalars: dict[str, float | None]) -> None:
         """Tell step number `step` (from 1): a live update, and a line when one is due. Collective."""
         self.collected += 1
         if self.progress:

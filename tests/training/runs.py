@@ -33,7 +33,11 @@ def overrides(folder: Path, name: str, *more: str) -> list[str]:
 
 
 def launch(
-    folder: Path, name: str, *more: str, resume: bool = False, launcher_options: tuple[str, ...] = ()
+    folder: Path,
+    name: str,
+    *more: str,
+    launcher_options: tuple[str, ...] = (),
+    module: str = "dist_pca.train",
 ) -> "subprocess.CompletedProcess[str]":
     """`accelerate launch` of the run on two CPU processes."""
     command = [
@@ -46,9 +50,8 @@ def launch(
     command += [
         *launcher_options,
         "-m",
-        "dist_pca.train",
+        module,
         "demo",
         *overrides(folder, name, *more),
-        *(["--resume"] if resume else []),
     ]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)

@@ -1,3 +1,4 @@
+import signal
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,8 @@ import pytest
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.training.launch import launch, launch_command, process_count, shown
+from dist_pca.training.outcome import ExitCode, record_outcome
+from dist_pca.training.signals import SIGNALS
 
 
 def test_the_command_names_launcher_run_and_overrides() -> None:
@@ -44,4 +47,24 @@ def test_a_launcher_file_that_names_no_processes_is_refused(tmp_path: Path) -> N
 def test_the_exit_code_is_the_commands(tmp_path: Path) -> None:
     command = launch_command("camvid", launcher="accelerate/cpu")
     command[1:3] = ["-c", "raise SystemExit(7)"]
-    assert launch(command) == 7
+    assert launch(command, tmp_path) == 7
+
+
+def test_the_ranks_word_counts_more_than_the_launchers_exit_code(tmp_path: Path) -> None:
+    record_outcome(tmp_path, ExitCode.DONE, "of an earlier start")
+    command = launch_command("camvid", launcher="accelerate/cpu")
+    (tmp_path / "prepared.json").write_text('{"code": 75, "message": "saved"}')
+    command[1:3] = [
+        "-c",
+        f"from pathlib import Path; p = Path({str(tmp_path)!r}); assert not (p / 'exit.json').exists(); "
+        "(p / 'prepared.json').rename(p / 'exit.json'); raise SystemExit(1)",
+    ]
+    assert launch(command, tmp_path) == ExitCode.SAVED
+
+
+def test_signals_before_there_are_ranks_end_the_launcher(tmp_path: Path) -> None:
+    command = launch_command("camvid", launcher="accelerate/cpu")
+    command[1:3] = ["-c", "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"]
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    assert launch(command, tmp_path) == ExitCode.INTERRUPTED
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers

@@ -1,0 +1,133 @@
+"""Steps whose loss or gradient is not finite: skipped on all ranks together, counted, and ended when they go on."""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dist_pca.data.stream import Batch
+from dist_pca.errors import UserError
+from dist_pca.objective import Domain
+from dist_pca.training.outcome import ExitCode
+
+_log = logging.getLogger("dist_pca.training")
+TERMS = ("ce", "lovasz", "smoothness_source", "smoothness_target", "association_features", "association_predictions")
+"""What a loss is the sum of; other values that are told may be undefined."""
+
+
+class Diverged(UserError):
+    """Too many bad steps in a row."""
+
+    EXIT_CODE = ExitCode.DIVERGED
+
+
+class Watched(NamedTuple):
+    """One micro-batch, as far as a report needs it."""
+
+    keys: dict[str, list[str]]
+    values: dict[str, torch.Tensor]
+
+
+def finite(domain: Domain) -> Domain:
+    """The domain with zeros for values that are not finite, which association refuses on all ranks."""
+    return domain._replace(logits=_zeroed(domain.logits), features=_zeroed(domain.features))
+
+
+class BadSteps:
+    """Makes a bad step's update a skipped one, which leaves no trace in weights, optimiser and buffers.
+
+    A rank whose loss is not finite multiplies it by NaN. Gradients are averaged over ranks, so the gradient norm, which
+    DeepSpeed computes for all of them and skips the update by, tells every rank without a word more between them.
+    """
+
+    def __init__(self, module: torch.nn.Module, folder: Path, limit: int) -> None:
+        """Watch a network's steps.
+
+        Args:
+            module: Its buffers are put back after a bad step.
+            folder: The run folder, for bad_step.json.
+            limit: Bad steps in a row that end the run.
+        """
+        self._module, self._folder, self._limit = module, folder, limit
+        self._buffers: list[torch.Tensor] = []
+        self._watched: list[Watched] = []
+        self.in_a_row = 0
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._buffers = [buffer.clone() for buffer in self._module.buffers()]
+        self._watched = []
+
+    def watch(
+        self,
+        loss: torch.Tensor,
+        terms: dict[str, torch.Tensor],
+        domains: Sequence[Domain | None],
+        batches: Sequence[Batch | None],
+    ) -> torch.Tensor:
+        """The loss of a micro-batch, or NaN with a graph where it or what it was made of is not finite.
+
+        Args:
+            loss: Scalar.
+            terms: What it is the sum of, by name.
+            domains: Outputs of the network for source and target.
+            batches: What they are outputs for.
+        """
+        values = {name: terms[name].detach() for name in TERMS if name in terms}
+        keys = {}
+        for name, domain, batch in zip(("source", "target"), domains, batches, strict=True):
+            if domain is not None and batch is not None:
+                values |= {f"{name} logits": domain.logits.detach(), f"{name} features": domain.features.detach()}
+                keys[name] = batch.keys
+        self._watched.append(Watched(keys, values))
+        sound = torch.stack([torch.isfinite(value).all() for value in (loss.detach(), *values.values())]).all()
+        return loss * torch.where(sound, 1.0, torch.nan)
+
+    def end(self, step: int, gradient_norm: float) -> bool:
+        """Whether step number `step` (from 1) was skipped. Collective.
+
+        Raises:
+            Diverged: on every rank, at the limit; bad_step.json then names every rank's samples.
+        """
+        if math.isfinite(gradient_norm):
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        for buffer, before in zip(self._module.buffers(), self._buffers, strict=True):
+            buffer.copy_(before)
+        ranks = self._all_reports()
+        broken = "; ".join(f"rank {rank}: {', '.join(r['broken'])}" for rank, r in enumerate(ranks) if r["broken"])
+        what = f"step {step}: not finite on {broken}" if broken else f"step {step}: the gradient norm is not finite"
+        if dist.get_rank() == 0:
+            _log.warning("%s; skipped, %d in a row of at most %d", what, self.in_a_row, self._limit)
+        if self.in_a_row >= self._limit:
+            report = self._folder / "bad_step.json"
+            if dist.get_rank() == 0:
+                content = {"step": step, "in_a_row": self.in_a_row, "ranks": ranks}
+                report.write_text(json.dumps(content, indent=1) + "\n")
+            dist.barrier()
+            raise Diverged(
+                f"{what}, the last of {self.in_a_row} in a row (training.max_bad_steps); {report} names the samples; "
+                "lower optimizer.lr or set optimizer.clip_norm, and go on with --resume"
+            )
+        return True
+
+    def _all_reports(self) -> list[dict[str, Any]]:
+        own = {
+            "keys": [watched.keys for watched in self._watched],
+            "broken": sorted(
+                {n for watched in self._watched for n, v in watched.values.items() if not torch.isfinite(v).all()}
+            ),
+        }
+        reports: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, own)
+        return reports
+
+
+def _zeroed(values: torch.Tensor) -> torch.Tensor:
+    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,0 +1,63 @@
+"""May a run go on in a folder? Yes where the folder holds the same run, by the keys that decide what is computed."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from dist_pca.config import RunConfig, load_config
+from dist_pca.errors import UserError
+from dist_pca.training.checkpoint import latest_checkpoint, read_step
+
+_log = logging.getLogger("dist_pca.training")
+FREE_KEYS = (
+    *("name", "output", "data.workers", "evaluation"),
+    *(f"training.{key}" for key in ("zero_stage", "log_every", "checkpoint_every", "keep_checkpoints")),
+    *(f"training.{key}" for key in ("time_limit", "stall_timeout", "max_bad_steps")),
+)
+"""Keys and sections that say where and how a run is made, and may change when it goes on."""
+
+
+def check_resume(config: RunConfig, resume: bool | None) -> None:
+    """See whether a run may start in its folder.
+
+    Args:
+        config: The run.
+        resume: None goes on with the same run; True also where keys differ, and logs them; False wants a folder
+            without a run.
+
+    Raises:
+        UserError: the folder holds a run of another config (every differing key is named), or any run where none
+            is wanted.
+    """
+    made = config.folder / "config.yaml"
+    if not made.is_file():
+        return
+    if resume is False:
+        raise UserError(
+            f"{config.folder}: already holds a run; leave out --no-resume to go on, or choose another name="
+        )
+    differing = list(_differences(load_config(made).model_dump(mode="json"), config.model_dump(mode="json")))
+    if differing and not resume:
+        raise UserError(
+            f"{config.folder}: holds a run of another config ({'; '.join(differing)}); choose another name=, "
+            "or add --resume to go on with the changed keys"
+        )
+    for difference in differing:
+        _log.info("going on with %s", difference)
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the newest checkpoint is that of the last step."""
+    checkpoint = latest_checkpoint(config.folder / "checkpoints")
+    return checkpoint is not None and read_step(checkpoint) >= config.training.steps
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in dict.fromkeys((*old, *new)):
+        key, before, after = prefix + name, old.get(name), new.get(name)
+        if before == after or key in FREE_KEYS:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{key}.")
+        else:
+            yield f"{key}: {before} -> {after}"
