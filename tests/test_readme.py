@@ -14,7 +14,7 @@ from dist_pca.shards.build import build_shards
 README = Path(__file__).parents[1] / "README.md"
 COMMANDS = {
     *("shards", "build", "merge", "verify", "index", "inspect"),
-    *("train", "evaluate", "predict", "export", "bench", "association", "data", "table"),
+    *("train", "evaluate", "predict", "export", "bench", "association", "data", "resume", "table"),
 }
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="the README is beside the tests in a checkout only")
 

@@ -55,12 +55,13 @@ def measure_resume(folder: Path, kills: int, seed: int, tell: Callable[[str], ob
     made = inside_a_write = unreadable = 0
     while made < kills and read_outcome(folder / "killed") is None:
         tell(f"kill {made + 1} of {kills}")
+        before = _half_written(folder)
         with _started(folder, "killed", steps) as process:
             _wait_for_instant(folder / "killed", process, draw, aim_at_write=made % 2 == 1)
             # A run that ends by itself before it is killed has failed, or made its last step.
             made += process.poll() is None
             _kill_all(process)
-        inside_a_write += any((folder / "killed" / "checkpoints").glob(".*.partial"))
+        inside_a_write += bool(_half_written(folder) - before)
         unreadable += _unreadable(folder / "killed" / "checkpoints")
     tell("training to the end")
     with _started(folder, "killed", steps) as process:
@@ -73,6 +74,11 @@ def measure_resume(folder: Path, kills: int, seed: int, tell: Callable[[str], ob
         {"name": "differing_metric_lines", "value": _differing_lines(folder / "whole", folder / "killed")},
         {"name": "unreadable_checkpoints", "value": unreadable},
     ]
+
+
+def _half_written(folder: Path) -> set[int]:
+    """What kills have left of checkpoints; by inode, as a later one may have the same name."""
+    return {path.stat().st_ino for path in (folder / "killed" / "checkpoints").glob(".*.partial")}
 
 
 @contextmanager

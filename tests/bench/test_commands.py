@@ -48,6 +48,7 @@ def test_json_is_one_object_with_the_device_versions_and_records(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_ends_with_tables_of_ratios_and_growth_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,12 @@ def test_a_second_signal_ends_a_process_that_waits_in_native_code() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "code"), [("SIGTERM", ExitCode.SAVED), ("SIGUSR1", ExitCode.SAVED), ("SIGINT", ExitCode.INTERRUPTED)]
+    ("name", "code"),
+    [
+        ("SIGTERM", ExitCode.SAVED),
+        pytest.param("SIGUSR1", ExitCode.SAVED, marks=pytest.mark.exhaustive),
+        pytest.param("SIGINT", ExitCode.INTERRUPTED, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_signalled_run_is_saved_says_so_in_one_line_and_goes_on(tmp_path: Path, name: str, code: ExitCode) -> None:
     build_streets(tmp_path)

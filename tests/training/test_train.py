@@ -77,7 +77,9 @@ def test_a_run_trains_logs_every_term_and_can_be_scored(streets: Path) -> None:
     assert json.loads(together.stdout) == scores
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(1, marks=pytest.mark.exhaustive), 2, pytest.param(3, marks=pytest.mark.exhaustive)]
+)
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(streets: Path, stage: int) -> None:
     launcher = [f"training.zero_stage={stage}"]
     whole, broken = f"whole{stage}", f"broken{stage}"
