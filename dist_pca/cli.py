@@ -14,6 +14,7 @@ import dist_pca
 from dist_pca.bench.commands import app as bench_app
 from dist_pca.errors import UserError
 from dist_pca.evaluation.commands import app as evaluation_app
+from dist_pca.options import Resume
 from dist_pca.resources import names
 from dist_pca.shards.commands import app as shards_app
 
@@ -80,14 +81,7 @@ def train(
         ),
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--no-resume",
-            help="Go on in a run folder also where keys differ, or refuse one that holds a run.",
-            show_default="go on with the same run",
-        ),
-    ] = None,
+    resume: Resume = None,
 ) -> None:
     """Train on this machine, and print the [bold]accelerate launch[/] line that does it.
 

@@ -5,36 +5,24 @@ combinations that cannot work are refused before anything starts, naming the key
 """
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from typing_extensions import Self
 from yaml import YAMLError
 
 from dist_pca.errors import UserError
+from dist_pca.section import Duration, Fraction, NonNegative, Positive, Section, Weight
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Weight = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Duration = Annotated[float, BeforeValidator(lambda value: _seconds(value)), Field(gt=0)]
-"""Seconds. YAML reads an unquoted 10:00:00 as 36000, the seconds it has, so a bare number can mean nothing else."""
 Level = Literal["features", "predictions"]
 Scope = Literal["pair", "rank", "node", "world"]
 Implementation = Literal["auto", "reference", "blockwise", "triton"]
 Exchange = Literal["auto", "gather", "ring"]
 ProductType = Literal["fp32", "bf16"]
-
-
-class Section(BaseModel):
-    """A frozen group of keys that refuses keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class WeightedShards(Section):
@@ -383,16 +371,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved run as YAML that `load_config` reads back to an equal one."""
     OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path)
-
-
-def _seconds(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    parts = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", value)
-    if parts is None:
-        raise ValueError(f"write seconds or [D-]HH:MM:SS, got {value!r}")
-    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
-    return ((24 * days + hours) * 60 + minutes) * 60 + seconds
 
 
 def _explain(detail: Any) -> str:

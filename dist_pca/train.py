@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 
 from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
+from dist_pca.options import Resume
 from dist_pca.resources import resource
 from dist_pca.training.outcome import SUPERVISED, ExitCode, leave, record_outcome, say_error
 from dist_pca.training.signals import StopRequest
@@ -53,14 +54,7 @@ def _say(message: str) -> None:
 def main(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a config that comes with dist-pca.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=100")] = None,
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--no-resume",
-            help="Go on in a run folder also where keys differ, or refuse one that holds a run.",
-            show_default="go on with the same run",
-        ),
-    ] = None,
+    resume: Resume = None,
 ) -> None:
     """Train a run in this process, as one of those that `accelerate launch` started."""
     stop = StopRequest()

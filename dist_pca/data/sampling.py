@@ -106,14 +106,20 @@ class RareClasses:
     def draw(self, turn: int) -> tuple[int, int]:
         """A sample's number in the folder and the class it is drawn for, at the folder's turn number `turn`."""
         bits = draw(2, self.seed, "source", Purpose.CLASS, turn, self.part)
-        wanted = int(np.searchsorted(np.cumsum(self.probabilities), int(bits[0]) / 2**64, side="right"))
-        wanted = min(wanted, int(self.probabilities.nonzero()[0][-1]))
+        wanted = int(np.searchsorted(self._bounds, int(bits[0]) / 2**64, side="right"))
         return int(self.showing[wanted][int(bits[1]) % len(self.showing[wanted])]), wanted
 
     @cached_property
     def showing(self) -> list[Indices]:
         """For each class, the samples that show it."""
         return [(column >= self.min_pixels).nonzero()[0] for column in self.counts.T]
+
+    @cached_property
+    def _bounds(self) -> npt.NDArray[np.float64]:
+        bounds = np.cumsum(self.probabilities)
+        # Sums are rounded: what lies above the last class that is drawn at all is that class too.
+        bounds[self.probabilities.nonzero()[0][-1] :] = 1.0
+        return bounds
 
     @cached_property
     def probabilities(self) -> npt.NDArray[np.float64]:

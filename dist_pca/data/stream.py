@@ -190,15 +190,19 @@ def _load(*stages: Callable[..., Any], workers: int, pin_memory: bool) -> Genera
     at_child_exit = Finalize(None, items.close, exitpriority=11)
     others = set(active_children())
     processes: set[BaseProcess] = set()
+
+    def own() -> set[BaseProcess]:
+        # Those that came with the first item; whoever comes later belongs to another stream.
+        return processes or (set(active_children()) - others if workers else set())
+
     try:
         for item in items:
-            processes = processes or set(active_children()) - others
+            processes = own()
             if isinstance(item, UserError):
                 raise item
             yield item
     except (RuntimeError, OSError) as error:
-        processes = processes or set(active_children()) - others
-        if _any_died(processes):
+        if _any_died(own()):
             raise UserError(
                 "a loader process was killed, most likely for want of memory; lower data.workers"
             ) from error
@@ -207,9 +211,8 @@ def _load(*stages: Callable[..., Any], workers: int, pin_memory: bool) -> Genera
         at_child_exit.cancel()
         atexit.unregister(items.close)
         items.close()
-        processes = processes or set(active_children()) - others
         # After one of them has died the loader tells the others nothing, and they ignore SIGTERM.
-        for process in processes:
+        for process in own():
             process.kill()
             process.join()
 

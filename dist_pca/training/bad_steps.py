@@ -30,7 +30,8 @@ class Watched(NamedTuple):
     """One micro-batch, as far as a report needs it."""
 
     keys: dict[str, list[str]]
-    values: dict[str, torch.Tensor]
+    finite: dict[str, torch.Tensor]
+    """By name, whether all of it is; not the values, which would keep every micro-batch's outputs in memory."""
 
 
 def finite(domain: Domain) -> Domain:
@@ -78,14 +79,15 @@ class BadSteps:
             domains: Outputs of the network for source and target.
             batches: What they are outputs for.
         """
-        values = {name: terms[name].detach() for name in TERMS if name in terms}
+        values = {name: terms[name] for name in TERMS if name in terms}
         keys = {}
         for name, domain, batch in zip(("source", "target"), domains, batches, strict=True):
             if domain is not None and batch is not None:
-                values |= {f"{name} logits": domain.logits.detach(), f"{name} features": domain.features.detach()}
+                values |= {f"{name} logits": domain.logits, f"{name} features": domain.features}
                 keys[name] = batch.keys
-        self._watched.append(Watched(keys, values))
-        sound = torch.stack([torch.isfinite(value).all() for value in (loss.detach(), *values.values())]).all()
+        sound_by_name = {name: torch.isfinite(value.detach()).all() for name, value in values.items()}
+        self._watched.append(Watched(keys, sound_by_name))
+        sound = torch.stack([torch.isfinite(loss.detach()), *sound_by_name.values()]).all()
         return loss * torch.where(sound, 1.0, torch.nan)
 
     def end(self, step: int, gradient_norm: float) -> bool:
@@ -121,7 +123,7 @@ class BadSteps:
         own = {
             "keys": [watched.keys for watched in self._watched],
             "broken": sorted(
-                {n for watched in self._watched for n, v in watched.values.items() if not torch.isfinite(v).all()}
+                {name for watched in self._watched for name, sound in watched.finite.items() if not sound}
             ),
         }
         reports: list[Any] = [None] * dist.get_world_size()

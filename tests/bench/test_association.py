@@ -43,7 +43,10 @@ def test_every_size_is_measured_once_and_dense_in_fp32_alone() -> None:
     ]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for one GPU for each rank")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="plans for GPUs need as many as ranks",
+)
 def test_between_ranks_both_exchanges_are_measured_where_there_is_a_choice() -> None:
     assert told(dataclasses.replace(PLAN, world_size=2, dtypes=("fp32",))) == [
         ("dense", "fp32", "gather", 64),
@@ -65,7 +68,7 @@ def test_triton_is_never_measured_in_its_interpreter(monkeypatch: pytest.MonkeyP
         cases(dataclasses.replace(PLAN, implementations=("triton",)))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the attempt is made")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only the processor is asked beforehand")
 def test_what_does_not_fit_is_a_record_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(association, "available", lambda: 1000)
     records = run(cases(dataclasses.replace(PLAN, implementations=("dense", "matmul"))), ignore)
@@ -82,7 +85,10 @@ def test_memory_that_runs_out_underway_is_a_record_that_says_so(monkeypatch: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs a GPU for each rank")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.device_count() < 2,
+    reason="two ranks need two GPUs or none",
+)
 def test_ranks_are_exact_with_both_exchanges_and_tell_what_they_exchanged() -> None:
     plan = dataclasses.replace(PLAN, world_size=2, dtypes=("fp32",))
     dense, gather, ring, product = run(cases(plan), ignore)
@@ -97,8 +103,8 @@ def test_ranks_are_exact_with_both_exchanges_and_tell_what_they_exchanged() -> N
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="reads the processor's memory")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells peaks")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the processor's memory")
 def test_dense_needs_no_more_than_is_foretold_and_blockwise_less() -> None:
     plan = dataclasses.replace(PLAN, sizes=(2500,), implementations=("dense", "blockwise"), dtypes=("fp32",))
     dense, blockwise = run(cases(plan), ignore)

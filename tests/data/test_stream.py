@@ -200,6 +200,17 @@ def test_closing_ends_the_loader_processes(manifest: Manifest) -> None:
     assert active_children() == []
 
 
+def test_closing_a_stream_leaves_the_loader_processes_of_others_running(manifest: Manifest) -> None:
+    plain = take(start(manifest), 6)
+    alone = start(manifest, {"workers": 0})
+    next(alone)
+    with closing(start(manifest, {"workers": 2})) as batches:
+        some = [next(batches), next(batches)]
+        alone.close()
+        assert len(active_children()) == 2
+        assert same(some + list(islice(batches, 4)), plain)
+
+
 def test_signals_to_all_processes_leave_the_loader_running(manifest: Manifest) -> None:
     plain = take(start(manifest), 12)
     with closing(start(manifest, {"workers": 2})) as batches:
