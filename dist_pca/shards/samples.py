@@ -3,7 +3,6 @@
 Nothing is extracted to disk, and members are looked at by their extension alone.
 """
 
-import io
 import re
 import tarfile
 from collections.abc import Collection, Iterator
@@ -17,6 +16,7 @@ from dist_pca.errors import UserError
 from dist_pca.shards.classes import IGNORE_INDEX
 from dist_pca.shards.images import MEMBER_EXTENSIONS, decode_header, decode_pixels
 from dist_pca.shards.manifest import Manifest, Shard
+from dist_pca.shards.members import members_of
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
@@ -73,14 +73,7 @@ def read_sample(manifest: Manifest, shard: Shard, index: int) -> dict[str, bytes
         content = file.read(shard.lengths[index])
     if len(content) < shard.lengths[index]:
         raise tarfile.ReadError("the shard ends inside it")
-    prefix = f"{shard.keys[index]}."
-    members = {}
-    with tarfile.open(fileobj=io.BytesIO(content + bytes(2 * _BLOCK)), mode="r:") as archive:
-        for member in archive:
-            if member.isreg() and not member.issparse() and member.name.startswith(prefix):
-                data = member.offset_data
-                members[member.name.removeprefix(prefix).lower()] = content[data : data + member.size]
-    return members
+    return members_of(content, shard.keys[index])
 
 
 def image_member(members: Collection[str], label_member: str) -> str:
@@ -169,6 +162,9 @@ def _group(path: Path, archive: tarfile.TarFile) -> tuple[list[Place], int]:
 
 def _members(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in archive:
+        # Some versions of `tarfile` would walk backwards, and so for ever.
+        if member.size < 0:
+            raise UserError(f"{path}: member {member.name!r}: of negative size; copy the shard again")
         if not member.isreg() or member.issparse():
             raise UserError(f"{path}: member {member.name!r}: not a regular file; write the shard without it")
         if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:

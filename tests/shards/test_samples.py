@@ -129,3 +129,17 @@ def test_damaged_tars_are_refused(tmp_path: Path, spoil: Callable[[bytes], bytes
     with pytest.raises(UserError, match=r"a\.tar: ") as caught:
         walk(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("size", [b"-0000000001\0", b"\xff" * 12], ids=["octal", "binary"])
+def test_a_member_of_negative_size_ends_with_one_line_and_not_never(tmp_path: Path, size: bytes) -> None:
+    path = write_tar(tmp_path / "a.tar", [(_info(f"{number}.png"), b"x" * 600) for number in range(2)])
+    content = bytearray(path.read_bytes())
+    start = 1536
+    content[start + 124 : start + 136] = size
+    content[start + 148 : start + 156] = b" " * 8
+    content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"\A[^\n]*a\.tar: [^\n]*\Z"):
+        walk(path)
