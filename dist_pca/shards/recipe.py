@@ -10,9 +10,9 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
+from dist_pca.config.section import NonNegative, Positive, Section
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
-from dist_pca.section import NonNegative, Positive, Section
 from dist_pca.shards.classes import LABEL_SETS, ClassInfo, label_set
 
 IGNORE = "ignore"

@@ -1,0 +1,117 @@
+"""A whole run: read, checked, written."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError, model_validator
+from typing_extensions import Self
+from yaml import YAMLError
+
+from dist_pca.config.data import DataConfig
+from dist_pca.config.evaluation import EvaluationConfig
+from dist_pca.config.model import ModelConfig
+from dist_pca.config.objective import ObjectiveConfig
+from dist_pca.config.section import NonNegative, Section
+from dist_pca.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
+from dist_pca.errors import UserError
+
+
+class RunConfig(Section):
+    """One run."""
+
+    name: str
+    """Name of the run."""
+    output: str = "runs"
+    """Folder that holds run folders; this run's is output/name."""
+    seed: NonNegative = 0
+    """Seed of weights, order and augmentation."""
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output) / self.name
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.objective.adapt and self.data.target is None:
+            raise ValueError(
+                "data.target: missing while objective.adapt is true; name a shard folder or set objective.adapt=false"
+            )
+        if self.data.source == () or self.data.target == ():
+            raise ValueError("data.source and data.target: an empty list; name at least one shard folder")
+        scope = self.objective.association.scope
+        pairs = {
+            "objective.association.scope: `pair`": scope == "pair",
+            "data.sampling.pairing_window": self.data.sampling.pairing_window > 0,
+        }
+        for key, pairing in pairs.items():
+            if self.objective.adapt and pairing and self.training.source_batch != self.training.target_batch:
+                raise ValueError(
+                    f"{key} needs training.source_batch equal to training.target_batch, "
+                    f"got {self.training.source_batch} and {self.training.target_batch}"
+                )
+        horizon = self.schedule.horizon
+        if horizon is not None and horizon < self.training.steps:
+            raise ValueError(f"schedule.horizon: {horizon} is below training.steps {self.training.steps}")
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run from a YAML file and `key=value` overrides (dotted keys, YAML values; later ones win).
+
+    Raises:
+        UserError: the file is missing or not YAML, an override is malformed, a key is unknown (the nearest valid key
+            is named), a value has the wrong type, or values contradict each other.
+    """
+    if not path.is_file():
+        raise UserError(f"config {path}: no such file")
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r}: write key=value, for example training.steps=100")
+    try:
+        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        raise UserError(f"config {path}: {' '.join(str(error).split())}") from error
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"config {path}: " + "; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved run as YAML that `load_config` reads back to an equal one."""
+    OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path)
+
+
+def _explain(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, _all_keys(RunConfig), n=1, cutoff=0.0)[0]
+        return f"{key}: unknown key; the nearest is {nearest}"
+    if detail["type"] == "missing":
+        return f"{key}: required and missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}.{message}" if key else message
+    return f"{key}: {message}, got {detail['input']!r}"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
