@@ -17,10 +17,11 @@ from PIL import Image
 
 from dist_pca.bench.report import Record
 from dist_pca.config import DataConfig
+from dist_pca.data.batch import Batch
 from dist_pca.data.classes import lookup_table
 from dist_pca.data.reader import ShardReader
 from dist_pca.data.sampling import build_sampler
-from dist_pca.data.stream import Batch, stream
+from dist_pca.data.stream import stream
 from dist_pca.data.transform import apply_crop, draw_crop, resized_size
 from dist_pca.demo.streets import DAY, DUSK, write_streets
 from dist_pca.errors import UserError

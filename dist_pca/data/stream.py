@@ -18,9 +18,10 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import get_worker_info
 
 from dist_pca.config import CacheConfig, DataConfig, SamplingConfig
+from dist_pca.data.batch import PREFETCH, Batch, Cut, Filled, Ring
 from dist_pca.data.cache import CacheSettings, cache_settings
 from dist_pca.data.classes import chosen_classes, lookup_table
 from dist_pca.data.decode import decode_sample
@@ -40,20 +41,6 @@ _MOST_REPLACEMENTS = 8
 """Samples drawn in the place of a corrupt one before all of them are taken to be."""
 
 
-class Batch(NamedTuple):
-    """One rank's micro-batch of m crops; in pinned memory where there is CUDA."""
-
-    images: torch.Tensor
-    """uint8, m x 3 x height x width, RGB."""
-    labels: torch.Tensor | None
-    """uint8 train ids, m x height x width; None where the shards have no labels."""
-    keys: list[str]
-    positions: list[int]
-    """Where each sample stands in the endless stream."""
-    skipped: list[str]
-    """What was wrong with samples that others have replaced."""
-
-
 class EvaluationSample(NamedTuple):
     """One image at its full size."""
 
@@ -68,14 +55,6 @@ class _Taken(NamedTuple):
     position: int
     choice: Choice
     sample: dict[str, Any] | CorruptSample
-
-
-class _Crop(NamedTuple):
-    image: Pixels
-    label: Pixels | None
-    key: str
-    position: int
-    skipped: list[str]
 
 
 def stream(
@@ -130,15 +109,15 @@ def stream(
     )
     cache = cache_settings(config.cache)
     openers = [partial(ShardReader, manifest, config.shuffle_window, cache) for manifest in manifests]
+    ring = Ring(config.workers, size, config.crop, labelled=labelled)
     batches = _load(
         partial(_ordered_samples, sampler, openers, positions, accumulation, start_step),
         webdataset.map(partial(_crop_sample, config, seed, domain, sampler, openers, tables)),
-        partial(_batches, size=size),
+        ring.fill,
         workers=config.workers,
-        pin_memory=torch.cuda.is_available(),
     )
     epoch = sum(manifest.samples for manifest in manifests)
-    return _watched(batches, domain, config.max_corrupt_share, epoch / world_size)
+    return _watched(batches, ring, domain, config.max_corrupt_share, epoch / world_size)
 
 
 def evaluation_stream(
@@ -168,17 +147,16 @@ def evaluation_stream(
         partial(_share_of_samples, manifest, rank, world_size, cache_settings(cache or CacheConfig())),
         webdataset.map(partial(_whole_sample, table, manifest.label_member)),
         workers=workers,
-        pin_memory=False,
     )
     return _as_arrays(samples)
 
 
-def _load(*stages: Callable[..., Any], workers: int, pin_memory: bool) -> Generator[Any, None, None]:
+def _load(*stages: Callable[..., Any], workers: int) -> Generator[Any, None, None]:
     loader = webdataset.WebLoader(
         webdataset.DataPipeline(*stages, _hand_over_errors),
         batch_size=None,
         num_workers=workers,
-        pin_memory=pin_memory,
+        prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_leave_signals_to_the_trainer,
         # The loader draws a seed nobody uses; it must not move the global generator that the model draws from.
         generator=torch.Generator(),
@@ -295,7 +273,7 @@ def _crop_sample(
     openers: Sequence[Callable[[], ShardReader]],
     tables: Sequence[Pixels | None],
     taken: _Taken,
-) -> _Crop:
+) -> Cut:
     """The crop at a position; of another sample where its own is corrupt."""
     position, choice, sample = taken
     skipped: list[str] = []
@@ -320,11 +298,11 @@ def _crop_sample(
     draw = partial(draw_crop, sample["__size__"], config, seed=seed, domain=domain, position=position)
     table = tables[part]
     if label is None or table is None:
-        return _Crop(apply_crop(image, None, draw())[0], None, sample["__key__"], position, skipped)
+        return Cut(apply_crop(image, None, draw())[0], None, sample["__key__"], position, skipped)
     crop = draw() if choice.wanted is None else _crop_that_shows(choice.wanted, label, table, draw, config.sampling)
     pixels, train_ids = apply_crop(image, label, crop)
     assert train_ids is not None
-    return _Crop(pixels, table.take(train_ids), sample["__key__"], position, skipped)
+    return Cut(pixels, table.take(train_ids), sample["__key__"], position, skipped)
 
 
 def _crop_that_shows(
@@ -342,27 +320,13 @@ def _crop_that_shows(
     return best
 
 
-def _batches(crops: Iterator[_Crop], *, size: int) -> Iterator[Batch]:
-    # webdataset.batched would read the first sample of the next batch before it gives out this one.
-    while members := list(islice(crops, size)):
-        labels = [torch.from_numpy(crop.label) for crop in members if crop.label is not None]
-        # In a loader process this stacks into shared memory at once.
-        yield Batch(
-            images=default_collate([torch.from_numpy(crop.image) for crop in members]),
-            labels=default_collate(labels) if labels else None,
-            keys=[crop.key for crop in members],
-            positions=[crop.position for crop in members],
-            skipped=[line for crop in members for line in crop.skipped],
-        )
-
-
 def _watched(
-    batches: Generator[Batch, None, None], domain: Domain, max_share: float, epoch: float
+    batches: Generator[Filled, None, None], ring: Ring, domain: Domain, max_share: float, epoch: float
 ) -> Generator[Batch, None, None]:
     """Log what was skipped, and stop where it is more than a share of an epoch or of all samples taken."""
     taken = skipped = 0
     with closing(batches):
-        for batch in batches:
+        for batch in map(ring.take, batches):
             taken, skipped = taken + len(batch.keys), skipped + len(batch.skipped)
             for line in batch.skipped:
                 _log.warning("data.%s: skipped a sample: %s", domain, line)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from dist_pca.data.stream import Batch
+from dist_pca.data.batch import Batch
 from dist_pca.errors import UserError
 from dist_pca.objective import Domain
 from dist_pca.training.outcome import ExitCode

@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 
 from dist_pca.config import RunConfig
+from dist_pca.data.batch import Batch
 from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.data.classes import class_table
 from dist_pca.data.order import micro_batch_size
 from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.randomness import Purpose, draw
 from dist_pca.data.sampling import build_sampler
-from dist_pca.data.stream import Batch, stream
+from dist_pca.data.stream import stream
 from dist_pca.data.transform import check_crop
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.objective import Domain, objective

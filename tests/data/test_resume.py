@@ -6,7 +6,8 @@ from itertools import islice
 
 import pytest
 
-from dist_pca.data.stream import Batch, stream
+from dist_pca.data.batch import Batch
+from dist_pca.data.stream import stream
 from dist_pca.shards.manifest import Manifest
 from tests.data.shards import data_config, make_shards
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_pca.data.stream import Batch, EvaluationSample, evaluation_stream, stream
+from dist_pca.data.batch import Batch
+from dist_pca.data.stream import EvaluationSample, evaluation_stream, stream
 from dist_pca.errors import UserError
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest

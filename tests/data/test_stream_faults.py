@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from dist_pca.data.stream import Batch, stream
+from dist_pca.data.batch import Batch
+from dist_pca.data.stream import stream
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest
 from tests.data.shards import data_config, make_shards, sample_members, write_shards
