@@ -18,6 +18,7 @@ from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.randomness import Purpose, draw
 from dist_pca.data.sampling import build_sampler
 from dist_pca.data.stream import stream
+from dist_pca.data.transfer import to_device
 from dist_pca.data.transform import check_crop
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.objective import Domain, objective
@@ -132,7 +133,6 @@ def train(plan: Plan, stop: StopRequest) -> ExitCode:
                     source_batch,
                     target_batch,
                     joint=config.model.joint_batch,
-                    device=world.device,
                     seed=config.seed,
                 )
                 loss, terms = objective(
@@ -168,31 +168,24 @@ def train(plan: Plan, stop: StopRequest) -> ExitCode:
 
 
 def forward(
-    engine: Any, source: Batch, target: Batch | None, *, joint: bool, device: torch.device, seed: int
+    engine: Any, source: Batch, target: Batch | None, *, joint: bool, seed: int
 ) -> tuple[Domain, Domain | None]:
     """Both domains through the network, as one batch or in turn."""
-    images, labels = _to(source, device)
     seeds = _seeds(source, seed, "source")
     if target is None:
-        logits, features = engine(images)
-        return Domain(logits, features, labels, seeds), None
-    target_images, target_labels = _to(target, device)
+        logits, features = engine(source.images)
+        return Domain(logits, features, source.labels, seeds), None
     target_seeds = _seeds(target, seed, "target")
     if joint:
-        n = len(images)
-        logits, features = engine(torch.cat([images, target_images]))
+        n = len(source.images)
+        logits, features = engine(torch.cat([source.images, target.images]))
         (logits, target_logits), (features, target_features) = ((x[:n], x[n:]) for x in (logits, features))
     else:
-        (logits, features), (target_logits, target_features) = engine(images), engine(target_images)
+        (logits, features), (target_logits, target_features) = engine(source.images), engine(target.images)
     return (
-        Domain(logits, features, labels, seeds),
-        Domain(target_logits, target_features, target_labels, target_seeds),
+        Domain(logits, features, source.labels, seeds),
+        Domain(target_logits, target_features, target.labels, target_seeds),
     )
-
-
-def _to(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-    return batch.images.to(device, non_blocking=True), labels
 
 
 def _seeds(batch: Batch, seed: int, domain: DomainName) -> list[int]:
@@ -215,7 +208,7 @@ def _start_engine(plan: Plan, world: World) -> tuple[Any, torch.optim.Optimizer,
 def _stream(
     plan: Plan, manifests: Sequence[Manifest], domain: DomainName, global_batch: int, world: World, start_step: int
 ) -> Generator[Batch, None, None]:
-    return stream(
+    batches = stream(
         plan.config.data,
         manifests,
         domain,
@@ -227,3 +220,4 @@ def _stream(
         start_step=start_step,
         targets=plan.targets,
     )
+    return to_device(batches, world.device)
