@@ -9,6 +9,8 @@ import torch
 
 CPU_TILE_BYTES, GPU_TILE_BYTES = 8 << 20, 256 << 20
 """Memory for one tile. On a CPU larger ones fall out of its cache, and every pass over them waits for memory."""
+ROW_GROUP = 32
+"""Rows of a tile come in multiples of this."""
 MIN_ROWS = 256
 """Rows of a tile, whatever its memory: with fewer, products wait for the keys, which every tile reads anew."""
 GROUP = 64
@@ -36,29 +38,30 @@ class Match(NamedTuple):
     """[n], logarithm of the sum of the products' exponentials, where it was asked for."""
 
 
-def row_blocks(rows: int, columns: int, device: torch.device) -> list[slice]:
-    """Slices of rows that make tiles of the memory budget."""
+def row_blocks(rows: int, columns: int, device: torch.device, element_size: int = 4) -> list[slice]:
+    """Slices of rows that make tiles of the memory budget, at so many bytes per product."""
     budget = CPU_TILE_BYTES if device.type == "cpu" else GPU_TILE_BYTES
-    height = max(MIN_ROWS, budget // max(1, 4 * columns))
+    height = max(MIN_ROWS, budget // max(1, element_size * columns) // ROW_GROUP * ROW_GROUP)
     return [slice(start, start + height) for start in range(0, rows, height)]
 
 
 def scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """[n, m] products of query rows and key rows, in fp32 or more."""
-    return multiply(query, key.T)
+    return widened(product(query, key.T))
 
 
-def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Matrix product in fp32 or more. Of bf16 matrices it is summed in fp32; CPUs can only give it out rounded."""
+def widened(tile: torch.Tensor) -> torch.Tensor:
+    """In fp32 or more: the tile itself where it is that already."""
+    return tile.to(torch.promote_types(tile.dtype, torch.float32))
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Matrix product. That of bf16 is summed in fp32; GPUs give it in fp32 too, CPUs can only give it rounded."""
     if left.is_cuda and left.dtype == torch.bfloat16:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return _library_product(left, right).to(torch.promote_types(left.dtype, torch.float32))
-
-
-def _library_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if _ONEDNN and left.device.type == "cpu" and left.dtype == torch.float32 and left.numel() and right.numel():
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
-        return product
+        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
+        return found
     return left @ right
 
 
@@ -110,10 +113,10 @@ def sweep(
         deterministic: Same bits every time, which this always gives.
     """
     tile = scores(query, key)
-    return products(tile.sub_(log_sum[:, None]).exp_(), key, weighted, key_gradient)
+    return pull_both(tile.sub_(log_sum[:, None]).exp_(), key, weighted, key_gradient)
 
 
-def products(
+def pull_both(
     probabilities: torch.Tensor, key: torch.Tensor, weighted: torch.Tensor, key_gradient: torch.Tensor
 ) -> torch.Tensor:
     """`P @ key`, [n, C], and `P.T @ weighted` added to key_gradient [m, C], for a tile P [n, m]."""
@@ -121,11 +124,11 @@ def products(
     if key.is_cuda and key.dtype != torch.bfloat16:
         key_gradient.addmm_(probabilities.T, weighted)
     elif key.is_cuda:
-        key_gradient += multiply(probabilities.T, weighted)
+        key_gradient += product(probabilities.T, weighted)
     else:
         # In parts that are still in the cache when they are added.
         for columns, part in zip(
             torch.split(probabilities, KEY_ROWS, dim=1), torch.split(key_gradient, KEY_ROWS), strict=True
         ):
-            part += _library_product(columns.T, weighted)
-    return multiply(probabilities, key)
+            part += product(columns.T, weighted)
+    return widened(product(probabilities, key))

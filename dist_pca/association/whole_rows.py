@@ -7,12 +7,14 @@ import math
 
 import torch
 
-from dist_pca.association.blockwise import products, row_blocks, row_maximum, scores
+from dist_pca.association.blockwise import product, pull_both, row_blocks, row_maximum, widened
 from dist_pca.association.direction import Direction, Matched
 from dist_pca.association.statistics import SIGMA_EPSILON
 
-GROUP = 32
+GROUP = 64
 """Rows come in multiples of this, where there is a choice."""
+CPU_PART_BYTES = 2 << 20
+"""Memory for rows of a tile in fp32 that a CPU passes over several times."""
 LED_BACK = 128
 """Targets that are led back at a time, beside a tile that is waiting for them."""
 
@@ -21,8 +23,8 @@ def match_whole_rows(direction: Direction, rows: torch.Tensor) -> Matched:
     """Best key of each of some query rows [k]."""
     best = torch.empty_like(rows)
     for _, block, _ in direction.keys.passes():
-        for part in row_blocks(len(rows), len(block), block.device):
-            best[part] = row_maximum(_tile(direction, rows[part], block)[1])[1]
+        for part in _row_blocks(len(rows), block):
+            best[part] = _best_keys(_tile(direction, rows[part], block)[1])
     return Matched(best)
 
 
@@ -30,9 +32,11 @@ def sweep_whole_rows(direction: Direction, rows: torch.Tensor, matched: Matched,
     """`-sum_i weight_i log p_i(best_i)` over some query rows [k]; its gradients are added to both sides. Collective."""
     total = weight.new_zeros(())
     for _, block, gradient in direction.keys.passes(direction.key_gradient):
-        for part in row_blocks(len(rows), len(block), block.device):
+        for part in _row_blocks(len(rows), block):
             query, tile = _tile(direction, rows[part], block)
             total += _sweep_tile(direction, tile, query, rows[part], matched.best[part], weight[part], block, gradient)
+            # Before the next one takes as much.
+            del query, tile
     return total
 
 
@@ -58,10 +62,10 @@ def close_cycles(
     total = forward.queries.x.new_zeros(())
     everywhere = torch.arange(len(classes), device=classes.device)
     for _, block, gradient in forward.keys.passes(forward.key_gradient):
-        for part in row_blocks(len(classes), len(block), block.device):
+        for part in _row_blocks(len(classes), block):
             rows = everywhere[part]
             query, tile = _tile(forward, rows, block)
-            match[part] = best = row_maximum(tile)[1]
+            match[part] = best = _best_keys(tile)
             middles = torch.unique(best)
             middles = middles[leads_to[middles] < 0]
             middles = middles[_in_groups(len(middles), middles.device)]
@@ -71,18 +75,28 @@ def close_cycles(
             chosen = _whole_groups(kept)
             rows, best, weight = rows[chosen], best[chosen], kept[chosen].to(total.dtype)
             if len(chosen) < len(kept):
-                query, tile = query[chosen], tile[chosen]
+                query, tile = query.index_select(0, chosen), tile.index_select(0, chosen)
             total += _sweep_tile(forward, tile, query, rows, best, weight, block, gradient)
+            del query, tile
     return match, leads_to, total
 
 
 def _tile(direction: Direction, rows: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some rows as queries, and their products with the keys."""
+    """Some rows as queries, and their products with the keys as the device gives them: CPUs give those of bf16 in bf16,
+    and so they are kept."""
     query, keys = direction.queries.query(rows), direction.keys
-    tile = scores(query.to(block.dtype), block)
+    tile = product(query.to(block.dtype), block.T)
     if keys.scale is not None and keys.shift is not None:
         tile.mul_(keys.scale).sub_((query @ keys.shift)[:, None])
     return query, tile
+
+
+def _row_blocks(rows: int, block: torch.Tensor) -> list[slice]:
+    return row_blocks(rows, len(block), block.device, 4 if block.is_cuda else block.element_size())
+
+
+def _best_keys(tile: torch.Tensor) -> torch.Tensor:
+    return torch.cat([row_maximum(widened(part))[1] for part in torch.split(tile, _part_rows(tile))])
 
 
 def _sweep_tile(
@@ -95,23 +109,36 @@ def _sweep_tile(
     block: torch.Tensor,
     gradient: torch.Tensor | None,
 ) -> torch.Tensor:
-    # Keys are centred, so that a row's variance is its mean square.
-    deviation = torch.linalg.vector_norm(tile, dim=1, keepdim=True) / math.sqrt(max(1, len(block) - 1))
-    sigma = deviation + SIGMA_EPSILON
-    probabilities = torch.softmax(tile.div_(sigma), dim=1, out=tile)
-    at_best = probabilities.gather(1, best[:, None])
+    height = _part_rows(tile)
+    sigma = query.new_empty(len(rows), 1)
+    at_best = torch.empty_like(sigma)
+    for part in (slice(start, start + height) for start in range(0, len(rows), height)):
+        logits, where = widened(tile[part]), best[part, None]
+        # Keys are centred, so that a row's variance is its mean square.
+        deviation = torch.linalg.vector_norm(logits, dim=1, keepdim=True) / math.sqrt(max(1, len(block) - 1))
+        sigma[part] = deviation + SIGMA_EPSILON
+        probabilities = torch.softmax(logits.div_(sigma[part]), dim=1, out=logits)
+        at_best[part] = probabilities.gather(1, where)
+        if gradient is not None:
+            probabilities.scatter_(1, where, at_best[part] - 1)
+            if direction.keys.scale is not None:
+                probabilities *= direction.keys.scale
+            if probabilities.dtype != tile.dtype:
+                tile[part] = probabilities
     loss = -(weight * at_best[:, 0].log()).sum()
     if gradient is None:
         return loss
-    probabilities.scatter_(1, best[:, None], at_best - 1)
-    if direction.keys.scale is not None:
-        probabilities *= direction.keys.scale
     scale = weight[:, None] / sigma
-    product = products(probabilities, block, (query * scale).to(block.dtype), gradient)
+    pull = pull_both(tile, block, (query * scale).to(block.dtype), gradient)
     if direction.slope is not None:
-        direction.slope[rows] = -((query * product).sum(dim=1, keepdim=True) * scale / sigma)[:, 0]
-    direction.queries.add_query_gradient(rows, product.mul_(scale))
+        direction.slope[rows] = -((query * pull).sum(dim=1, keepdim=True) * scale / sigma)[:, 0]
+    direction.queries.add_query_gradient(rows, pull.mul_(scale))
     return loss
+
+
+def _part_rows(tile: torch.Tensor) -> int:
+    """Rows of a tile that go through a softmax together."""
+    return len(tile) if tile.is_cuda else max(1, CPU_PART_BYTES // (4 * tile.shape[1]))
 
 
 def _in_groups(count: int, device: torch.device) -> torch.Tensor:
