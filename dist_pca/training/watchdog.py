@@ -2,7 +2,8 @@
 
 Each rank tells a store, from a thread of its own, what it is doing. It watches the next rank's pulse, and its own
 progress: ranks take the same steps, so when nobody moves, whoever has come least far holds up the others. Who finds
-something writes it into the store, where all ranks see it and leave, whatever they wait in.
+something writes it into the store, where all ranks see it and leave, whatever they wait in. To whom the store does not
+answer any more, the others are lost.
 """
 
 import json
@@ -23,7 +24,19 @@ from typing_extensions import Self
 from dist_pca.errors import UserError
 from dist_pca.training.outcome import ExitCode, leave, record_outcome, say_error
 
-Phase = Literal["start", "data", "forward", "backward", "optimizer", "log", "checkpoint", "end"]
+Phase = Literal[
+    "start",
+    "data",
+    "forward",
+    "association",
+    "exchange",
+    "backward",
+    "optimizer",
+    "validation",
+    "log",
+    "checkpoint",
+    "end",
+]
 _SHARE = 0.8
 """Of the time-out, after which a rank is lost; the rest is for telling the others."""
 _OF_A_LOST_PEER = ("gloo", "nccl", "connection", "socket")
@@ -60,17 +73,20 @@ class Watchdog:
         self._beat = 0
         self._own = Pulse(0, 0, 0, "start", socket.gethostname(), os.getpid())
         # Seconds of watching. Where all processes of a machine were paused together, nobody was silent.
-        self._clock = self._moved_at = self._heard_at = self._told_at = 0.0
+        self._clock = self._moved_at = self._heard_at = self._answered_at = 0.0
         self._moved = self._heard = 0
         self._beats: dict[int, int] = {}
         # Without a launcher the parent is a shell, which may go.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._raising = False
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._watching = threading.Thread(target=self._watch, daemon=True)
+        # Where the network is gone, a call to the store can wait for a quarter of an hour.
+        self._asking = threading.Thread(target=self._ask, daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._watching.start()
+        self._asking.start()
         return self
 
     def __exit__(
@@ -86,10 +102,8 @@ class Watchdog:
                 leave(self._folder, ExitCode.LOST_RANK)
         self.enter("end")
         self._closed.set()
-        self._thread.join()
-        # The store is gone where the launcher is.
-        with suppress(RuntimeError):
-            self._tell()
+        self._watching.join()
+        self._asking.join(self._lost_after)
 
     def enter(self, phase: Phase, step: int | None = None) -> None:
         """This rank begins a phase, of step number `step` (from 1) or of the same step as before."""
@@ -106,19 +120,25 @@ class Watchdog:
                 # The launcher is gone, and its store with it; nobody would end this process. Save, and leave.
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-            try:
+            silent = self._clock - self._answered_at
+            if silent > self._lost_after:
+                self._end(f"rank {self._rank}: the launcher's store has not answered for {silent:.0f} s")
+
+    def _ask(self) -> None:
+        # The store is gone where its launcher is.
+        while not self._closed.wait(self._interval):
+            with suppress(RuntimeError):
                 self._tell()
                 self._obey()
                 self._watch_next()
                 self._watch_own()
-            except RuntimeError as error:
-                if self._clock - self._told_at > self._lost_after:
-                    self._end(f"rank {self._rank}: the launcher's store does not answer: {error}")
+                self._answered_at = self._clock
+        with suppress(RuntimeError):
+            self._tell()
 
     def _tell(self) -> None:
         self._beat += 1
         self._store.set(f"pulse{self._rank}", json.dumps(self._own._replace(beat=self._beat)))
-        self._told_at = self._clock
 
     def _pulse(self, rank: int) -> Pulse | None:
         key = f"pulse{rank}"
