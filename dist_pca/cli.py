@@ -12,9 +12,12 @@ from rich.console import Console
 
 import dist_pca
 from dist_pca.bench.commands import app as bench_app
+from dist_pca.cluster.commands import app as cluster_app
+from dist_pca.doctor.commands import app as doctor_app
 from dist_pca.errors import UserError
 from dist_pca.evaluation.commands import app as evaluation_app
 from dist_pca.options import Resume
+from dist_pca.planning.commands import app as planning_app
 from dist_pca.resources import names
 from dist_pca.shards.commands import app as shards_app
 
@@ -26,6 +29,9 @@ app = typer.Typer(
     help="Train semantic segmentation that adapts to a new domain without labels, on one GPU or many.",
 )
 app.add_typer(evaluation_app)
+app.add_typer(cluster_app)
+app.add_typer(planning_app)
+app.add_typer(doctor_app)
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 
@@ -37,6 +43,8 @@ dist-pca train gta5_to_cityscapes data.source=data/gta5 data.target=data/city_tr
 dist-pca train my_run.yaml training.steps=2000 objective.association.scope=world --launcher accelerate/gpu_zero3
 
 dist-pca train my_run.yaml training.steps=4000 --resume
+
+dist-pca train my_run.yaml --profile 100:5
 """
 
 
@@ -81,6 +89,9 @@ def train(
         ),
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="START:STEPS", help="Trace these steps into the run folder's profile/.")
+    ] = None,
     resume: Resume = None,
 ) -> None:
     """Train on this machine, and print the [bold]accelerate launch[/] line that does it.
@@ -91,13 +102,15 @@ def train(
     Exit codes: 0 every step is made, 2 something to mend, 65 diverged, 69 a rank was lost, 75 saved and to be started
     again, 130 saved after Ctrl-C.
     """
+    from dist_pca.config.telemetry import profile_overrides
     from dist_pca.train import resolve_config
     from dist_pca.training.launch import launch, launch_command, process_count, shown
     from dist_pca.training.loop import check
     from dist_pca.training.resume import is_finished
 
-    run = resolve_config(config, overrides or [])
-    command = launch_command(config, overrides or [], launcher=launcher, processes=processes, resume=resume)
+    settings = [*(overrides or []), *(profile_overrides(profile) if profile else [])]
+    run = resolve_config(config, settings)
+    command = launch_command(config, settings, launcher=launcher, processes=processes, resume=resume)
     # What cannot run is said here, before a launcher that follows every failure with a traceback of its own.
     check(run, world_size=process_count(command), resume=resume)
     console = Console(stderr=True, soft_wrap=True, highlight=False)

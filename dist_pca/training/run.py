@@ -1,6 +1,7 @@
 """A run folder: what a run was given, where it ran, what it made."""
 
 import json
+import os
 import platform
 import sys
 from dataclasses import asdict
@@ -13,16 +14,17 @@ from pydantic import TypeAdapter
 from dist_pca import __version__
 from dist_pca.config import RunConfig, load_config, save_config
 from dist_pca.errors import UserError
-from dist_pca.model.segmenter import Segmenter, build_segmenter
+from dist_pca.model.segmenter import Segmenter, build_network
 from dist_pca.shards.classes import ClassInfo
-from dist_pca.training.checkpoint import latest_checkpoint, load_model
+from dist_pca.training.checkpoint import Weights, has_average, latest_checkpoint, load_model, pointed_at
+from dist_pca.training.starts import record_start
 
 _CLASSES = TypeAdapter(tuple[ClassInfo, ...])
 PACKAGES = ("torch", "deepspeed", "accelerate", "timm", "webdataset")
 
 
-def create_run(config: RunConfig, classes: tuple[ClassInfo, ...], world_size: int) -> None:
-    """Make the run folder: resolved config, class table, environment."""
+def create_run(config: RunConfig, classes: tuple[ClassInfo, ...], world_size: int, start_step: int) -> None:
+    """Make the run folder: resolved config, class table, environment, and the start after `start_step` steps."""
     config.folder.mkdir(parents=True, exist_ok=True)
     save_config(config, config.folder / "config.yaml")
     (config.folder / "classes.json").write_text(json.dumps([asdict(info) for info in classes], indent=1) + "\n")
@@ -35,17 +37,21 @@ def create_run(config: RunConfig, classes: tuple[ClassInfo, ...], world_size: in
         "command": sys.argv,
     }
     (config.folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+    record_start(config.folder, start_step, world_size, os.environ)
 
 
-def load_run(folder: Path, checkpoint: str | None = None) -> tuple[RunConfig, tuple[ClassInfo, ...], Segmenter]:
+def load_run(
+    folder: Path, checkpoint: str | None = None, *, weights: Weights | None = None
+) -> tuple[RunConfig, tuple[ClassInfo, ...], Segmenter]:
     """Config, class table and network of a run, in evaluation mode on the CPU.
 
     Args:
         folder: The run folder.
-        checkpoint: Step or name of a checkpoint; None takes the newest.
+        checkpoint: Step or name of a checkpoint, or `best`; None takes the newest.
+        weights: The moving average or the trained weights; None takes the average where the checkpoint has one.
 
     Raises:
-        UserError: the folder is not a run, or has no checkpoint or not this one.
+        UserError: the folder is not a run, has no checkpoint or not this one, or no such weights.
     """
     if not (folder / "config.yaml").is_file() or not (folder / "classes.json").is_file():
         raise UserError(
@@ -53,15 +59,17 @@ def load_run(folder: Path, checkpoint: str | None = None) -> tuple[RunConfig, tu
         )
     config = load_config(folder / "config.yaml")
     classes = _CLASSES.validate_json((folder / "classes.json").read_text())
-    weights = latest_checkpoint(folder / "checkpoints") if checkpoint is None else _checkpoint(folder, checkpoint)
-    if weights is None:
+    chosen = latest_checkpoint(folder / "checkpoints") if checkpoint is None else _checkpoint(folder, checkpoint)
+    if chosen is None:
         raise UserError(f"{folder}: has no checkpoint yet; train it first, or lower training.checkpoint_every")
-    model = build_segmenter(config.model.model_copy(update={"weights": "scratch", "batch_norm": "local"}), len(classes))
-    load_model(model, weights)
+    model = build_network(config.model, len(classes))
+    load_model(model, chosen, ema=weights == "ema" or (weights is None and has_average(chosen)))
     return config, classes, model.eval()
 
 
 def _checkpoint(folder: Path, wanted: str) -> Path:
+    if wanted == "best" and (best := pointed_at(folder / "checkpoints", "best")) is not None:
+        return best
     name = f"step-{int(wanted):08d}" if wanted.isdecimal() else wanted
     there = {path.name: path for path in sorted((folder / "checkpoints").glob("step-*"))}
     if name not in there:

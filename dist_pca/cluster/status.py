@@ -1,0 +1,218 @@
+"""What has become of a run, read from its folder alone."""
+
+import json
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from rich.markup import escape
+from rich.table import Column, Table
+
+from dist_pca.errors import UserError
+from dist_pca.training.outcome import ExitCode, read_outcome
+from dist_pca.training.starts import Start, is_alive, read_starts
+
+State = Literal["queued", "running", "stale", "finished", "stopped", "diverged", "failed"]
+SHOWN = {"loss": "loss", "images_per_second": "images/s"}
+"""Metrics in the table, and their headings."""
+_STYLES = {"running": "green", "finished": "bold green", "stale": "red", "diverged": "red", "failed": "red"}
+_ENDED: dict[int, State] = {
+    ExitCode.DONE: "finished",
+    ExitCode.SAVED: "stopped",
+    ExitCode.INTERRUPTED: "stopped",
+    ExitCode.DIVERGED: "diverged",
+}
+_LATE_LINES = 3
+"""Lines of metrics.jsonl that may be overdue before a run counts as stale."""
+_TAIL_BYTES = 2**16
+
+
+class Status(NamedTuple):
+    """A run, as its folder shows it."""
+
+    run: str
+    state: State
+    """`queued` waits in SLURM's queue to start or to go on; `stale` never said that it ended, and shows no life."""
+    step: int
+    """Last step told in metrics.jsonl, or saved."""
+    steps: int
+    """Steps of the run; 0 where it has not been started yet."""
+    saved_step: int
+    """That of the newest checkpoint; 0 without one."""
+    seconds_left: float | None
+    """Of a running one that has told its speed."""
+    silent: float | None
+    """Seconds since the run last wrote anything; None where it never did."""
+    starts: int
+    restarts: int
+    job: str | None
+    """SLURM's number of the last start's job."""
+    job_state: str | None
+    """What SLURM's queue says of it; None where it is not in the queue, or there is none here."""
+    metrics: dict[str, Any]
+    """The last line of metrics.jsonl."""
+    message: str
+    """How it ended, or what is to be done."""
+
+
+def saved_step(folder: Path) -> int:
+    """Step of a run folder's newest checkpoint; 0 without one."""
+    try:
+        return int((folder / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    except (OSError, ValueError):
+        return 0
+
+
+def planned_steps(folder: Path) -> int:
+    """Steps of the run that a folder holds; 0 where it has not been started yet."""
+    return int(_settings(folder).get("steps", 0))
+
+
+def read_status(folder: Path, now: float | None = None) -> Status:
+    """See what has become of a run.
+
+    Args:
+        folder: The run folder.
+        now: Unix time; None takes the clock's.
+
+    Raises:
+        UserError: the folder holds no run, and none is queued for it.
+    """
+    now = time.time() if now is None else now
+    starts, submitted = (
+        read_starts(folder),
+        sorted(folder.glob("slurm/*.sbatch"), key=lambda path: path.stat().st_mtime),
+    )
+    if not (folder / "config.yaml").is_file() and not submitted:
+        raise UserError(f"{folder}: not a run folder (no config.yaml); give a folder that training wrote")
+    settings, saved, metrics = _settings(folder), saved_step(folder), _last_metrics(folder / "metrics.jsonl")
+    steps, step = int(settings.get("steps", 0)), max(saved, int(metrics.get("step", 0)))
+    job = submitted[-1].stem if submitted else None
+    # Unless a later start came from elsewhere.
+    if starts and (job is None or starts[-1].time > submitted[-1].stat().st_mtime):
+        job = starts[-1].job
+    job_state = None if job is None else _job_state(job)
+    silent, outcome = _silence(folder, now), read_outcome(folder)
+    message = "" if outcome is None else outcome.message
+    state: State
+    if outcome is not None:
+        state = _ENDED.get(outcome.code, "failed")
+    elif 0 < steps <= saved:
+        state = "finished"
+    elif not steps:
+        state, message = "failed", f"its job never began and is not in the queue; see {folder / 'slurm'}"
+    elif _is_at_work(starts, job_state, silent, settings, metrics):
+        state = "running"
+    else:
+        state, message = "stale", "no sign of life; start it again, and it goes on from its newest checkpoint"
+    if state != "finished" and job_state == "PENDING":
+        state, message = "queued", "" if outcome is None else message
+    pace = metrics.get("seconds_per_step")
+    return Status(
+        run=str(folder),
+        state=state,
+        step=step,
+        steps=steps,
+        saved_step=saved,
+        seconds_left=pace * (steps - step) if state == "running" and isinstance(pace, (int, float)) else None,
+        silent=silent,
+        starts=len(starts),
+        restarts=max(0, len(starts) - 1),
+        job=job,
+        job_state=job_state,
+        metrics=metrics,
+        message=message,
+    )
+
+
+def to_json(statuses: list[Status]) -> str:
+    """A JSON list with one object for each run."""
+    return json.dumps([status._asdict() for status in statuses], indent=2)
+
+
+def table(statuses: list[Status]) -> Table:
+    """One row for each run."""
+    shown = Table(Column("run", overflow="fold"), "state", "step", "left", *SHOWN.values(), "restarts", "")
+    for status in statuses:
+        style = _STYLES.get(status.state, "")
+        numbers = (status.metrics.get(name) for name in SHOWN)
+        where = f"job {status.job} {status.job_state}" if status.job_state else ""
+        seen = f"last sign {duration(status.silent)} ago" if status.state in ("running", "stale") else ""
+        shown.add_row(
+            escape(status.run),
+            f"[{style}]{status.state}[/]" if style else status.state,
+            f"{status.step:,}/{status.steps:,}",
+            duration(status.seconds_left),
+            *(f"{number:.4g}" if isinstance(number, (int, float)) else "" for number in numbers),
+            str(status.restarts),
+            escape("; ".join(part for part in (status.message, seen, where) if part)),
+        )
+    return shown
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person says them, in the two largest units."""
+    if seconds is None:
+        return ""
+    left = max(0, round(seconds))
+    for (unit, size), (smaller, part) in pairwise((("d", 86400), ("h", 3600), ("min", 60), ("s", 1))):
+        if left >= size:
+            count, rest = left // size, left % size // part
+            return f"{count} {unit} {rest} {smaller}" if rest else f"{count} {unit}"
+    return f"{left} s"
+
+
+def _is_at_work(
+    starts: list[Start],
+    job_state: str | None,
+    silent: float | None,
+    settings: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+) -> bool:
+    """Whether a run that has not said how it ended is still at work, as far as can be seen from here."""
+    if job_state is not None:
+        return True
+    alive = is_alive(starts[-1]) if starts and starts[-1].job is None else None
+    if alive is not None:
+        return alive
+    # From another machine only its writing shows; a rank that does not move ends the run within the stall time-out.
+    line = float(settings.get("log_every", 1)) * float(metrics.get("seconds_per_step") or 0)
+    return silent is not None and silent < float(settings.get("stall_timeout", 0)) + _LATE_LINES * line
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The section `training` of a run folder's config; empty without one."""
+    try:
+        return dict(yaml.safe_load((folder / "config.yaml").read_text())["training"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _last_metrics(path: Path) -> dict[str, Any]:
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        for line in reversed(file.read().splitlines()):
+            # A line can be cut short: the last one while it is written, the first one here.
+            with suppress(ValueError):
+                return dict(json.loads(line))
+    return {}
+
+
+def _silence(folder: Path, now: float) -> float | None:
+    signs = (folder / name for name in ("starts.jsonl", "metrics.jsonl", "checkpoints/latest", "exit.json"))
+    written = [path.stat().st_mtime for path in signs if path.is_file()]
+    return max(0.0, now - max(written)) if written else None
+
+
+def _job_state(job: str) -> str | None:
+    command = ["squeue", "--noheader", "--format=%T", f"--job={job}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

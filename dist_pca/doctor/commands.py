@@ -1,0 +1,133 @@
+"""`dist-pca doctor`: parsing and printing."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dist_pca.errors import UserError
+from dist_pca.resources import names
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dist_pca.doctor.check import Check
+
+app = typer.Typer(rich_markup_mode="rich")
+
+_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca doctor
+
+dist-pca doctor gta5_to_cityscapes data.source=data/gta5 --shared runs
+
+accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_pca.doctor demo --shared runs
+
+srun --nodes 2 accelerate launch --config_file launch/accelerate/multi_node.yaml -m dist_pca.doctor --json
+"""
+_COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
+
+
+@app.command("doctor", epilog=_EXAMPLES)
+def doctor(
+    config: Annotated[
+        str | None,
+        typer.Argument(help=f"A YAML file, or one that comes with dist-pca: {', '.join(names('configs'))}."),
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example data.source=data/gta5")] = None,
+    shared: Annotated[
+        Path | None,
+        typer.Option(help="Folder that all nodes should see.", show_default="the config's output"),
+    ] = None,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds after which a rank that has not come is missing.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Look whether this machine, or all that a launcher started it on, is fit to train on.
+
+    Each line passes, warns or fails, with the remedy; a fail makes the exit code 1. Under [bold]accelerate launch -m
+    dist_pca.doctor[/] all ranks take part, and rank 0 prints: bandwidth, shared folder and clocks need several.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not _has_gpu() else "cuda")
+    checks, rank, hosts = _diagnose(config, overrides or [], shared, wait)
+    failed = any(check.verdict == "fail" for check in checks)
+    if rank == 0:
+        _print(checks, hosts, as_json)
+    sys.stdout.flush()
+    # Every rank knows the outcome, and one is enough to tell the launcher.
+    if failed and rank == 0:
+        raise typer.Exit(1)
+
+
+def main() -> int:
+    """The command as a process that a launcher started."""
+    try:
+        app(prog_name="dist_pca.doctor")
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+        return UserError.EXIT_CODE
+    return 0
+
+
+def _diagnose(
+    config: str | None, overrides: list[str], shared: Path | None, wait: float
+) -> "tuple[list[Check], int, list[str]]":
+    import torch.distributed as dist
+
+    from dist_pca.doctor import ranks as meeting
+    from dist_pca.doctor.check import merge
+    from dist_pca.doctor.machine import machine_checks
+    from dist_pca.train import resolve_config
+
+    run = None if config is None else resolve_config(config, overrides)
+    output = Path("." if run is None else run.output)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    own = machine_checks(run, size, shared or output)
+    try:
+        ranks = meeting.join(wait)
+    except meeting.SomeAreMissing as missing:
+        rank = int(os.environ.get("RANK", "0"))
+        return [*own, missing.check], rank, []
+    checks = merge(meeting.gather_checks(ranks, own), ranks.hosts)
+    checks += meeting.exchange_checks(ranks, "gloo", None)
+    nccl = meeting.start_nccl(ranks, wait)
+    if nccl is not None:
+        checks += meeting.exchange_checks(ranks, "nccl", nccl)
+    if shared is not None or run is not None:
+        checks.append(meeting.shared_folder(ranks, shared or output))
+    checks.append(meeting.clocks(ranks))
+    dist.barrier()
+    dist.destroy_process_group()
+    return checks, ranks.rank, ranks.hosts
+
+
+def _print(checks: "Sequence[Check]", hosts: list[str], as_json: bool) -> None:
+    if as_json:
+        result = {
+            "fit": all(check.verdict != "fail" for check in checks),
+            "ranks": len(hosts),
+            "hosts": hosts,
+            "checks": [check._asdict() for check in checks],
+        }
+        typer.echo(json.dumps(result, indent=2))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for _ in range(2):
+        table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in checks:
+        table.add_row(f"[{_COLOURS[check.verdict]}]{check.verdict}[/]", check.name, check.found)
+        if check.verdict != "pass" and check.remedy:
+            table.add_row("", "", f"[bold]->[/] {check.remedy}")
+    Console(highlight=False).print(table)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

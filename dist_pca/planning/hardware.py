@@ -1,0 +1,95 @@
+"""What machines can do, by their vendors' figures, and which part of it a run is assumed to reach."""
+
+from dataclasses import dataclass
+
+import psutil  # type: ignore[import-untyped]
+
+from dist_pca.errors import UserError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. Rates are of dense products, without the sparsity that vendors like to count."""
+
+    name: str
+    memory: float
+    """Bytes."""
+    fp32: float
+    """Operations per second outside of tensor cores: matrix products of fp32, as PyTorch takes them."""
+    tf32: float
+    """Operations per second on tensor cores, fp32 rounded to 19 bits: convolutions of fp32, as PyTorch takes them."""
+    bf16: float
+    """Operations per second of bf16 or fp16 on tensor cores."""
+    link: float
+    """Bytes per second to other GPUs of the node, one way: NVLink, or PCIe where there is none."""
+    network: float
+    """Bytes per second and GPU to other nodes, one way: the adapter that such a GPU usually comes with."""
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("v100", 32e9, 15.7e12, 15.7e12, 125e12, 150e9, 12.5e9),
+        Gpu("a10", 24e9, 31.2e12, 62.5e12, 125e12, 32e9, 6.25e9),
+        Gpu("l4", 24e9, 30.3e12, 60e12, 121e12, 32e9, 6.25e9),
+        Gpu("rtx4090", 24e9, 82.6e12, 82.6e12, 165e12, 32e9, 3.125e9),
+        Gpu("l40s", 48e9, 91.6e12, 183e12, 362e12, 32e9, 12.5e9),
+        Gpu("a100-40", 40e9, 19.5e12, 156e12, 312e12, 300e9, 25e9),
+        Gpu("a100", 80e9, 19.5e12, 156e12, 312e12, 300e9, 25e9),
+        Gpu("h100", 80e9, 67e12, 494e12, 989e12, 450e9, 50e9),
+        Gpu("h200", 141e9, 67e12, 494e12, 989e12, 450e9, 50e9),
+        Gpu("b200", 180e9, 75e12, 1125e12, 2250e12, 900e9, 50e9),
+    )
+}
+"""SXM boards where there are such; V100 lacks bf16, its rate is fp16's."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What no data sheet says. Measure a few steps (`images_per_second` in metrics.jsonl) and put in your own."""
+
+    network_efficiency: float = 0.4
+    """Share of the tensor cores' rate that a network's convolutions and products reach, all else it does included."""
+    association_efficiency: float = 0.5
+    """Share of the rate that the association's products reach."""
+    link_efficiency: float = 0.75
+    """Share of the links' rate that large collectives reach."""
+    latency: float = 2e-5
+    """Seconds that a collective takes however small it is, within a node; three times that between nodes."""
+    matched: float = 0.22
+    """Share of targets that some source position matches (`cover_ratio`)."""
+    kept: float = 0.72
+    """Share of source positions whose cycle is kept (`consistent_ratio` of labelled ones)."""
+    loader_rate: float = 30.0
+    """Images per second that one loader process reads, decodes and crops."""
+    reserve: float = 0.1
+    """Share of the GPU's memory that is left for what is no tensor: CUDA's context, NCCL's buffers, cuDNN's
+    workspaces, and gaps between tensors."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs on nodes."""
+
+    gpu: Gpu
+    nodes: int
+    per_node: int
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+        return self.nodes * self.per_node
+
+
+def find_gpu(name: str) -> Gpu:
+    """A GPU by name; `cpu` is a rank's share of this machine's processor, for runs over gloo.
+
+    Raises:
+        UserError: nobody has entered it.
+    """
+    if name == "cpu":
+        cores = psutil.cpu_count(logical=False) or 1
+        return Gpu("cpu", float(psutil.virtual_memory().total), cores * 5e10, cores * 5e10, cores * 1e11, 2e9, 1.25e9)
+    if name not in GPUS:
+        raise UserError(f"--gpu {name}: not known; take one of {', '.join([*GPUS, 'cpu'])}, and override its figures")
+    return GPUS[name]

@@ -1,0 +1,135 @@
+"""Bytes of tensors that are alive on one GPU at the fullest moment of a training step."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+from dist_pca.config import RunConfig
+from dist_pca.planning.network import NetworkStep, Parameter
+from dist_pca.planning.term import Term
+from dist_pca.training.engine import BUCKET_ELEMENTS
+
+ASSOCIATION = "association"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Parts of what is alive at the peak, in bytes. They add up to it."""
+
+    weights: float
+    """fp32 parameters as this rank holds them, and buffers."""
+    gradients: float
+    """What this rank keeps of them, and the buckets they travel in."""
+    optimizer: float
+    """The optimiser's own fp32 copy of its share of the weights and its moments, and running averages."""
+    activations: float
+    """Images, activations and their gradients, and the other terms of the objective."""
+    association: float
+    """The association's share of the peak."""
+    phase: str
+    """The part of the step in which the peak is."""
+    most: dict[str, float]
+    """What each part takes when it takes most, which need not be at the peak."""
+    phases: dict[str, float]
+    """All that is alive at the fullest moment of each phase of the step."""
+
+    @property
+    def peak(self) -> float:
+        """What `torch.cuda.max_memory_allocated` tells."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.association
+
+
+def memory(
+    config: RunConfig, network: NetworkStep, terms: dict[str, Term], *, stage: int, ranks: int, device: str
+) -> Memory:
+    """Memory of one rank.
+
+    Args:
+        config: The run.
+        network: Its network's step.
+        terms: What is to be added to phases of the network's step, by their names.
+        stage: ZeRO stage.
+        ranks: Number of ranks.
+        device: A GPU's name, or `cpu`, where collectives do not overlap with the computation.
+    """
+    # Flat groups are padded so that they share out evenly.
+    padded = sum(2 * ranks * ceil(count / (2 * ranks)) for count in group_elements(network))
+    own = padded / ranks
+    offload = config.training.offload
+    states = 1 + (2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0))
+    states += int(config.training.ema_decay > 0)
+    optimizer = 4 * own * states if offload.optimizer == "none" else 0.0
+    kept, buckets = _gradients(config, network, stage, ranks, device)
+    # Under stage 3 what is gathered in forward stays until backward, beside this rank's share.
+    shared_out = network.parameters + (own if offload.parameters == "none" else 0.0)
+    weights = 4 * (padded if stage < 3 else shared_out) + network.frozen_bytes + network.buffer_bytes
+
+    saved: dict[str, float] = {}
+    moments: list[_Moment] = []
+    for phase, alive in network.phases:
+        name = phase.removesuffix(" backward")
+        held = dict(saved)
+        if name in terms and phase == name:
+            held[name], saved[name] = terms[name].forward, terms[name].saved
+        elif name in terms:
+            held[name] = terms[name].backward
+            del saved[name]
+        gradients = kept + (buckets if _has_buckets(config, stage, phase) else 0)
+        association = sum(size for key, size in held.items() if key.startswith(ASSOCIATION))
+        moments.append(_Moment(phase, gradients, alive + sum(held.values()) - association, association))
+    fullest = max(moments, key=_Moment.total)
+    return Memory(
+        weights=weights,
+        gradients=fullest.gradients,
+        optimizer=optimizer,
+        activations=fullest.activations,
+        association=fullest.association,
+        phase=fullest.phase,
+        most={
+            "weights": weights,
+            "gradients": max(moment.gradients for moment in moments),
+            "optimizer": optimizer,
+            "activations": max(moment.activations for moment in moments),
+            "association": max(moment.association for moment in moments),
+        },
+        phases={moment.phase: weights + optimizer + moment.total() for moment in moments},
+    )
+
+
+class _Moment(NamedTuple):
+    phase: str
+    gradients: float
+    activations: float
+    association: float
+
+    def total(self) -> float:
+        return self.gradients + self.activations + self.association
+
+
+def _gradients(config: RunConfig, network: NetworkStep, stage: int, ranks: int, device: str) -> tuple[float, float]:
+    """Bytes of gradients that are kept through a step, and of the buckets that they travel in."""
+    parameters, offloaded = network.parameters, config.training.offload.optimizer != "none"
+    # There are buckets for each type in which gradients travel.
+    types = {travelling_bytes(config, parameter) for group in network.groups for parameter in group}
+    if stage == 3:
+        return (0.0 if offloaded else 4 * parameters / ranks), float(sum(types) * BUCKET_ELEMENTS)
+    # Two take turns where they are sent while the next is filled; all are fp32 whatever they are sent in.
+    buckets = (1 if device == "cpu" else 2) * len(types) * 4.0 * BUCKET_ELEMENTS
+    if config.training.accumulation == 1 or offloaded:
+        return 0.0, buckets
+    return 4 * parameters * (1 if stage == 1 else 1 / ranks), buckets
+
+
+def _has_buckets(config: RunConfig, stage: int, phase: str) -> bool:
+    """Stage 3 always has its buckets, stage 1 from the first backward pass of an update to the last."""
+    return phase == "backward" or stage == 3 or (stage == 1 and config.training.accumulation > 1)
+
+
+def group_elements(network: NetworkStep) -> list[int]:
+    """Elements of each parameter group."""
+    return [sum(parameter.elements for parameter in group) for group in network.groups]
+
+
+def travelling_bytes(config: RunConfig, parameter: Parameter) -> int:
+    """Bytes of an element of its gradient on its way to other ranks."""
+    return 2 if parameter.low and config.training.precision != "fp32" else 4

@@ -1,0 +1,129 @@
+"""Bytes that one rank sends to others in one update of the weights, by kind, and how they travel."""
+
+from math import ceil
+from typing import Literal, NamedTuple
+
+from dist_pca.config import Level, RunConfig
+from dist_pca.planning import association, lovasz
+from dist_pca.planning.association import Pool
+from dist_pca.planning.memory import group_elements, travelling_bytes
+from dist_pca.planning.network import NetworkStep
+from dist_pca.planning.term import all_gather, all_reduce, reduce_scatter
+from dist_pca.training.engine import PERSISTENT_ELEMENTS
+
+Pattern = Literal["ring", "neighbour"]
+
+
+class Traffic(NamedTuple):
+    """One kind of exchange."""
+
+    kind: str
+    bytes: float
+    calls: int
+    """Collectives, each of which takes a while however little it carries."""
+    pattern: Pattern
+    """`ring`: all adapters of a node share the load. `neighbour`: a rank sends to the next one through its own."""
+    nodes: bool
+    """It crosses from node to node, where there are several."""
+    overlaps: bool
+    """It goes on while the backward pass computes."""
+
+
+def traffic(
+    config: RunConfig,
+    network: NetworkStep,
+    pools: dict[Level, Pool],
+    *,
+    stage: int,
+    ranks: int,
+    source_images: int,
+    device: str,
+) -> list[Traffic]:
+    """All kinds of exchange of one update; none on a single rank.
+
+    Args:
+        config: The run.
+        network: Its network's step.
+        pools: The association's pool of each level.
+        stage: ZeRO stage.
+        ranks: Number of ranks.
+        source_images: Source images in one rank's micro-batch.
+        device: A GPU's name, or `cpu`, where DeepSpeed does not overlap and synchronised batch norm is our own.
+    """
+    if ranks == 1:
+        return []
+    micro_batches = config.training.accumulation
+    found = _weights_and_gradients(config, network, stage, ranks, device)
+    if config.model.batch_norm == "sync" and network.batch_norms:
+        passes = 1 if config.model.joint_batch or not config.objective.adapt else 2
+        sizes, calls = _batch_norms(network, ranks, device)
+        found.append(
+            Traffic("batch norm", micro_batches * passes * sizes, micro_batches * passes * calls, "ring", True, False)
+        )
+    term = config.objective.lovasz
+    if term.weight > 0 and term.scope == "world":
+        height, width = config.data.crop
+        sent = lovasz.sent_bytes(source_images * height * width, network.logits[0], ranks)
+        found.append(Traffic("lovasz", micro_batches * sent, 5 * micro_batches, "ring", True, False))
+    for level, pool in pools.items():
+        settings = config.objective.association
+        sent = association.sent_bytes(settings, level, pool, device)
+        ring = association.exchange(settings, pool) == "ring"
+        calls = 10 if not ring else 10 + 5 * (pool.ranks - 1)
+        if pool.ranks > 1:
+            found.append(
+                Traffic(
+                    f"association {level}",
+                    micro_batches * sent,
+                    micro_batches * calls,
+                    "neighbour" if ring else "ring",
+                    settings.scope == "world",
+                    False,
+                )
+            )
+    return found
+
+
+def _weights_and_gradients(
+    config: RunConfig, network: NetworkStep, stage: int, ranks: int, device: str
+) -> list[Traffic]:
+    overlaps = device != "cpu"
+    micro_batches = config.training.accumulation
+    parameters = [parameter for group in network.groups for parameter in group]
+    gradients = sum(parameter.elements * travelling_bytes(config, parameter) for parameter in parameters)
+    if stage == 3:
+        shared = [parameter for parameter in parameters if parameter.elements >= PERSISTENT_ELEMENTS]
+        persistent = network.parameters - sum(parameter.elements for parameter in shared)
+        # What is gathered for forward is still there in backward: networks are smaller than DeepSpeed's limit of 10^9
+        # elements that it keeps. Small parameters are told to all once an update.
+        forward = sum(
+            all_gather(travelling_bytes(config, parameter) * ceil(parameter.elements / ranks), ranks)
+            for parameter in shared
+        )
+        after = all_gather(4 * ceil(persistent / ranks), ranks)
+        reduced = reduce_scatter(gradients, ranks)
+        return [
+            Traffic("weights", micro_batches * forward + after, micro_batches * len(shared) + 1, "ring", True, False),
+            Traffic("gradients", micro_batches * reduced, micro_batches, "ring", True, overlaps),
+        ]
+    # Stage 1 waits for the last micro-batch; stage 2 sends each one's. Either way whole buckets are all-reduced.
+    reductions = micro_batches if stage == 2 else 1
+    own = sum(2 * ceil(count / (2 * ranks)) for count in group_elements(network))
+    return [
+        Traffic("gradients", reductions * all_reduce(gradients, ranks), reductions, "ring", True, overlaps),
+        Traffic("weights", all_gather(4 * own, ranks), len(network.groups), "ring", True, False),
+    ]
+
+
+def _batch_norms(network: NetworkStep, ranks: int, device: str) -> tuple[float, int]:
+    """Bytes and collectives of one forward and backward pass."""
+    if device == "cpu":
+        # The count, sums and squares forward; both sums' gradients backward.
+        return sum(all_reduce(4 * (1 + 4 * channels), ranks) for channels in network.batch_norms), 5 * len(
+            network.batch_norms
+        )
+    # PyTorch's own gathers mean, inverse deviation and count, and reduces two sums.
+    sizes = (
+        all_gather(4 * (2 * channels + 1), ranks) + all_reduce(8 * channels, ranks) for channels in network.batch_norms
+    )
+    return sum(sizes), 2 * len(network.batch_norms)
