@@ -14,6 +14,7 @@ from dist_pca.association import reference
 from dist_pca.association.engine import Found, Options, streamed
 from dist_pca.association.exchange import all_gather, all_reduce_sum, world_size
 from dist_pca.association.handshake import Held, shake_hands
+from dist_pca.association.phases import phase
 from dist_pca.association.pool import Pool
 from dist_pca.association.similarity import Similarity, keys, normalised
 
@@ -217,10 +218,12 @@ def _associate(
         sums += _sums(found, label, truth, first, len(target), math.log(sum(counts_s) * sum(counts_t)), ignore_index)
 
     sent = torch.tensor([pool.sent_bytes], dtype=torch.float64, device=device)
-    totals = all_reduce_sum(torch.cat([sums, sent, kept_per_class.double()]))
+    with phase("exchange"):
+        totals = all_reduce_sum(torch.cat([sums, sent, kept_per_class.double()]))
     kept, labelled, compared, correct, covered, targets_seen, chance, sent_total = totals[:8]
     loss = world_size() * loss_sum / kept.clamp(min=1).to(loss_sum.dtype)
-    mean_loss = all_reduce_sum(loss) / world_size()
+    with phase("exchange"):
+        mean_loss = all_reduce_sum(loss) / world_size()
     nan = kept.new_tensor(float("nan"))
     return Association(
         loss=loss,

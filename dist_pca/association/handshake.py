@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dist_pca.association.exchange import world_size
+from dist_pca.association.phases import phase
 
 
 class Held(NamedTuple):
@@ -64,7 +65,8 @@ def shake_hands(
     numbers = torch.tensor(own, dtype=torch.int64, device=sources[0].device)
     table = [torch.empty_like(numbers) for _ in range(ranks)]
     if ranks > 1:
-        dist.all_gather(table, numbers)
+        with phase("exchange"):
+            dist.all_gather(table, numbers)
     else:
         table = [numbers]
     everyone = [Held(*row.tolist()) for row in table]

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from dist_pca.association.phases import phase
+
 Exchange = Literal["local", "gather", "ring"]
 
 
@@ -31,6 +33,7 @@ class Pool:
     """Type of keys under way; None leaves theirs. Gradients that are added up on the way stay in fp32 or more."""
     sent_bytes: int = field(default=0)
 
+    @phase("exchange")
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the pool's ranks, in place. Collective."""
         if self.ranks > 1:
@@ -39,6 +42,7 @@ class Pool:
             self.sent_bytes += 2 * (self.ranks - 1) * _bytes(x) // self.ranks
         return x
 
+    @phase("exchange")
     def gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Rows [sum counts, ...] of all ranks in rank order, of this rank's rows. Collective."""
         if self.ranks == 1:
@@ -59,6 +63,7 @@ class Pool:
             keys = self.gather(keys.to(self.wire or dtype), counts)
         return Keys(self, keys.to(dtype), counts, dtype)
 
+    @phase("exchange")
     def bring_home(self, gradient: torch.Tensor, counts: list[int], own: torch.Tensor) -> None:
         """Add to `own` the sum over ranks of the rows of `gradient` [sum counts, C] that are this rank's. Collective.
 
@@ -137,20 +142,23 @@ class Keys:
             gradient = None if own is None else own.new_zeros(block.shape)
             yield sum(self.counts[:owner]), block.to(self.dtype), gradient
             if gradient is not None:
-                for work in arrival:
-                    work.wait()
+                _wait(arrival)
                 if arriving is not None:
                     gradient += arriving
                 arriving = gradient.new_empty(following.shape)
                 leaving = gradient
                 arrival = pool.pass_on(leaving, arriving)
-            for work in transfer:
-                work.wait()
+            _wait(transfer)
             block = following
         if own is not None and arriving is not None:
-            for work in arrival:
-                work.wait()
+            _wait(arrival)
             own += arriving
+
+
+@phase("exchange")
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
 def _bytes(x: torch.Tensor) -> int:

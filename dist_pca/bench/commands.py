@@ -48,6 +48,14 @@ dist-pca bench resume
 dist-pca bench resume --kills 25 --seed 1 --json
 """
 
+_TRAIN_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca bench train
+
+dist-pca bench train --repeats 100 --json
+"""
+
 _TABLE_EXAMPLES = """
 [bold]Examples[/]
 
@@ -222,19 +230,47 @@ def resume(
 ) -> None:
     """Kill a small run of two processes again and again, some times inside a checkpoint write, and start it again.
 
-    Weights, optimiser and metrics are then compared, bit by bit, with those of the run that was never killed.
+    Weights, optimiser and metrics are then compared, bit by bit, with those of the run that was never killed. Another
+    run goes on on 1, 3 and 2 processes; its samples and losses are compared with those of a run that stays on 2.
     """
     from dist_pca.bench import report
     from dist_pca.bench.resume import measure_resume
+    from dist_pca.bench.worlds import measure_worlds
 
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder, console.status("") as status:
         records = measure_resume(Path(folder), kills, seed, status.update)
+        records += measure_worlds(Path(folder), status.update)
     if as_json:
         typer.echo(report.to_json(records))
         return
     rows = [{"": str(r["name"]), "value": str(r["value"])} for r in records]
     Console(highlight=False).print(report.rich_table(f"{report.device_name()}: resume", rows))
+
+
+@app.command("train", epilog=_TRAIN_EXAMPLES)
+def train(
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed steps of each loop; the median of their ratios counts.")
+    ] = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Measure what the training loop costs beside a bare one over the same network, losses, optimiser and data.
+
+    Both are in one run, on two processes or on all GPUs, and take turns step by step, so that what else the machine
+    does falls on both. The loop writes a line of metrics at every step.
+    """
+    from dist_pca.bench import report
+    from dist_pca.bench.train import measure_train
+
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder, console.status("training"):
+        records = measure_train(Path(folder), repeats)
+    if as_json:
+        typer.echo(report.to_json(records))
+        return
+    rows = [{"": str(r["name"]), "value": f"{r['value']:.4g}", "unit": str(r["unit"])} for r in records]
+    Console(highlight=False).print(report.rich_table(f"{report.device_name()}: train", rows))
 
 
 @app.command("table", epilog=_TABLE_EXAMPLES)

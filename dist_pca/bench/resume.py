@@ -21,10 +21,10 @@ from dist_pca.shards.build import build_shards
 from dist_pca.training.checkpoint import latest_checkpoint
 from dist_pca.training.launch import launch_command
 from dist_pca.training.outcome import ExitCode, read_outcome
+from dist_pca.training.telemetry import TIMING
 
 STEPS_A_KILL = 4
 """Steps of the run for each kill; a checkpoint is written every second one."""
-TIMING = ("seconds_per_step", "images_per_second", "data_wait_share")
 PARTS = ("model", "optimizer")
 
 
@@ -42,15 +42,10 @@ def measure_resume(folder: Path, kills: int, seed: int, tell: Callable[[str], ob
     Raises:
         UserError: a run ends by itself before it should.
     """
-    for name, look, first in (("day", DAY, 0), ("dusk", DUSK, 10)):
-        write_streets(folder / f"raw_{name}", look, split=name, indices=range(first, first + 6), seed=0, size=(64, 96))
-        raw = folder / f"raw_{name}"
-        build_shards("folder", raw, folder / name, unlabelled=name == "dusk", samples_per_shard=2, workers=1)
+    draw_streets(folder)
     steps = STEPS_A_KILL * (kills + 1)
     tell("training without a kill")
-    with _started(folder, "whole", steps) as process:
-        process.wait()
-    _check_done(folder, "whole")
+    train_to_the_end(folder, "whole", steps)
     draw = random.Random(seed)
     made = inside_a_write = unreadable = 0
     while made < kills and read_outcome(folder / "killed") is None:
@@ -64,9 +59,7 @@ def measure_resume(folder: Path, kills: int, seed: int, tell: Callable[[str], ob
         inside_a_write += bool(_half_written(folder) - before)
         unreadable += _unreadable(folder / "killed" / "checkpoints")
     tell("training to the end")
-    with _started(folder, "killed", steps) as process:
-        process.wait()
-    _check_done(folder, "killed")
+    train_to_the_end(folder, "killed", steps)
     return [
         {"name": "kills", "value": made},
         {"name": "kills_inside_a_checkpoint_write", "value": inside_a_write},
@@ -81,8 +74,40 @@ def _half_written(folder: Path) -> set[int]:
     return {path.stat().st_ino for path in (folder / "killed" / "checkpoints").glob(".*.partial")}
 
 
+def draw_streets(folder: Path) -> None:
+    """Make the shards `day` and `dusk` that runs in a folder train on, where they are not there yet."""
+    for name, look, first in (("day", DAY, 0), ("dusk", DUSK, 10)):
+        raw = folder / f"raw_{name}"
+        if not raw.is_dir():
+            write_streets(raw, look, split=name, indices=range(first, first + 6), seed=0, size=(64, 96))
+            build_shards("folder", raw, folder / name, unlabelled=name == "dusk", samples_per_shard=2, workers=1)
+
+
+def train_to_the_end(folder: Path, name: str, steps: int, processes: int = 2, **settings: object) -> None:
+    """Train a run of a small network, or go on with it.
+
+    Args:
+        folder: Holds the shards; the run folder's parent.
+        name: Of the run.
+        steps: Its last one.
+        processes: Ranks.
+        settings: More keys of its config, with `__` for the dots.
+
+    Raises:
+        UserError: it ends otherwise.
+    """
+    with _started(folder, name, steps, processes, **settings) as process:
+        process.wait()
+    outcome = read_outcome(folder / name)
+    if outcome is None or outcome.code != ExitCode.DONE:
+        said = (folder / f"{name}.log").read_text()[-500:]
+        raise UserError(f"bench resume: the run {name} did not end as it should: {' '.join(said.split())}")
+
+
 @contextmanager
-def _started(folder: Path, name: str, steps: int) -> Iterator["subprocess.Popen[bytes]"]:
+def _started(
+    folder: Path, name: str, steps: int, processes: int = 2, **more: object
+) -> Iterator["subprocess.Popen[bytes]"]:
     settings = {
         "name": name,
         "output": folder,
@@ -102,10 +127,15 @@ def _started(folder: Path, name: str, steps: int) -> Iterator["subprocess.Popen[
         "training.zero_stage": 2,
         "training.log_every": 1,
         "training.checkpoint_every": 2,
+        **{key.replace("__", "."): value for key, value in more.items()},
     }
     config = str(resource("configs", "demo"))
     command = launch_command(
-        config, [f"{key}={value}" for key, value in settings.items()], launcher="accelerate/cpu", processes=2
+        config,
+        [f"{key}={value}" for key, value in settings.items()],
+        launcher="accelerate/cpu",
+        processes=processes,
+        resume=True,
     )
     with (folder / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -136,13 +166,6 @@ def _wait_for_instant(
             time.sleep(0.0005)
     else:
         time.sleep(rest)
-
-
-def _check_done(folder: Path, name: str) -> None:
-    outcome = read_outcome(folder / name)
-    if outcome is None or outcome.code != ExitCode.DONE:
-        said = (folder / f"{name}.log").read_text()[-500:]
-        raise UserError(f"bench resume: the run {name} did not end as it should: {' '.join(said.split())}")
 
 
 def _lines(run: Path) -> list[str]:

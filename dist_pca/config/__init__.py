@@ -19,6 +19,7 @@ from dist_pca.config.objective import (
     SmoothnessConfig,
 )
 from dist_pca.config.run import RunConfig, load_config, save_config
+from dist_pca.config.telemetry import TelemetryConfig
 from dist_pca.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "ScheduleConfig",
     "Scope",
     "SmoothnessConfig",
+    "TelemetryConfig",
     "TrainingConfig",
     "WeightedShards",
     "load_config",

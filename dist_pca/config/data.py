@@ -57,6 +57,8 @@ class DataConfig(Section):
     `{shards: ..., weight: ...}`."""
     target: str | tuple[WeightedShards, ...] | None = None
     """Target shards, likewise; their labels, if any, are used for diagnosis only."""
+    validation: str | None = None
+    """Folder or URL of labelled shards that the run is scored on while it trains (training.validate_every)."""
     classes: tuple[str, ...] | str | None = None
     """Class names to train on, or a label set's name (cityscapes_19, synthia_16, synthia_13); others become ignore.
     None takes the shards' own class table, which must then be the same in both domains."""

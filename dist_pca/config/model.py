@@ -23,5 +23,11 @@ class ModelConfig(Section):
     """Batch-norm statistics per rank, over all ranks, or the pretrained ones held fixed."""
     association_features: Literal["backbone", "head"] = "backbone"
     """Which pixel features are associated: the backbone's deepest map, or what the head's classifier reads."""
+    activation_checkpointing: bool = False
+    """Keep only the activations between the backbone's stages or blocks and compute the others anew in backward: less
+    memory for about a third more time, with the same gradients and running statistics."""
+    compile: bool = False
+    """Compile the backbone with torch.compile; the first steps take minutes. Needs a C++ compiler, and on GPUs Triton.
+    Not under ZeRO 3, whose hooks gather parameters between the operations that a compiler would fuse."""
     joint_batch: bool = True
     """Pass both domains through the network as one batch (shared batch-norm statistics) rather than in turn."""

@@ -16,6 +16,7 @@ from dist_pca.config.evaluation import EvaluationConfig
 from dist_pca.config.model import ModelConfig
 from dist_pca.config.objective import ObjectiveConfig
 from dist_pca.config.section import NonNegative, Section
+from dist_pca.config.telemetry import TelemetryConfig
 from dist_pca.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
 from dist_pca.errors import UserError
 
@@ -36,6 +37,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @property
     def folder(self) -> Path:

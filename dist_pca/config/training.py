@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from dist_pca.config.section import Duration, Fraction, NonNegative, Positive, Section, Weight
 
@@ -42,6 +43,23 @@ class ScheduleConfig(Section):
     """Steps over which the learning rate first rises linearly."""
 
 
+class OffloadConfig(Section):
+    """What is kept outside the accelerator's memory, at the price of time."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Optimiser state, fp32 weights and their update: on the CPU under any ZeRO stage, on NVMe under stage 3."""
+    parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Parameters while they are not computed with; under ZeRO stage 3."""
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk, for `nvme`."""
+
+    @model_validator(mode="after")
+    def _check_path(self) -> Self:
+        if "nvme" in (self.optimizer, self.parameters) and self.nvme_path is None:
+            raise ValueError("nvme_path: missing, and `nvme` needs it; name a folder on a local disk")
+        return self
+
+
 class TrainingConfig(Section):
     """How long, how big, and on what."""
 
@@ -53,16 +71,30 @@ class TrainingConfig(Section):
     """Target images per update, over all ranks and micro-batches."""
     accumulation: Positive = 1
     """Micro-batches per update on each rank."""
+    accumulation_pool: Literal["micro_batch", "update"] = "micro_batch"
+    """What one loss is over where there are several micro-batches. `micro_batch`: each, over all ranks, has a loss and
+    an association pool of its own, and the update takes their mean; the pool is then `accumulation` times smaller, and
+    means are over one micro-batch's labelled pixels and kept cycles. `update`: all micro-batches have one loss and one
+    pool, for one more forward pass, and the update is that of the bigger batch in one: at every association scope but
+    `rank`, whose pool is then all that the rank sees in an update. Batch norm's batch is a micro-batch either way, so
+    this holds exactly where it is frozen or absent."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of the network; weights, norms' statistics and losses stay fp32."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of a moving average of the weights, for example 0.999, which is then what is evaluated and exported; 0
+    keeps none. Update t decays by t / (t + 1) where that is less."""
     zero_stage: Literal[1, 2, 3] | None = None
     """DeepSpeed ZeRO stage; None takes the launcher's."""
+    offload: OffloadConfig = OffloadConfig()
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: Positive = 1000
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: Positive = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, beside the best one where there is validation."""
+    validate_every: Positive | None = None
+    """Steps between scores on data.validation, each followed by a checkpoint; the last step always has one. None takes
+    checkpoint_every. The checkpoint of highest mean IoU is kept as `best`."""
     time_limit: Duration | None = None
     """Wall-clock time after which the run saves and leaves, to be started again: seconds, or [D-]HH:MM:SS. Under SLURM
     it leaves two minutes before the job's end anyway, where SLURM says when that is."""

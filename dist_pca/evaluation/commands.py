@@ -50,7 +50,14 @@ dist-pca export runs/mine --out exported --onnx --onnx-size 512 1024
 _Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
 _Checkpoint = Annotated[
     str | None,
-    typer.Option(help="The step, or name, of a checkpoint in the run folder.", show_default="the newest"),
+    typer.Option(help="The step, or name, of a checkpoint in the run folder, or best.", show_default="the newest"),
+]
+_Weights = Annotated[
+    Literal["ema", "trained"] | None,
+    typer.Option(
+        help="The moving average that training.ema_decay kept, or the weights as trained.",
+        show_default="ema where there is one",
+    ),
 ]
 _InputSize = Annotated[
     tuple[int, int] | None,
@@ -88,6 +95,7 @@ def evaluate(
     run: _Run,
     shards: Annotated[str, typer.Option(help="Folder or URL of labelled shards.", show_default=False)],
     checkpoint: _Checkpoint = None,
+    weights: _Weights = None,
     label_set: Annotated[
         list[str] | None, typer.Option(help="Also the mean IoU of a named set, for example synthia_13. Repeatable.")
     ] = None,
@@ -119,7 +127,7 @@ def evaluate(
     from dist_pca.training.engine import join_ranks
     from dist_pca.training.run import load_run
 
-    config, classes, model = load_run(run, checkpoint)
+    config, classes, model = load_run(run, checkpoint, weights=weights)
     manifest = open_manifest(shards, cache_settings(config.data.cache))
     config = _with_options(
         config,
@@ -158,6 +166,7 @@ def predict(
     images: Annotated[list[str], typer.Argument(help="Image files, folders and globs.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the results.", show_default=False)],
     checkpoint: _Checkpoint = None,
+    weights: _Weights = None,
     labels: Annotated[
         bool, typer.Option("--labels/--no-labels", help="Write labels/NAME.png: 8-bit train ids, shown in colours.")
     ] = True,
@@ -198,7 +207,7 @@ def predict(
     if not force:
         refuse_what_is_there(out, "--out")
     files = find_images(images, out)
-    config, classes, model = load_run(run, checkpoint)
+    config, classes, model = load_run(run, checkpoint, weights=weights)
     config = _with_options(
         config,
         input_size=None if shorter_edge is None else (shorter_edge, shorter_edge),
@@ -237,6 +246,7 @@ def export(
     run: _Run,
     out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
     checkpoint: _Checkpoint = None,
+    weights: _Weights = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Add model.onnx: uint8 RGB images in, logits of the same size out.")
     ] = False,
@@ -264,7 +274,7 @@ def export(
         raise UserError(f"--onnx-size {onnx_size[0]} {onnx_size[1]}: give a height and a width of 1 pixel or more")
     if onnx:
         require_onnx()
-    config, classes, model = load_run(run, checkpoint)
+    config, classes, model = load_run(run, checkpoint, weights=weights)
     # Bound to the file, as stderr is taken from PyTorch's exporter for a while.
     with Console(file=sys.stderr).status("exporting"):
         difference = write(model, config, classes, out, onnx=onnx, onnx_size=onnx_size)

@@ -32,6 +32,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     predictions: Path | None = None,
+    quiet: bool = False,
 ) -> Scores:
     """Score a segmenter on every image of a shard folder once, at the labels' own size.
 
@@ -50,6 +51,7 @@ def evaluate(
         predictions: Folder to make, for one PNG of each image at its label's size; whole or not at all. Values are
             label ids of Cityscapes, or train ids where a class of `classes` is not one of Cityscapes'. Ranks must share
             its file system.
+        quiet: Show no progress.
 
     Raises:
         UserError: the folder of predictions is not empty or cannot be written, the shards have no labels or none of
@@ -75,7 +77,7 @@ def evaluate(
                 f"evaluating {manifest.folder.name}",
                 total=len(range(rank, manifest.samples, world_size)),
                 console=Console(stderr=True),
-                disable=rank != 0,
+                disable=quiet or rank != 0,
             ):
                 pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)[None]
                 truth = torch.from_numpy(label).to(device)

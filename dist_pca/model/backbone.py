@@ -99,6 +99,23 @@ def build_backbone(name: str, output_stride: int | None) -> Backbone:
     return backbone
 
 
+def checkpoint_activations(backbone: Backbone, name: str) -> None:
+    """Keep only some activations for backward and compute the others anew, as timm does it for the family.
+
+    Raises:
+        UserError: timm does not.
+    """
+    body: Any = backbone.body
+    # A plain transformer lies inside what reads its blocks.
+    body = body if hasattr(body, "set_grad_checkpointing") else getattr(body, "model", body)
+    try:
+        body.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise UserError(
+            f"model.activation_checkpointing: timm cannot checkpoint {name} ({error}); set it to false"
+        ) from error
+
+
 def _create(name: str, **options: int) -> nn.Module:
     family = timm.models.model_entrypoint(name).__module__
     try:

@@ -1,5 +1,6 @@
 """Batch norm over ranks: shared batch statistics, held ones, and the mean of those that ranks kept apart."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -83,30 +84,60 @@ def synchronise(module: nn.Module) -> None:
 
 def hold_statistics(module: nn.Module) -> None:
     """Put every batch norm into evaluation mode: running statistics normalise and stay; scale and shift still train."""
-    for layer in _batch_norms(module):
-        layer.eval()
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.eval()
 
 
-def average_batch_norm(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+def track_forward_only(network: nn.Module) -> None:
+    """Keep running statistics still where activation checkpointing computes a part of the network anew in backward."""
+    in_forward = False
+    momenta: dict[nn.Module, float | None] = {}
+
+    def switch(inside: bool) -> None:
+        nonlocal in_forward
+        in_forward = inside
+
+    def before(layer: nn.Module, _inputs: object) -> None:
+        if layer.training and not in_forward:
+            # With a momentum of zero the same tensors are saved for backward as in the forward pass.
+            momenta[layer], layer.momentum = layer.momentum, 0.0  # type: ignore[assignment]
+
+    def after(layer: nn.Module, _inputs: object, _output: object) -> None:
+        if layer in momenta:
+            layer.momentum = momenta.pop(layer)  # type: ignore[assignment]
+            layer.num_batches_tracked.sub_(1)  # type: ignore[operator]
+
+    network.register_forward_pre_hook(lambda *_: switch(True))
+    network.register_forward_hook(lambda *_: switch(False), always_call=True)
+    for layer in network.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.register_forward_pre_hook(before)
+            # Computing anew ends by an exception at the last tensor that is needed.
+            layer.register_forward_hook(after, always_call=True)
+
+
+def running_statistics(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Running means and variances of every batch norm, by the name that a state dict has for them."""
+    return {
+        f"{name}.{statistic}" if name else statistic: getattr(layer, statistic)
+        for name, layer in module.named_modules()
+        if isinstance(layer, _BatchNorm)
+        for statistic in ("running_mean", "running_var")
+        if getattr(layer, statistic) is not None
+    }
+
+
+def average_over_ranks(statistics: Collection[torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Set running means and variances, in place, to their mean over ranks, so that every rank holds the same network.
 
     A collective call. Variances are averaged as they are: what ranks' means differ by is not added.
     """
-    statistics = [
-        buffer
-        for layer in _batch_norms(module)
-        for buffer in (layer.running_mean, layer.running_var)
-        if buffer is not None
-    ]
     if not statistics or not dist.is_initialized():
         return
-    flat = torch.cat(statistics)
+    flat = torch.cat(list(statistics))
     dist.all_reduce(flat, group=group)
     flat /= dist.get_world_size(group)
     means = torch.split(flat, [len(buffer) for buffer in statistics])
     for buffer, mean in zip(statistics, means, strict=True):
         buffer.copy_(mean)
-
-
-def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from dist_pca.errors import UserError
-from dist_pca.model.segmenter import Segmenter, build_segmenter
+from dist_pca.model.segmenter import Segmenter, build_network
 from dist_pca.shards.classes import ClassInfo
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def load_exported(folder: str | Path) -> Exported:
         network = {key: description["network"][key] for key in NETWORK_KEYS}
         classes = tuple(ClassInfo(info["name"], tuple(info["color"])) for info in _read_json(folder / "classes.json"))
         size = description["input_size"]
-        config = SimpleNamespace(**network, weights="scratch", batch_norm="local")
-        model = build_segmenter(cast("ModelConfig", config), len(classes))
+        model = build_network(cast("ModelConfig", SimpleNamespace(**network)), len(classes))
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return Exported(model.eval(), classes, size and tuple(size), description["shorter_edge"])
     except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from dist_pca.model.backbone import Backbone, build_backbone
-from dist_pca.model.batch_norm import hold_statistics, synchronise
+from dist_pca.model.backbone import Backbone, build_backbone, checkpoint_activations
+from dist_pca.model.batch_norm import hold_statistics, synchronise, track_forward_only
 from dist_pca.model.heads import DeepLabV2Head, PyramidHead
 from dist_pca.model.weights import load_weights
 
@@ -31,11 +31,12 @@ class Segmenter(nn.Module):
         backbone: Gives feature maps, finest first.
         head: Reads them; gives logits and what its classifier reads.
         association_features: Which pixel features are given out: the deepest map or what the classifier reads.
-        frozen_batch_norm: Keep running statistics as they are, in training mode too.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
+    frozen_batch_norm: bool
+    """Keep running statistics as they are, in training mode too."""
 
     def __init__(
         self,
@@ -43,13 +44,12 @@ class Segmenter(nn.Module):
         head: DeepLabV2Head | PyramidHead,
         *,
         association_features: Literal["backbone", "head"] = "backbone",
-        frozen_batch_norm: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.association_features = association_features
-        self.frozen_batch_norm = frozen_batch_norm
+        self.frozen_batch_norm = False
         # Saved with the weights, which mean nothing under another normalisation.
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1))
@@ -72,24 +72,37 @@ class Segmenter(nn.Module):
 
 
 def build_segmenter(config: "ModelConfig", num_classes: int) -> Segmenter:
-    """The network that a config describes, with its backbone's weights loaded and its head drawn at random.
+    """The network that a config describes, ready to train: its backbone's weights loaded and its head drawn at random.
 
     Raises:
-        UserError: timm has no such backbone, it cannot have the output stride, or its weights cannot be had or do not
-            fit.
+        UserError: timm has no such backbone, it cannot have the output stride or checkpoint activations, or its weights
+            cannot be had or do not fit.
     """
-    backbone = build_backbone(config.backbone, config.output_stride)
+    segmenter = build_network(config, num_classes)
+    backbone = segmenter.backbone
     load_weights(backbone.body, config.backbone, config.weights)
     if config.batch_norm == "sync":
         synchronise(backbone)
+    segmenter.frozen_batch_norm = config.batch_norm == "frozen"
+    if config.activation_checkpointing:
+        checkpoint_activations(backbone, config.backbone)
+        track_forward_only(segmenter)
+    if config.compile:
+        # In place: a wrapper would put its own name before those of all tensors.
+        backbone.body.compile()
+    return segmenter.train()
+
+
+def build_network(config: "ModelConfig", num_classes: int) -> Segmenter:
+    """The network that a config describes, with random weights, to be given others and evaluated.
+
+    Raises:
+        UserError: timm has no such backbone, or it cannot have the output stride.
+    """
+    backbone = build_backbone(config.backbone, config.output_stride)
     head: DeepLabV2Head | PyramidHead
     if config.head == "deeplab_v2":
         head = DeepLabV2Head(backbone.channels[-1], num_classes)
     else:
         head = PyramidHead(backbone.channels, backbone.strides, config.head_channels, num_classes)
-    return Segmenter(
-        backbone,
-        head,
-        association_features=config.association_features,
-        frozen_batch_norm=config.batch_norm == "frozen",
-    ).train()
+    return Segmenter(backbone, head, association_features=config.association_features)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from dist_pca.association import Association, associate, associate_pairs, diffuse
 from dist_pca.association.exchange import world_size
+from dist_pca.association.phases import phase
 from dist_pca.association.sampling import class_balanced, random_grid
 from dist_pca.association.similarity import Similarity
 from dist_pca.config import AssociationConfig, Level, ObjectiveConfig
@@ -83,7 +84,8 @@ def objective(
         weight = association_weight(config.association, step)
         if weight > 0:
             for level in config.association.levels:
-                found = _associate_level(config.association, level, source, target, node)
+                with phase("association"):
+                    found = _associate_level(config.association, level, source, target, node)
                 loss = loss + weight * found.loss
                 terms |= {
                     f"association_{level}": found.loss,

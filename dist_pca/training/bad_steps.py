@@ -54,14 +54,15 @@ class BadSteps:
             folder: The run folder, for bad_step.json.
             limit: Bad steps in a row that end the run.
         """
-        self._module, self._folder, self._limit = module, folder, limit
-        self._buffers: list[torch.Tensor] = []
+        self._folder, self._limit = folder, limit
+        self._buffers = list(module.buffers())
+        self._before = [buffer.clone() for buffer in self._buffers]
         self._watched: list[Watched] = []
         self.in_a_row = 0
 
     def begin(self) -> None:
         """A step begins."""
-        self._buffers = [buffer.clone() for buffer in self._module.buffers()]
+        _copy(self._buffers, self._before)
         self._watched = []
 
     def watch(
@@ -85,13 +86,19 @@ class BadSteps:
             if domain is not None and batch is not None:
                 values |= {f"{name} logits": domain.logits, f"{name} features": domain.features}
                 keys[name] = batch.keys
-        sound_by_name = {name: torch.isfinite(value.detach()).all() for name, value in values.items()}
-        self._watched.append(Watched(keys, sound_by_name))
-        sound = torch.stack([torch.isfinite(loss.detach()), *sound_by_name.values()]).all()
-        return loss * torch.where(sound, 1.0, torch.nan)
+        # A sum is finite only if all of it is, and reads each value once.
+        sums = [value.detach().sum(dtype=torch.float32) for value in (loss, *values.values())]
+        sound = torch.stack(sums).isfinite()
+        self._watched.append(Watched(keys, dict(zip(values, sound[1:].unbind(), strict=True))))
+        return loss * torch.where(sound.all(), 1.0, torch.nan)
 
-    def end(self, step: int, gradient_norm: float) -> bool:
+    def end(self, step: int, gradient_norm: float, *, excused: bool = False) -> bool:
         """Whether step number `step` (from 1) was skipped. Collective.
+
+        Args:
+            step: The step.
+            gradient_norm: The same on all ranks.
+            excused: A bad step does not count, as it was the loss scale's fault.
 
         Raises:
             Diverged: on every rank, at the limit; bad_step.json then names every rank's samples.
@@ -99,9 +106,10 @@ class BadSteps:
         if math.isfinite(gradient_norm):
             self.in_a_row = 0
             return False
+        _copy(self._before, self._buffers)
+        if excused:
+            return True
         self.in_a_row += 1
-        for buffer, before in zip(self._module.buffers(), self._buffers, strict=True):
-            buffer.copy_(before)
         ranks = self._all_reports()
         broken = "; ".join(f"rank {rank}: {', '.join(r['broken'])}" for rank, r in enumerate(ranks) if r["broken"])
         what = f"step {step}: not finite on {broken}" if broken else f"step {step}: the gradient norm is not finite"
@@ -129,6 +137,12 @@ class BadSteps:
         reports: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(reports, own)
         return reports
+
+
+def _copy(tensors: list[torch.Tensor], into: list[torch.Tensor]) -> None:
+    # A network has hundreds of buffers, and each copy of its own would be a kernel to launch.
+    if tensors:
+        torch._foreach_copy_(into, tensors)
 
 
 def _zeroed(values: torch.Tensor) -> torch.Tensor:

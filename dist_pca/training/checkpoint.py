@@ -3,99 +3,152 @@
     checkpoints/
         step-00000400/
             model.safetensors       parameters in fp32 and buffers, by name
+            ema.safetensors         the same of the moving average, where training.ema_decay keeps one
             optimizer.safetensors   optimiser tensors, by parameter name
-            state.json              step, seed, world size, version
+            statistics.safetensors  every rank's own batch-norm statistics, where they differ
+            state.json              step, seed, world size, code, mIoU, loss scale
         latest                      the name of the newest whole one
+        best                        the name of the one with the highest validation mIoU
 
-The learning rate, the data order, augmentation and dropout are pure functions of (seed, step), so a step number is
-all that has to be stored of them.
+No generator states are stored, because there are none: the learning rate, the order of samples, augmentation in every
+loader process and dropout on every rank are pure functions of (seed, step), so the step number says all of it. Batch
+norm's running statistics are their mean over ranks in model.safetensors and ema.safetensors; a run that goes on on as
+many ranks takes up each rank's own.
 """
 
+import hashlib
 import json
-import os
 import re
-import shutil
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from dist_pca import __version__
+import dist_pca
 from dist_pca.errors import UserError
-from dist_pca.model.batch_norm import average_batch_norm
-from dist_pca.training.zero import full_optimizer_state, full_parameters, load_optimizer_state
+from dist_pca.training.zero import persistent_buffers, set_optimizer
 
-
-def save_checkpoint(engine: Any, folder: Path, step: int, *, seed: int, keep: int) -> None:
-    """Write a checkpoint after `step` updates, then point `latest` at it and drop all but the newest `keep`.
-
-    Collective; rank 0 writes. Batch-norm statistics are averaged over ranks first, and stay so.
-
-    Raises:
-        UserError: on rank 0, it cannot be written, most often for want of space; those before it are as they were.
-    """
-    average_batch_norm(engine.module)
-    model = full_parameters(engine) | {name: b.detach().cpu().clone() for name, b in persistent_buffers(engine.module)}
-    optimizer = full_optimizer_state(engine)
-    if dist.get_rank() == 0:
-        state = {"step": step, "seed": seed, "world_size": dist.get_world_size(), "version": __version__}
-        _write(folder, f"step-{step:08d}", {"model": model, "optimizer": optimizer}, state)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            _remove(old)
-    dist.barrier()
+Pointer = Literal["latest", "best"]
+Weights = Literal["ema", "trained"]
+_NAMED = 3
+"""Tensors that a message names; of the others it says how many they are."""
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint below a `checkpoints` folder, None where there is none."""
-    pointer = folder / "latest"
-    if not pointer.is_file():
+    return pointed_at(folder, "latest")
+
+
+def pointed_at(folder: Path, pointer: Pointer) -> Path | None:
+    """The checkpoint that a pointer names, None where there is no such pointer.
+
+    Raises:
+        UserError: it names something else.
+    """
+    file = folder / pointer
+    if not file.is_file():
         return None
-    checkpoint = folder / pointer.read_text().strip()
+    checkpoint = folder / file.read_text().strip()
     if not re.fullmatch(r"step-\d{8}", checkpoint.name) or not (checkpoint / "state.json").is_file():
         raise UserError(
-            f"{pointer}: names {checkpoint.name!r}, which is not a checkpoint; write another step-* name into it"
+            f"{file}: names {checkpoint.name!r}, which is not a checkpoint; write another step-* name into it"
         )
     return checkpoint
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `state.json` holds."""
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint}: cannot be read ({error}); point checkpoints/latest at another step-*") from None
+    return state
+
+
 def read_step(checkpoint: Path) -> int:
     """Updates made before the checkpoint was written."""
-    return int(json.loads((checkpoint / "state.json").read_text())["step"])
+    return int(read_state(checkpoint)["step"])
 
 
-def load_model(model: torch.nn.Module, checkpoint: Path) -> None:
+@cache
+def code_version() -> str:
+    """This package's version, and a hash of its source files: changes without a new version count too."""
+    digest = hashlib.sha256()
+    package = Path(dist_pca.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return f"{dist_pca.__version__}+{digest.hexdigest()[:12]}"
+
+
+def load_model(model: torch.nn.Module, checkpoint: Path, *, ema: bool = False) -> None:
     """Put a checkpoint's weights and buffers into a model that DeepSpeed has not partitioned yet.
 
+    Args:
+        model: The model.
+        checkpoint: The checkpoint.
+        ema: The moving average rather than the trained weights.
+
     Raises:
-        UserError: the file is damaged or belongs to another network.
+        UserError: the file is missing or damaged, or belongs to another network: what differs is named.
     """
-    state = _load(checkpoint / "model.safetensors")
-    expected = {name for name, _ in model.named_parameters()} | {name for name, _ in persistent_buffers(model)}
-    if differing := sorted(expected ^ state.keys()):
+    if ema and not has_average(checkpoint):
+        raise UserError(f"{checkpoint}: holds no moving average (training.ema_decay was 0); take the trained weights")
+    state = _load(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
+    own = dict(model.named_parameters()) | dict(persistent_buffers(model))
+    shapes = [
+        f"{name} {list(state[name].shape)} where the config has {list(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    differences = {
+        "it lacks": sorted(own.keys() - state.keys()),
+        "it alone has": sorted(state.keys() - own.keys()),
+        "other shapes:": shapes,
+    }
+    if found := [f"{what} {_some(names)}" for what, names in differences.items() if names]:
         raise UserError(
-            f"{checkpoint}: holds another network than model.* describes ({len(differing)} tensors differ, "
-            f"first {differing[0]}); use the config it was trained with"
+            f"{checkpoint}: holds another network than model.* and the classes describe: {'; '.join(found)}; "
+            "use the config it was trained with"
         )
-    try:
-        model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UserError(
-            f"{checkpoint}: holds another network than model.* describes: {str(error).splitlines()[-1].strip()}"
-        ) from None
+    model.load_state_dict(state, strict=False)
 
 
 def load_optimizer(engine: Any, checkpoint: Path) -> None:
-    """Put a checkpoint's optimiser state into a prepared engine. Collective."""
-    load_optimizer_state(engine, _load(checkpoint / "optimizer.safetensors"))
+    """Put a checkpoint's optimiser state into a prepared engine.
+
+    Raises:
+        UserError: the file is damaged, or another optimiser or network wrote it.
+    """
+    found = _load(checkpoint / "optimizer.safetensors")
+    steps = found.pop("step", None)
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in found.items():
+        parameter, _, key = name.rpartition("/")
+        state.setdefault(key, {})[parameter] = value
+    kind = type(engine.optimizer.optimizer)
+    keys = {"momentum_buffer"} if kind is torch.optim.SGD else {"exp_avg", "exp_avg_sq"}
+    trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    other = state.keys() - keys or next((tensors.keys() ^ trained for tensors in state.values()), set())
+    if other:
+        raise UserError(
+            f"{checkpoint}: its optimiser's state does not fit {kind.__name__} of this network, by "
+            f"{_some(sorted(other))}; use the optimizer.name and model.* it was trained with"
+        )
+    set_optimizer(engine, state, None if steps is None else float(steps))
 
 
-def persistent_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The buffers a state dict would hold."""
-    kept = model.state_dict().keys()
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+def has_average(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds a moving average of the weights."""
+    return (checkpoint / "ema.safetensors").is_file()
+
+
+def load_average(checkpoint: Path) -> Mapping[str, torch.Tensor] | None:
+    """A checkpoint's moving average of the weights, whole, by name; None where it has none."""
+    return _load(checkpoint / "ema.safetensors") if has_average(checkpoint) else None
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
@@ -105,48 +158,6 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: cannot be read ({error}); point checkpoints/latest at another step-*") from None
 
 
-def _write(folder: Path, name: str, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, object]) -> None:
-    aside, target = folder / f".{name}.partial", folder / name
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        for part, values in tensors.items():
-            save_file({key: tensor.contiguous() for key, tensor in values.items()}, aside / f"{part}.safetensors")
-        (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        if target.exists():
-            _remove(target)
-        aside.rename(target)
-        _write_whole(folder / "latest", name + "\n")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        pointer = folder / "latest"
-        before = pointer.read_text().strip() if pointer.is_file() else "no checkpoint"
-        raise UserError(
-            f"{target}: cannot be written ({error}); {before} is whole, so make room there and start the run again"
-        ) from error
-
-
-def _remove(checkpoint: Path) -> None:
-    # Under a name of its own, so that no half-removed one is ever taken for a checkpoint.
-    aside = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    _sync(aside)
-    aside.replace(path)
-    _sync(path.parent)
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

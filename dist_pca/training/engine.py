@@ -1,6 +1,7 @@
 """The process group, the device and the DeepSpeed engine: everything that depends on how the run was started."""
 
 import os
+import shutil
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
-from dist_pca.config import RunConfig
+from dist_pca.config import RunConfig, TrainingConfig
 from dist_pca.errors import UserError
 
 LAUNCHER_FIELDS = {
@@ -21,6 +23,8 @@ LAUNCHER_FIELDS = {
 }
 PRECISIONS = {"no": "fp32"}
 BUCKET_ELEMENTS = 50_000_000
+PERSISTENT_ELEMENTS = 100_000
+"""ZeRO 3 leaves parameters with fewer elements on every rank."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ def reconcile_launcher(config: RunConfig) -> int:
     """The ZeRO stage of the run, once the launcher's settings and the config's are known not to contradict.
 
     Raises:
-        UserError: two values disagree; both are named. Or the precision cannot run on this device.
+        UserError: two values disagree; both are named. Or precision, offload or compilation cannot run here.
     """
     training = config.training
     ours = {
@@ -65,9 +69,39 @@ def reconcile_launcher(config: RunConfig) -> int:
     stage = training.zero_stage or int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
     if stage not in (1, 2, 3):
         raise UserError(f"training.zero_stage is {stage}; use 1, 2 or 3")
+    _check_offload(training, stage)
+    if config.model.compile and stage == 3:
+        raise UserError("model.compile does not go with ZeRO stage 3, which gathers parameters in between; use 1 or 2")
+    if config.model.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError(
+            "model.compile: needs a C++ compiler on a CPU and finds no g++; install one, or set it to false"
+        )
     if training.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("training.precision: fp16 does not run on CPU; use bf16 or fp32")
     return stage
+
+
+def _check_offload(training: TrainingConfig, stage: int) -> None:
+    offload = training.offload
+    wants = {
+        "parameters": offload.parameters != "none" and stage != 3,
+        "optimizer: nvme": offload.optimizer == "nvme" and stage != 3,
+    }
+    for what, refused in wants.items():
+        if refused:
+            raise UserError(f"training.offload.{what} needs ZeRO stage 3, and the run is at {stage}; use zero_stage 3")
+    if offload.optimizer == "nvme" and training.ema_decay > 0:
+        raise UserError(
+            "training.ema_decay: the average would be all that is not on NVMe; set it to 0, or offload to cpu"
+        )
+    if "nvme" in (offload.optimizer, offload.parameters):
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError(
+                "training.offload: nvme needs libaio with its headers (Debian: libaio-dev) and a C++ compiler; install "
+                "them, or offload to cpu"
+            )
 
 
 def start_world(config: RunConfig) -> World:
@@ -96,13 +130,19 @@ def start_world(config: RunConfig) -> World:
     os.environ.pop("ACCELERATE_USE_CPU", None)
     if not use_cuda:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    backend, timeout = "nccl" if use_cuda else "gloo", timedelta(seconds=2 * config.training.stall_timeout)
+    if _restarts() > 0:
+        # The launcher's store still holds the addresses of the lost ranks, where new ones would look for each other.
+        store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+        store = PrefixStore(f"start{_restarts()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     accelerator = Accelerator(
         deepspeed_plugin=_plugin(deepspeed_config(config, stage)),
         kwargs_handlers=[
             InitProcessGroupKwargs(
-                backend="nccl" if use_cuda else "gloo",
+                backend=backend,
                 # The last resort: the watchdog has ended the run long before.
-                timeout=timedelta(seconds=2 * config.training.stall_timeout),
+                timeout=timeout,
             )
         ],
         mixed_precision="no",
@@ -121,7 +161,14 @@ def start_world(config: RunConfig) -> World:
 def connect_store() -> Store:
     """A client of the store that the ranks found each other through, which no collective waits in."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return PrefixStore("dist_pca", TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30)))
+    # What lost ranks wrote is not for those that the launcher started in their place.
+    prefix = f"dist_pca/{_restarts()}"
+    return PrefixStore(prefix, TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30)))
+
+
+def _restarts() -> int:
+    """How often the launcher has started these ranks again; its store outlives them."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def join_ranks() -> tuple[int, int, torch.device]:
@@ -144,6 +191,8 @@ def deepspeed_config(config: RunConfig, stage: int) -> dict[str, Any]:
         "gradient_accumulation_steps": config.training.accumulation,
         "gradient_clipping": config.optimizer.clip_norm,
         "zero_allow_untested_optimizer": True,
+        # Its own optimiser for the CPU has to be compiled; torch's does without.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": stage,
             "reduce_bucket_size": BUCKET_ELEMENTS,
@@ -155,8 +204,13 @@ def deepspeed_config(config: RunConfig, stage: int) -> dict[str, Any]:
     if stage == 3:
         values["zero_optimization"] |= {
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
         }
+    offload = config.training.offload
+    for part, device in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
+        if device != "none":
+            pinned = torch.cuda.is_available()
+            values["zero_optimization"][part] = {"device": device, "nvme_path": offload.nvme_path, "pin_memory": pinned}
     if config.training.precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.training.precision]
         values["torch_autocast"] = {"enabled": True, "dtype": dtype}

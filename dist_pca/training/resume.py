@@ -6,11 +6,12 @@ from typing import Any
 
 from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
-from dist_pca.training.checkpoint import latest_checkpoint, read_step
+from dist_pca.training.checkpoint import code_version, latest_checkpoint, read_state, read_step
 
 _log = logging.getLogger("dist_pca.training")
 FREE_KEYS = (
-    *("name", "output", "data.workers", "evaluation"),
+    *("name", "output", "data.workers", "data.validation", "evaluation", "telemetry"),
+    *("model.activation_checkpointing", "model.compile", "training.offload", "training.validate_every"),
     *(f"training.{key}" for key in ("zero_stage", "log_every", "checkpoint_every", "keep_checkpoints")),
     *(f"training.{key}" for key in ("time_limit", "stall_timeout", "max_bad_steps")),
 )
@@ -44,6 +45,9 @@ def check_resume(config: RunConfig, resume: bool | None) -> None:
         )
     for difference in differing:
         _log.info("going on with %s", difference)
+    checkpoint = latest_checkpoint(config.folder / "checkpoints")
+    if checkpoint is not None and (before := read_state(checkpoint).get("code")) != code_version():
+        _log.info("going on with dist-pca %s; %s was made by %s", code_version(), checkpoint.name, before)
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -1,162 +1,324 @@
-"""What a run tells: a live line, `metrics.jsonl` and TensorBoard events. Rank 0 tells, all ranks contribute."""
+"""What a run tells: a live line, `metrics.jsonl`, and the trackers. Rank 0 tells, all ranks contribute.
+
+A line of `metrics.jsonl` is one JSON object with the fields of `METRICS`, every `training.log_every` steps. Terms are
+means over the steps since the line before, over their micro-batches and over ranks; null is a mean of nothing.
+"""
 
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 from typing_extensions import Self
 
+from dist_pca.config import RunConfig
+from dist_pca.data.batch import Batch
 from dist_pca.shards.classes import ClassInfo
+from dist_pca.training.lines import append_line, drop_lines_after
+from dist_pca.training.phases import PhaseClock
+from dist_pca.training.profile import Profile
+from dist_pca.training.sample_log import SampleLog
+from dist_pca.training.throughput import peak_flops, peak_memory
+from dist_pca.training.trackers import Trackers
 
+METRICS = {
+    "step": "updates made, the skipped ones too",
+    "learning_rate": "of the backbone, in the last step",
+    "gradient_norm": "of the last step, before clipping; null if it was skipped",
+    "skipped_share": "share of steps skipped because a loss or gradient was not finite",
+    "loss": "what is minimised",
+    "ce": "cross-entropy of the source, nats",
+    "lovasz": "Lovasz-Softmax of the source",
+    "smoothness_source, smoothness_target": "label smoothness of each domain",
+    "association_LEVEL": "association loss at `features` or `predictions`, nats",
+    "kept_LEVEL": "cycles kept",
+    "kept_per_class_LEVEL": "the same by class name",
+    "cover_ratio_LEVEL": "share of target positions that some source position matched",
+    "consistent_ratio_LEVEL": "share of labelled source positions whose cycle ends in their own class",
+    "correct_ratio_LEVEL": "share of matches whose target truly has the source's class; only where target shards have "
+    "labels, which never reach the loss",
+    "nats_over_chance_LEVEL": "`ln N_source + ln N_target - loss`; the loss itself grows with the pool and compares "
+    "only at equal pools",
+    "exchanged_bytes_LEVEL": "bytes of keys, matches and gradients that a rank sends to others in one update",
+    "validation_mean_iou": "mIoU on `data.validation`, in the steps that are validated",
+    "seconds_per_step": "wall time",
+    "seconds": "the same by phase: `data` (waiting for it), `forward`, `association`, of it `exchange` (waiting for "
+    "other ranks), `backward`, `optimizer`, `validation`, `checkpoint`, `log`; mean over ranks",
+    "data_wait_share": "share of the time that waits for data",
+    "images_per_second": "of both domains, over all ranks",
+    "flops_per_second": "the network's forward and backward operations, on each rank",
+    "flop_utilisation": "the same over the GPU's peak rate at `training.precision`; null where that is not known",
+    "peak_memory_bytes": "highest so far on any rank: tensors on a GPU, on a CPU all that is resident",
+}
+"""Every field of a line and what it is; LEVEL is `features` or `predictions`."""
+TIMING = (
+    *("seconds_per_step", "seconds", "data_wait_share", "images_per_second"),
+    *("flops_per_second", "flop_utilisation", "peak_memory_bytes"),
+)
+"""Fields that differ between two runs of the same computation."""
+PHASES = ("data", "forward", "association", "exchange", "backward", "optimizer", "validation", "checkpoint", "log")
 SHOWN = ("loss", "ce", "lovasz", "association_features", "association_predictions")
+FOLD_AFTER = 64
+"""Micro-batches whose terms are kept on the device before they are added up."""
+
+Window = dict[str, tuple[float, float]]
+"""Sum and count of every term since the last line, on one rank."""
 
 
 class Telemetry:
     """Collects the terms of every step and tells their means every `log_every` steps."""
 
     def __init__(
-        self, folder: Path, classes: tuple[ClassInfo, ...], *, steps: int, start_step: int, log_every: int, images: int
+        self,
+        config: RunConfig,
+        classes: tuple[ClassInfo, ...],
+        clock: PhaseClock,
+        *,
+        device: torch.device,
+        start_step: int,
+        flops: int,
+        windows: list[Window],
     ) -> None:
         """Open the run folder's logs; lines of steps that are about to be made again are dropped.
 
         Args:
-            folder: The run folder.
+            config: The run.
             classes: Names for per-class counts.
-            steps: Last step.
+            clock: Where this rank's time goes.
+            device: Of the network.
             start_step: Steps already made.
-            log_every: Steps between lines.
-            images: Images per step over all ranks and both domains.
+            flops: The network's floating-point operations for one image, forward and backward.
+            windows: What `window` gave when `start_step` was saved.
+
+        Raises:
+            UserError: a tracker does not start.
         """
-        self.classes, self.steps, self.log_every, self.images = classes, steps, log_every, images
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, torch.Tensor] = {}
-        self.seconds, self.collected, self.waited = time.perf_counter(), 0, 0.0
-        self.console = Console(stderr=True)
-        self.progress: Progress | None = None
-        self.first = dist.get_rank() == 0
-        if self.first:
-            _drop_lines_after(folder / "metrics.jsonl", start_step)
-            self.lines = (folder / "metrics.jsonl").open("a")
-            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-            if self.console.is_terminal:
-                self.progress = Progress(
-                    TextColumn("[bold]train"),
-                    BarColumn(),
-                    MofNCompleteColumn(),
-                    TimeElapsedColumn(),
-                    TextColumn("left"),
-                    TimeRemainingColumn(),
-                    TextColumn("{task.fields[summary]}"),
-                    console=self.console,
-                )
-                self.task = self.progress.add_task("train", total=steps, completed=start_step, summary="")
+        self._classes, self._clock, self._device = classes, clock, device
+        self._steps, self._start_step, self._log_every = config.training.steps, start_step, config.training.log_every
+        self._images = config.training.source_batch + (config.training.target_batch if config.objective.adapt else 0)
+        self._flops, self._peak_flops = flops, peak_flops(device, config.training.precision)
+        self._window = _resumed(windows)
+        self._pending: list[dict[str, torch.Tensor]] = []
+        self._began = self._since = time.perf_counter()
+        self._step, self._told = start_step, start_step
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._profile = Profile(config.telemetry, config.folder, clock)
+        self._samples = SampleLog(config.folder, start_step) if config.telemetry.sample_keys else None
+        self._first = dist.get_rank() == 0
+        if not self._first:
+            return
+        self._file = config.folder / "metrics.jsonl"
+        drop_lines_after(self._file, start_step)
+        self._trackers = Trackers(config, start_step)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[summary]}"),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("train", total=self._steps, completed=start_step, summary="")
 
     def __enter__(self) -> Self:
-        if self.progress:
-            self.progress.start()
+        if self._progress:
+            self._progress.start()
+        self._clock.take()
+        self._began = self._since = time.perf_counter()
+        self._profile.before(self._step + 1)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.progress:
-            self.progress.stop()
-        if self.first:
-            self.lines.close()
-            self.events.close()
+        if error is None:
+            self._profile.close()
+        if self._progress:
+            self._progress.stop()
+        if self._first:
+            self._trackers.close()
+            if error is None and self._step > self._start_step:
+                self._tell_where_time_went()
 
-    def collect(self, terms: dict[str, torch.Tensor]) -> None:
-        """Add a micro-batch's terms; nothing leaves the device until a line is due. Only finite values count."""
-        for name, value in terms.items():
-            value = value.detach().double()
-            defined = value.isfinite()
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + torch.where(defined, value, 0)
-            self.counts[name] = self.counts.get(name, torch.zeros_like(value)) + defined
+    def collect(self, terms: Mapping[str, torch.Tensor], batches: Iterable[Batch | None]) -> None:
+        """Add a micro-batch's terms, and its batches of source and target.
 
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Count the time spent inside as data wait."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
+        Nothing leaves the device until a line is due. Only finite values count.
+        """
+        if self._samples is not None:
+            self._samples.collect(batches)
+        self._pending.append({name: value.detach() for name, value in terms.items()})
+        if len(self._pending) == FOLD_AFTER:
+            self._fold()
 
-    def step(self, step: int, scalars: dict[str, float | None]) -> None:
-        """Tell step number `step` (from 1): a live update, and a line when one is due. Collective."""
-        self.collected += 1
-        if self.progress:
-            self.progress.update(self.task, completed=step)
-        if step % self.log_every and step != self.steps:
+    def step(self, step: int, scalars: Mapping[str, float | None], *, skipped: bool) -> None:
+        """Tell step number `step` (from 1): a live update, and a line when one is due. Collective.
+
+        Raises:
+            UserError: on rank 0, a line cannot be written.
+        """
+        self._step = step
+        self._add("skipped_share", float(skipped))
+        if self._samples is not None:
+            self._samples.step(step)
+        self._profile.before(step + 1)
+        if self._progress:
+            self._progress.update(self._task, completed=step)
+        if step % self._log_every == 0 or step == self._steps:
+            record = {"step": step, **scalars, **self._means(), **self._throughput()}
+            if self._first:
+                self._tell(step, record)
+
+    def window(self) -> list[Window]:
+        """Every rank's terms since the last line, for a checkpoint, so that a resumed run's next line is the same.
+
+        Collective.
+        """
+        self._fold()
+        windows: list[Any] = [{}] * dist.get_world_size()
+        if self._window:
+            dist.all_gather_object(windows, self._window)
+        return windows
+
+    def _add(self, name: str, value: float) -> None:
+        total, count = self._window.get(name, (0.0, 0))
+        self._window[name] = (total + value, count + 1)
+
+    def _fold(self) -> None:
+        """Add the pending terms up one after the other, so that sums do not depend on when they are folded."""
+        if not self._pending:
             return
-        record: dict[str, object] = {"step": step, **scalars, **self._means()}
-        elapsed = time.perf_counter() - self.seconds
-        record["seconds_per_step"] = elapsed / self.collected
-        record["images_per_second"] = self.images * self.collected / elapsed
-        record["data_wait_share"] = self.waited / elapsed
-        self.seconds, self.collected, self.waited = time.perf_counter(), 0, 0.0
-        self.sums, self.counts = {}, {}
-        if self.first:
-            self._tell(step, record)
+        values = iter(torch.cat([v.reshape(-1) for terms in self._pending for v in terms.values()]).tolist())
+        for terms in self._pending:
+            for name, term in terms.items():
+                # One value of each class where a term is not a single number.
+                names = [f"{name}/{info.name}" for info in self._classes] if term.ndim else [name]
+                for one in names:
+                    value = next(values)
+                    if math.isfinite(value):
+                        self._add(one, value)
+                    else:
+                        self._window.setdefault(one, (0.0, 0))
+        self._pending = []
 
-    def _means(self) -> dict[str, float | dict[str, float] | None]:
-        means: dict[str, float | dict[str, float] | None] = {}
-        for name, total in self.sums.items():
-            # A term is this rank's share of a mean over ranks or the same everywhere; the mean over ranks suits both.
-            value = total / self.counts[name].clamp(min=1)
-            undefined = self.counts[name] == 0
-            dist.all_reduce(value)
-            value = torch.where(undefined, torch.nan, value / dist.get_world_size())
-            if value.ndim:
-                means[name] = {info.name: v for info, v in zip(self.classes, value.tolist(), strict=True)}
+    def _means(self) -> dict[str, Any]:
+        """Means over the window and ranks. A term is a rank's share of a mean over ranks or the same everywhere; the
+        mean over ranks suits both."""
+        self._fold()
+        totals = self._sum_over_ranks([number for pair in self._window.values() for number in pair])
+        means: dict[str, Any] = {}
+        for name, total, count in zip(self._window, totals[::2], totals[1::2], strict=True):
+            outer, _, inner = name.partition("/")
+            mean = total / count if count else None
+            if inner:
+                means.setdefault(outer, {})[inner] = mean
             else:
-                means[name] = None if math.isnan(value.item()) else value.item()
+                means[name] = mean
+        self._window = {}
         return means
 
-    def _tell(self, step: int, record: dict[str, object]) -> None:
-        self.lines.write(json.dumps(record) + "\n")
-        self.lines.flush()
-        for name, value in record.items():
-            if isinstance(value, dict):
-                for inner, count in value.items():
-                    self.events.add_scalar(f"{name}/{inner}", count, step)
-            elif isinstance(value, (int, float)) and name != "step":
-                self.events.add_scalar(name, value, step)
-        summary = self._summary(record)
-        if self.progress:
-            self.progress.update(self.task, summary=summary)
-        else:
-            self.console.print(f"step {step}/{self.steps}  {summary}", highlight=False, soft_wrap=True)
+    def _throughput(self) -> dict[str, Any]:
+        now, steps = time.perf_counter(), self._step - self._told
+        elapsed, self._since, self._told = now - self._since, now, self._step
+        own = self._take_seconds()
+        ranks = dist.get_world_size()
+        seconds = {
+            phase: total / ranks / steps
+            for phase, total in zip(own, self._sum_over_ranks(list(own.values())), strict=True)
+        }
+        peak = torch.tensor(peak_memory(self._device), device=self._device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        rate = self._images * steps / elapsed
+        flops = self._flops * rate / ranks
+        return {
+            "seconds_per_step": elapsed / steps,
+            "seconds": seconds,
+            "data_wait_share": seconds["data"] * steps / elapsed,
+            "images_per_second": rate,
+            "flops_per_second": flops,
+            "flop_utilisation": None if self._peak_flops is None else flops / self._peak_flops,
+            "peak_memory_bytes": int(peak),
+        }
 
-    def _summary(self, record: dict[str, object]) -> str:
+    def _take_seconds(self) -> dict[str, float]:
+        """This rank's seconds in each phase since the last call; the exchange is part of the association."""
+        taken = self._clock.take()
+        taken["association"] = taken.get("association", 0.0) + taken.get("exchange", 0.0)
+        own = {phase: taken.get(phase, 0.0) for phase in PHASES}
+        self._seconds = {phase: self._seconds[phase] + seconds for phase, seconds in own.items()}
+        return own
+
+    def _sum_over_ranks(self, numbers: list[float]) -> list[float]:
+        totals = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        dist.all_reduce(totals)
+        summed: list[float] = totals.tolist()
+        return summed
+
+    def _tell(self, step: int, record: dict[str, Any]) -> None:
+        append_line(self._file, json.dumps(record))
+        self._trackers.log({name: value for name, value in _flat(record) if name != "step"}, step)
+        summary = self._summary(record)
+        if self._progress:
+            self._progress.update(self._task, summary=summary)
+        else:
+            self._console.print(f"step {step}/{self._steps}  {summary}", highlight=False, soft_wrap=True)
+
+    def _summary(self, record: Mapping[str, Any]) -> str:
         parts = [f"{name} {record[name]:.3f}" for name in SHOWN if isinstance(record.get(name), float)]
         for level in ("features", "predictions"):
             ratio = record.get(f"consistent_ratio_{level}")
             if isinstance(ratio, float):
                 parts.append(f"{level} cycles {ratio:.0%} kept, {record[f'cover_ratio_{level}']:.0%} covered")
-        rate = record["images_per_second"]
-        seconds = float(str(record["seconds_per_step"])) * (self.steps - int(str(record["step"])))
-        return "  ".join([*parts, f"{rate:.1f} images/s", f"{seconds / 60:.1f} min left"])
+        parts.append(f"{record['images_per_second']:.1f} images/s")
+        if record["flop_utilisation"] is not None:
+            parts.append(f"{record['flop_utilisation']:.0%} of peak")
+        left = record["seconds_per_step"] * (self._steps - record["step"])
+        return "  ".join([*parts, f"{left / 60:.1f} min left"])
+
+    def _tell_where_time_went(self) -> None:
+        self._take_seconds()
+        elapsed, steps = time.perf_counter() - self._began, self._step - self._start_step
+        shares = [
+            f"{'of it ' if phase == 'exchange' else ''}{phase} {seconds / elapsed:.0%}"
+            for phase, seconds in self._seconds.items()
+        ]
+        self._console.print(
+            f"steps {self._start_step + 1} to {self._step} in {elapsed / 60:.1f} min, {elapsed / steps:.3g} s each, "
+            f"{self._images * steps / elapsed:.1f} images/s: {', '.join(shares)}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            # The last line of a killed run can be cut short.
-            continue
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(kept))
-    aside.replace(path)
+def _resumed(windows: list[Window]) -> Window:
+    """This rank's window of those saved: its own, or on another number of ranks the mean of all."""
+    ranks = dist.get_world_size()
+    if len(windows) == ranks:
+        return {name: (total, count) for name, (total, count) in windows[dist.get_rank()].items()}
+    return {
+        name: (
+            sum(window[name][0] for window in windows) / len(windows),
+            sum(window[name][1] for window in windows) / len(windows),
+        )
+        for name in (windows[0] if windows else {})
+    }
+
+
+def _flat(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Numbers of a record, those inside of another by `outer/inner`."""
+    numbers = []
+    for name, value in record.items():
+        inner = {f"{name}/{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+        numbers += [(key, one) for key, one in inner.items() if one is not None]
+    return numbers

@@ -187,7 +187,7 @@ class Watchdog:
             return
         accuser, rank, values, what = json.loads(self._store.get("verdict"))
         pulse = Pulse(*values)
-        if self._raising and accuser == self._rank:
+        if self._raising and accuser == rank == self._rank:
             # The exception that is on its way says so.
             return
         if pulse.host == self._own.host and self._rank != rank != accuser:

@@ -1,89 +1,169 @@
 """Whole tensors in and out of DeepSpeed's partitions, by parameter name and independent of the number of ranks.
 
-All functions are collective. DeepSpeed is imported inside them: who only reads a checkpoint does without it.
+Each rank owns a few flat fp32 tensors, its partitions: of the parameters, and in the same layout of everything that is
+kept for each of them, such as an optimiser's moments and running averages.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 
-def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
-    """fp32 copy of every parameter on the CPU, as an unpartitioned model would hold it."""
-    from deepspeed.utils import safe_get_full_fp32_param
+class Fragment(NamedTuple):
+    """The part of one parameter that this rank's partitions hold; perhaps none of it."""
 
-    return {name: _full(safe_get_full_fp32_param(p), p) for name, p in _trained(engine)} | {
-        name: p.detach().float().cpu().clone() for name, p in engine.module.named_parameters() if not p.requires_grad
-    }
-
-
-def full_optimizer_state(engine: Any) -> dict[str, torch.Tensor]:
-    """Every optimiser tensor on the CPU as `parameter/key`, and its step counts as `step`; empty before a step."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    keys, step = _state_keys(engine)
-    if keys:
-        _link_state(engine)
-    state = {
-        f"{name}/{key}": _full(safe_get_full_optimizer_state(p, key), p) for name, p in _trained(engine) for key in keys
-    }
-    return state | ({"step": torch.tensor(step)} if step is not None else {})
+    name: str
+    shape: torch.Size
+    """Of the whole parameter."""
+    start: int
+    """Its first element in the flattened parameter."""
+    partition: int
+    """Which partition."""
+    offset: int
+    """Its first element there."""
+    size: int
+    """Elements."""
 
 
-def load_optimizer_state(engine: Any, state: dict[str, torch.Tensor]) -> None:
-    """Put back what `full_optimizer_state` gave, under any ZeRO stage and number of ranks."""
-    from deepspeed.utils import safe_get_local_optimizer_state
-
-    keys = {name.rsplit("/", 1)[1] for name in state if "/" in name}
-    if not keys:
-        return
-    for partition in _partitions(engine):
-        slot = engine.optimizer.optimizer.state[partition]
-        slot.update({key: torch.zeros_like(partition) for key in keys})
-        if "step" in state:
-            slot["step"] = state["step"].clone()
-    _link_state(engine)
-    for name, parameter in _trained(engine):
-        for key in keys:
-            value = state[f"{name}/{key}"].flatten()
-            if hasattr(parameter, "ds_id"):
-                part = safe_get_local_optimizer_state(parameter, key)
-                own = value[dist.get_rank() * part.numel() :][: part.numel()]
-                part[: own.numel()].copy_(own)
-            elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
-                address = mapping.lp_fragment_address
-                mapping.get_hp_fragment(key).copy_(value.narrow(0, address.start, address.numel))
+def partitions(engine: Any) -> list[torch.Tensor]:
+    """This rank's fp32 parameters as they are updated, flat; copies of those that are on NVMe."""
+    return [held for held, _ in _all_held(engine)]
 
 
-def _link_state(engine: Any) -> None:
-    # At stages 1 and 2 DeepSpeed ties parameters to their slices of the optimiser's state once, in the first step of
-    # the first group, when later groups have no state yet; so they are tied anew.
-    if engine.zero_optimization_stage() < 3:
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+def optimizer_partitions(engine: Any) -> dict[str, list[torch.Tensor]]:
+    """This rank's optimiser tensors by key, each in the layout of `partitions`; empty before a step."""
+    slots = [slot for _, slot in _all_held(engine)]
+    return {key: [slot[key] for slot in slots] for key in sorted(slots[0]) if key != "step"}
 
 
-def _trained(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
+def optimizer_steps(engine: Any) -> float | None:
+    """Updates that the optimiser has counted; None where it does not."""
+    slot = engine.optimizer.optimizer.state.get(_flat(engine)[0], {})
+    return float(slot["step"]) if "step" in slot else None
 
 
-def _full(value: torch.Tensor | None, parameter: torch.nn.Parameter) -> torch.Tensor:
-    assert value is not None
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    return value.detach().reshape(shape).float().cpu().clone()
+def set_optimizer(engine: Any, state: Mapping[str, Mapping[str, torch.Tensor]], steps: float | None) -> None:
+    """Put back whole optimiser tensors, by key and parameter name, and the updates counted."""
+    values = {key: [torch.zeros_like(partition) for partition in partitions(engine)] for key in state}
+    for key, tensors in state.items():
+        scatter(engine, tensors, values[key])
+    for index, flat in enumerate(_flat(engine)):
+        with _at_hand(engine, index, write=True):
+            slot = engine.optimizer.optimizer.state.setdefault(flat, {})
+            slot.update({key: values[key][index] for key in state})
+            if steps is not None:
+                slot["step"] = torch.tensor(steps)
 
 
-def _partitions(engine: Any) -> list[torch.Tensor]:
+def whole_parameters(engine: Any, values: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter in fp32 by name, one after the other; those that are not trained as they are.
+
+    Collective; to be exhausted by all ranks.
+
+    Args:
+        engine: DeepSpeed's.
+        values: Of the trained ones, in the layout of `partitions`.
+    """
+    yield from gather(engine, values)
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            with _present(parameter):
+                yield name, parameter.detach().float()
+
+
+def gather(engine: Any, values: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every trained parameter's whole tensor, one after the other, from values in the layout of `partitions`.
+
+    Collective; to be exhausted by all ranks. Tensors are on the engine's device, for the caller to keep or not.
+    """
+    for fragment in fragments(engine):
+        whole = torch.zeros(fragment.shape.numel(), dtype=torch.float32, device=engine.device)
+        own = values[fragment.partition][fragment.offset :][: fragment.size]
+        whole[fragment.start :][: fragment.size].copy_(own)
+        dist.all_reduce(whole)
+        yield fragment.name, whole.view(fragment.shape)
+
+
+def scatter(engine: Any, whole: Mapping[str, torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Put this rank's parts of whole tensors, by parameter name, into values in the layout of `partitions`."""
+    for fragment in fragments(engine):
+        own = values[fragment.partition][fragment.offset :][: fragment.size]
+        own.copy_(whole[fragment.name].flatten()[fragment.start :][: fragment.size])
+
+
+def fragments(engine: Any) -> list[Fragment]:
+    """What this rank holds of each trained parameter, in the order of names, which all ranks share."""
+    return [_fragment(engine, name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def persistent_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The buffers a state dict would hold."""
+    kept = model.state_dict().keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+
+
+def _flat(engine: Any) -> list[torch.Tensor]:
     optimizer = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
-        return list(optimizer.fp32_partitioned_groups_flat)
-    return list(optimizer.single_partition_of_fp32_groups)
+    stage = engine.zero_optimization_stage()
+    return list(optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups)
 
 
-def _state_keys(engine: Any) -> tuple[list[str], float | None]:
-    partitions = _partitions(engine)
-    slot = engine.optimizer.optimizer.state.get(partitions[0], {})
-    keys = sorted(k for k, v in slot.items() if torch.is_tensor(v) and v.shape == partitions[0].shape)
-    return keys, float(slot["step"]) if "step" in slot else None
+@contextmanager
+def _at_hand(engine: Any, index: int, *, write: bool = False) -> Iterator[bool]:
+    """While it is open, a partition and its optimiser's state are in memory; whether they are else on NVMe."""
+    optimizer = engine.optimizer
+    swapped = engine.zero_optimization_stage() == 3 and optimizer._swappable_optimizer_subgroup(index)
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_in(index)
+    yield swapped
+    if swapped and write:
+        optimizer._optimizer_states_and_gradient_swap_out(index)
+    elif swapped:
+        optimizer._release_swap_buffers(index)
+
+
+def _all_held(engine: Any) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Each partition and its optimiser's tensors; copies where the originals leave the memory again."""
+    for index, flat in enumerate(_flat(engine)):
+        with _at_hand(engine, index) as swapped:
+            slot = engine.optimizer.optimizer.state.get(flat, {})
+            held = {key: value for key, value in slot.items() if torch.is_tensor(value)}
+            if swapped:
+                yield flat.detach().clone(), {key: value.clone() for key, value in held.items()}
+            else:
+                yield flat, held
+
+
+def _present(parameter: Any) -> AbstractContextManager[None]:
+    """While it is open, a parameter that stage 3 shares out is whole."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    # Not at the top: who only reads a checkpoint does without DeepSpeed.
+    from deepspeed.runtime.zero import GatheredParameters
+
+    gathered: AbstractContextManager[None] = GatheredParameters([parameter])
+    return gathered
+
+
+def _fragment(engine: Any, name: str, parameter: Any) -> Fragment:
+    if hasattr(parameter, "ds_id"):
+        partition, offset, size = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+        start = min(dist.get_rank() * size, parameter.ds_numel)
+        # The last rank's part is padded.
+        own = min(size, parameter.ds_numel - start)
+        return Fragment(name, torch.Size(parameter.ds_shape), start, partition, offset, own)
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return Fragment(name, parameter.shape, 0, 0, 0, 0)
+    place = mapping.lp_fragment_address
+    return Fragment(
+        name,
+        parameter.shape,
+        place.start,
+        mapping.param_group_index,
+        mapping.hp_fragment_address.start,
+        place.numel,
+    )

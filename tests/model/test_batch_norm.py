@@ -8,7 +8,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from dist_pca.config import ModelConfig
-from dist_pca.model.batch_norm import average_batch_norm, synchronise
+from dist_pca.model.batch_norm import average_over_ranks, running_statistics, synchronise
 from dist_pca.model.segmenter import build_segmenter
 from tests.ranks import run_on_ranks
 
@@ -52,7 +52,7 @@ def step_on_rank(rank: int, world_size: int) -> dict[str, Any]:
     alone = copy.deepcopy(net)
     step(alone, images, gradient)
     before = copy.deepcopy(dict(alone.named_buffers()))
-    average_batch_norm(alone)
+    average_over_ranks(running_statistics(alone).values())
     synchronise(net)
     result = step(net, images, gradient)
     net.eval()
@@ -111,7 +111,7 @@ def test_averaging_in_a_single_process_changes_nothing() -> None:
     net = network()
     step(net, *batch())
     before = copy.deepcopy(net.state_dict())
-    average_batch_norm(net)
+    average_over_ranks(running_statistics(net).values())
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 

@@ -1,8 +1,13 @@
 """Checkpoints are whole or absent, also where the disk is full."""
 
+import math
 import os
 import resource
+import signal
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,26 +16,36 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dist_pca.errors import UserError
-from dist_pca.training import checkpoint
-from dist_pca.training.checkpoint import latest_checkpoint, save_checkpoint
+from dist_pca.training.checkpoint import latest_checkpoint, load_model, load_optimizer, pointed_at
+from dist_pca.training.checkpoint_writer import CheckpointWriter
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One process, and an engine whose partitions are the whole."""
-    monkeypatch.setattr(checkpoint, "full_parameters", lambda engine: dict(engine.module.named_parameters()))
-    monkeypatch.setattr(checkpoint, "full_optimizer_state", lambda engine: {"step": torch.tensor(1.0)})
+def alone() -> Iterator[None]:
+    """One process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-def save(folder: Path, step: int, width: int) -> None:
-    engine = SimpleNamespace(module=torch.nn.Linear(width, width).requires_grad_(False))
-    save_checkpoint(engine, folder, step, seed=0, keep=2)
+def engine(width: int) -> SimpleNamespace:
+    """Holds a network of `width` squared weights, none of which train."""
+    inner = SimpleNamespace(state={})
+    optimizer = SimpleNamespace(single_partition_of_fp32_groups=[torch.zeros(1)], optimizer=inner)
+    module = torch.nn.Linear(width, width).requires_grad_(False)
+    return SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 2)
+
+
+def writer(folder: Path) -> CheckpointWriter:
+    return CheckpointWriter(folder, seed=0, keep=2, device=torch.device("cpu"))
+
+
+def save(folder: Path, step: int, width: int, **state: object) -> None:
+    with writer(folder) as checkpoints:
+        checkpoints.save(engine(width), step, state=state)
 
 
 def names(folder: Path) -> list[str]:
@@ -85,3 +100,124 @@ def test_the_newest_are_kept_and_what_a_killed_write_left_is_replaced(tmp_path: 
         save(tmp_path, step, width=4)
     assert names(tmp_path) == ["latest", "step-00000002", "step-00000003"]
     assert (tmp_path / "latest").read_text() == "step-00000003\n"
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_best_one_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step, score in ((1, 0.2), (2, 0.4), (3, None), (4, 0.4), (5, 0.3), (6, math.nan)):
+        save(tmp_path, step, width=4, mean_iou=score)
+        best = pointed_at(tmp_path, "best")
+        assert best is not None
+        assert best.name == f"step-{min(step, 2):08d}"
+    assert names(tmp_path) == ["best", "latest", "step-00000002", "step-00000005", "step-00000006"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_without_validation_none_is_the_best(tmp_path: Path) -> None:
+    save(tmp_path, 1, width=4)
+    assert pointed_at(tmp_path, "best") is None
+
+
+@pytest.mark.usefixtures("alone")
+def test_training_goes_on_while_a_checkpoint_is_written_and_hears_of_its_failure(tmp_path: Path) -> None:
+    slow = threading.Event()
+
+    def write(path: object, *_: object) -> None:
+        slow.wait(10)
+        raise OSError("the disk is gone")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="the disk is gone"):  # noqa: PT012
+        patch.setattr("dist_pca.training.checkpoint_writer.save_file", write)
+        with writer(tmp_path) as checkpoints:
+            assert checkpoints.save(engine(8), 1) < 5
+            checkpoints.poll()
+            slow.set()
+            for _ in range(1000):
+                checkpoints.poll()
+                time.sleep(0.01)
+    assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_saved_is_the_state_at_the_call_and_not_what_training_makes_of_it(tmp_path: Path) -> None:
+    trained = engine(512)
+    before = trained.module.weight.clone()
+    with writer(tmp_path) as checkpoints:
+        checkpoints.save(trained, 1)
+        trained.module.weight.zero_()
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert torch.equal(load_file(found / "model.safetensors")["weight"], before)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from tests.training.test_checkpoint import engine, save, writer
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+save(Path(sys.argv[1]), 1, width=16)
+with writer(Path(sys.argv[1])) as checkpoints:
+    checkpoints.save(engine(8192), 2)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_of_a_write_leaves_the_one_before(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+    partial = tmp_path / ".step-00000002.partial"
+    while not any(partial.glob("*")) and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert names(tmp_path) == [partial.name, "latest", "step-00000001"]
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert load_file(found / "model.safetensors")["weight"].shape == (16, 16)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (torch.nn.Linear(5, 4), r"other shapes: weight \[4, 4\] where the config has \[4, 5\]"),
+        (torch.nn.Linear(4, 4, bias=False), "it alone has bias"),
+        (torch.nn.BatchNorm1d(4), "it lacks num_batches_tracked, running_mean, running_var; other shapes: weight"),
+        (
+            torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)),
+            "it lacks 0.bias, 0.weight, 1.bias and 1 more",
+        ),
+    ],
+)
+def test_another_network_is_refused_with_the_tensors_that_differ(
+    tmp_path: Path, model: torch.nn.Module, message: str
+) -> None:
+    save(tmp_path, 1, width=4)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    with pytest.raises(UserError, match=message):
+        load_model(model, found)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_moving_average_that_a_checkpoint_does_not_have_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1, width=4)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    with pytest.raises(UserError, match=r"holds no moving average \(training.ema_decay was 0\)"):
+        load_model(torch.nn.Linear(4, 4), found, ema=True)
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ("weight/momentum_buffer", "does not fit AdamW of this network, by momentum_buffer"),
+        ("weight/exp_avg", "does not fit AdamW of this network, by bias"),
+    ],
+)
+def test_another_optimisers_state_is_refused(tmp_path: Path, saved: str, message: str) -> None:
+    save_file({saved: torch.zeros(4, 4)}, tmp_path / "optimizer.safetensors")
+    module = torch.nn.Linear(4, 4)
+    other = SimpleNamespace(module=module, optimizer=SimpleNamespace(optimizer=torch.optim.AdamW(module.parameters())))
+    with pytest.raises(UserError, match=message):
+        load_optimizer(other, tmp_path)

@@ -5,8 +5,12 @@ from pathlib import Path
 import pytest
 
 from dist_pca.config import RunConfig, load_config, save_config
+from dist_pca.demo.streets import DAY, write_streets
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
+from dist_pca.shards.build import build_shards
+from dist_pca.training.checkpoint import code_version
+from dist_pca.training.loop import check
 from dist_pca.training.resume import check_resume
 
 
@@ -53,3 +57,38 @@ def test_resume_consents_to_changed_keys_and_no_resume_to_no_run(made: Path) -> 
 @pytest.mark.parametrize("resume", [None, True, False])
 def test_a_folder_without_a_run_starts_one(tmp_path: Path, resume: bool | None) -> None:
     check_resume(demo(tmp_path), resume)
+
+
+def test_a_world_that_cannot_share_the_batch_is_refused_with_the_sizes_that_would_work(tmp_path: Path) -> None:
+    for name in ("day", "dusk"):
+        write_streets(tmp_path / f"raw_{name}", DAY, split=name, indices=range(2), seed=0, size=(64, 96))
+        build_shards("folder", tmp_path / f"raw_{name}", tmp_path / name, workers=1)
+    config = demo(
+        tmp_path,
+        f"data.source={tmp_path}/day",
+        f"data.target={tmp_path}/dusk",
+        "data.shorter_edge=[40,56]",
+        "data.crop=[40,56]",
+        "training.source_batch=12",
+        "training.target_batch=12",
+        "training.accumulation=2",
+    )
+    message = (
+        r"training\.source_batch: 12 samples do not share out over 4 ranks x 2 micro-batches; "
+        r"use 8 or 16 samples or a world size out of \[1, 2, 3, 6\]"
+    )
+    with pytest.raises(UserError, match=message):
+        check(config, world_size=4, resume=None)
+
+
+def test_going_on_with_other_code_is_told(made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = demo(made).folder / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint.parent / "latest").write_text(checkpoint.name)
+    with caplog.at_level("INFO", "dist_pca.training"):
+        (checkpoint / "state.json").write_text(f'{{"step": 4, "code": "{code_version()}"}}')
+        check_resume(demo(made), None)
+        assert caplog.messages == []
+        (checkpoint / "state.json").write_text('{"step": 4, "code": "0.0.0+abc"}')
+        check_resume(demo(made), None)
+    assert caplog.messages == [f"going on with dist-pca {code_version()}; step-00000004 was made by 0.0.0+abc"]

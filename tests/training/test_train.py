@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dist_pca.resources import resource
+from dist_pca.training.telemetry import TIMING
 from tests.training.runs import build_streets, launch
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,7 @@ def weights(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:
 
 
 def without_time(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if "second" not in key and "wait" not in key}
+    return {key: value for key, value in line.items() if key not in TIMING}
 
 
 def test_a_run_trains_logs_every_term_and_can_be_scored(streets: Path) -> None:

@@ -1,0 +1,94 @@
+"""The micro-batches of one update, each with its own loss or all with the one of the batch that they make up."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from typing_extensions import NamedTuple
+
+from dist_pca.objective import Domain
+
+T = TypeVar("T")
+Domains = tuple[Domain, Domain | None]
+Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+class MicroBatch(NamedTuple, Generic[T]):
+    """One forward pass, ready for backward."""
+
+    loss: torch.Tensor
+    """Scalar; the gradients of an update are the mean over its micro-batches of this one's."""
+    terms: dict[str, torch.Tensor]
+    """What to tell of it."""
+    domains: Domains
+    """What the network said."""
+    batch: T
+    """What it was shown."""
+
+
+def separate_losses(
+    next_batch: Callable[[], T], forward: Callable[[T], Domains], loss_of: Callable[[Domains], Loss], count: int
+) -> Iterator[MicroBatch[T]]:
+    """`count` micro-batches, each with a loss of its own."""
+    for _ in range(count):
+        batch = next_batch()
+        domains = forward(batch)
+        yield MicroBatch(*loss_of(domains), domains, batch)
+
+
+def one_loss(
+    next_batch: Callable[[], T],
+    forward: Callable[[T], Domains],
+    loss_of: Callable[[Domains], Loss],
+    count: int,
+    module: torch.nn.Module,
+) -> Iterator[MicroBatch[T]]:
+    """`count` micro-batches whose gradients add up to those of one loss over all of them.
+
+    A first pass without gradients gives what the network says of every micro-batch; the loss of all that, taken once,
+    gives a gradient for each output; a second pass, one micro-batch at a time, carries it into the network. No more
+    activations are held than by `separate_losses`, for one more forward pass. Dropout draws the same in both passes,
+    and buffers, such as running statistics, move in the second alone.
+
+    Args:
+        next_batch: Gives a micro-batch.
+        forward: Gives the network's outputs for it.
+        loss_of: Gives the loss and its terms for outputs, of one or of many micro-batches.
+        count: Micro-batches.
+        module: The network, for its buffers.
+    """
+    batches = [next_batch() for _ in range(count)]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    buffers = [buffer.clone() for buffer in module.buffers()]
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        said = [forward(batch) for batch in batches]
+        for buffer, before in zip(module.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    source = _joined([domains[0] for domains in said])
+    target = _joined([domain for _, domain in said if domain is not None])
+    assert source is not None
+    outputs = [values for domain in (source, target) if domain for values in (domain.logits, domain.features)]
+    loss, terms = loss_of((source, target))
+    gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
+    parts = [None if g is None else g.chunk(count) for g in gradients]
+    for index, batch in enumerate(batches):
+        domains = forward(batch)
+        own = [values for domain in domains if domain for values in (domain.logits, domain.features)]
+        carried = [
+            (values.float() * part[index]).sum() for values, part in zip(own, parts, strict=True) if part is not None
+        ]
+        # Its value is no loss; its gradient is. The mean over micro-batches is made a sum.
+        yield MicroBatch(count * torch.stack(carried).sum(), terms, domains, batch)
+
+
+def _joined(domains: Sequence[Domain]) -> Domain | None:
+    """Outputs of several micro-batches as those of one, in fp32 and with a gradient."""
+    if not domains:
+        return None
+    labels: list[Any] = [domain.labels for domain in domains]
+    return Domain(
+        torch.cat([domain.logits for domain in domains]).float().requires_grad_(),
+        torch.cat([domain.features for domain in domains]).float().requires_grad_(),
+        None if labels[0] is None else torch.cat(labels),
+        [seed for domain in domains for seed in domain.seeds],
+    )

@@ -1,0 +1,212 @@
+"""Checkpoints are written while training goes on: copied to memory at once, to disk from a thread of rank 0."""
+
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from typing_extensions import Self
+
+from dist_pca.errors import UserError
+from dist_pca.training.agreement import refuse_together
+from dist_pca.training.checkpoint import Pointer, code_version, pointed_at, read_state
+from dist_pca.training.ema import Average, whole_network
+from dist_pca.training.rank_statistics import FILE, averaged_statistics, gather_statistics
+from dist_pca.training.zero import gather, optimizer_partitions, optimizer_steps
+
+Tensors = dict[str, torch.Tensor]
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time; at the end of its context all are written."""
+
+    def __init__(self, folder: Path, *, seed: int, keep: int, device: torch.device) -> None:
+        """Write nothing yet.
+
+        Args:
+            folder: The `checkpoints` folder.
+            seed: The run's, for state.json.
+            keep: Newest checkpoints that are kept, beside the best one.
+            device: Where collectives' tensors must be.
+        """
+        self._folder, self._seed, self._keep, self._device = folder, seed, keep, device
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._in_flight = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._finish()
+        elif self._thread is not None:
+            self._thread.join()
+
+    def save(
+        self, engine: Any, step: int, *, average: Average | None = None, state: Mapping[str, object] | None = None
+    ) -> float:
+        """Begin a checkpoint after `step` updates, once the one before is written.
+
+        When it is whole, `latest` moves to it, `best` to the one of highest `mean_iou`, and all but the newest and the
+        best are dropped. Collective; rank 0 holds a copy of the state in memory until then. Batch-norm statistics are
+        saved as their mean over ranks, and beside it as each rank's own, with which training goes on.
+
+        Args:
+            engine: DeepSpeed's.
+            step: Updates made.
+            average: The moving average of the weights, if the run keeps one.
+            state: More for state.json.
+
+        Returns:
+            Seconds that the caller has waited, for the checkpoint before and for the copy.
+
+        Raises:
+            UserError: on every rank, the checkpoint before could not be written.
+        """
+        began = time.perf_counter()
+        self._finish()
+        own_statistics = gather_statistics(engine, average)
+        with averaged_statistics(engine, average):
+            tensors = _snapshot(engine, average)
+        if dist.get_rank() == 0:
+            if own_statistics is not None:
+                tensors[FILE] = {FILE: own_statistics.cpu()}
+            values = {
+                "step": step,
+                "seed": self._seed,
+                "world_size": dist.get_world_size(),
+                "code": code_version(),
+                **(state or {}),
+            }
+            self._thread = threading.Thread(target=self._write, args=(f"step-{step:08d}", tensors, values), daemon=True)
+            self._thread.start()
+        self._in_flight = True
+        return time.perf_counter() - began
+
+    def poll(self) -> None:
+        """See whether the checkpoint in flight has failed, if there is one. Collective, to be called every step.
+
+        Raises:
+            UserError: on every rank, it could not be written, most often for want of space; those before it are as they
+                were.
+        """
+        if not self._in_flight:
+            return
+        done = torch.tensor(self._thread is None or not self._thread.is_alive(), device=self._device, dtype=torch.uint8)
+        dist.broadcast(done, src=0)
+        if done:
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self._in_flight:
+            return
+        self._in_flight = False
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        refuse_together(None if error is None else str(error))
+
+    def _write(self, name: str, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
+        try:
+            _write_checkpoint(self._folder, name, tensors, state)
+            kept = {path.name for path in sorted(self._folder.glob("step-*"))[-self._keep :]} | {_best(self._folder)}
+            for old in self._folder.glob("step-*"):
+                if old.name not in kept:
+                    _remove(old)
+        except Exception as error:  # The thread has nobody to raise it to.
+            self._error = error
+
+
+def _snapshot(engine: Any, average: Average | None) -> dict[str, Tensors]:
+    """Every file's tensors on rank 0's CPU; nothing on others."""
+    moments = optimizer_partitions(engine)
+    parts: dict[str, Any] = {
+        "model": whole_network(engine, None),
+        "optimizer": (
+            (f"{name}/{key}", value) for key, values in moments.items() for name, value in gather(engine, values)
+        ),
+    }
+    if average is not None:
+        parts["ema"] = whole_network(engine, average)
+    tensors: dict[str, Tensors] = {part: {} for part in parts}
+    first = dist.get_rank() == 0
+    for part, values in parts.items():
+        for name, value in values:
+            if first:
+                tensors[part][name] = value.detach().to("cpu", copy=True).contiguous()
+    if (steps := optimizer_steps(engine)) is not None:
+        tensors["optimizer"]["step"] = torch.tensor(steps)
+    return tensors
+
+
+def _write_checkpoint(folder: Path, name: str, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
+    aside, target = folder / f".{name}.partial", folder / name
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        for part, values in tensors.items():
+            save_file(values, aside / f"{part}.safetensors")
+        (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
+        if target.exists():
+            _remove(target)
+        aside.rename(target)
+        _point(folder, "latest", name)
+        if (best := _best(folder)) is not None:
+            _point(folder, "best", best)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        before = pointed_at(folder, "latest")
+        raise UserError(
+            f"{target}: cannot be written ({error}); {before.name if before else 'no checkpoint'} is whole, so make "
+            "room there and start the run again"
+        ) from error
+
+
+def _best(folder: Path) -> str | None:
+    """The checkpoint of highest validation mIoU, of equal ones the earliest; None where none has been validated."""
+    scores = {path.name: read_state(path).get("mean_iou") for path in sorted(folder.glob("step-*"))}
+    known = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
+    return max(known, key=lambda name: known[name], default=None)
+
+
+def _remove(checkpoint: Path) -> None:
+    # Under a name of its own, so that no half-removed one is ever taken for a checkpoint.
+    aside = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point(folder: Path, pointer: Pointer, name: str) -> None:
+    path = folder / pointer
+    aside = path.with_name(f".{pointer}.partial")
+    aside.write_text(name + "\n")
+    _sync(aside)
+    aside.replace(path)
+    _sync(folder)

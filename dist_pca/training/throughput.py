@@ -1,0 +1,71 @@
+"""What a run gets out of its machine: floating-point operations of its network, the device's peak rate, memory."""
+
+import resource
+import sys
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+PEAK_TERAFLOPS = {
+    "B200": (2250.0, 1100.0),
+    "GH200": (989.4, 494.7),
+    "H200": (989.4, 494.7),
+    "H100 PCIe": (756.0, 378.0),
+    "H100 NVL": (835.0, 417.5),
+    "H100": (989.4, 494.7),
+    "A100": (312.0, 156.0),
+    "A40": (149.7, 74.8),
+    "A30": (165.0, 82.0),
+    "A10": (125.0, 62.5),
+    "L40S": (362.0, 183.0),
+    "L40": (181.0, 90.5),
+    "L4": (121.0, 60.0),
+    "V100": (125.0, 15.7),
+    "T4": (65.0, 8.1),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 3090": (71.0, 35.6),
+    "RTX A6000": (154.8, 77.4),
+    "MI300X": (1307.4, 653.7),
+}
+"""Dense peak rates by what a device's name holds, the more special name first: of half precision with sums in fp32, and
+of fp32 as PyTorch convolves it by default, which is TF32 where the device has it."""
+
+
+def network_flops(model: torch.nn.Module, height: int, width: int) -> int:
+    """Floating-point operations of a forward and backward pass over one image: convolutions and matrix products.
+
+    Counted on tensors without values, so that it takes no memory and a fraction of a second.
+    """
+    meta = {
+        name: torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    image = torch.empty(1, 3, height, width, device="meta")
+    # In evaluation mode, because shared batch-norm statistics ask other ranks.
+    training = model.training
+    model.eval()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            output = torch.func.functional_call(model, meta, (image,))
+            output.logits.sum().backward()
+    finally:
+        model.train(training)
+    return int(counter.get_total_flops())
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak operations per second of a device at fp32, bf16 or fp16; None where it is not known, as on a CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    rates = next((rates for part, rates in PEAK_TERAFLOPS.items() if part.lower() in name.lower()), None)
+    return None if rates is None else 1e12 * rates[precision == "fp32"]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes of this process at their highest so far: of tensors on the GPU, or on the CPU of all that is resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Kibibytes, and on macOS bytes.
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,106 @@
+"""Two jobs never train in one run folder, and a job that is gone holds it from nobody."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import torch.distributed as dist
+
+from dist_pca.errors import UserError
+from dist_pca.training import lock
+from dist_pca.training.lock import run_lock
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def other() -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def held_by(folder: Path, host: str, pid: int, started: float, processes: str | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    owner = lock._this_process()._asdict() | {"host": host, "pid": pid, "started": started}
+    (folder / "lock.json").write_text(json.dumps(owner | ({"processes": processes} if processes else {})))
+    return folder / "lock.json"
+
+
+def test_a_folder_is_held_while_training_and_free_afterwards(tmp_path: Path) -> None:
+    with run_lock(tmp_path / "run"):
+        owner = json.loads((tmp_path / "run" / "lock.json").read_text())
+        assert (owner["host"], owner["pid"]) == (socket.gethostname(), os.getpid())
+        with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()} trains in this folder"):
+            run_lock(tmp_path / "run").__enter__()
+        assert (tmp_path / "run" / "lock.json").exists()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_living_process_of_this_machine_keeps_its_lock_however_silent(
+    tmp_path: Path, other: "subprocess.Popen[bytes]"
+) -> None:
+    path = held_by(tmp_path, socket.gethostname(), other.pid, psutil.Process(other.pid).create_time())
+    os.utime(path, (0, 0))
+    with pytest.raises(UserError, match=f"process {other.pid} on"), run_lock(tmp_path):
+        pass
+    assert json.loads(path.read_text())["pid"] == other.pid
+
+
+def test_a_killed_process_leaves_a_lock_that_is_taken_over(tmp_path: Path, other: "subprocess.Popen[bytes]") -> None:
+    started = psutil.Process(other.pid).create_time()
+    other.send_signal(signal.SIGKILL)
+    # Not waited for: a dead process whose parent has not looked counts as dead too.
+    while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    path = held_by(tmp_path, socket.gethostname(), other.pid, started)
+    with run_lock(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_a_number_that_another_process_has_now_is_not_the_owner(
+    tmp_path: Path, other: "subprocess.Popen[bytes]"
+) -> None:
+    path = held_by(tmp_path, socket.gethostname(), other.pid, psutil.Process(other.pid).create_time() - 100)
+    with run_lock(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_another_machines_lock_is_taken_over_once_it_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "STALE_SECONDS", 1.5)
+    path = held_by(tmp_path, "elsewhere", 1, 0.0)
+    began = time.monotonic()
+    with run_lock(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert time.monotonic() - began >= 1.5
+
+
+@pytest.mark.parametrize(("host", "processes"), [("elsewhere", None), (socket.gethostname(), "another container's")])
+def test_another_machines_lock_that_is_touched_is_respected(tmp_path: Path, host: str, processes: str | None) -> None:
+    path = held_by(tmp_path, host, 999_999_999, 0.0, processes)
+    threading.Timer(0.3, os.utime, [path]).start()
+    with pytest.raises(UserError, match=f"process 999999999 on {host} trains in this folder"), run_lock(tmp_path):
+        pass
+
+
+def test_a_held_lock_is_touched_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    with run_lock(tmp_path):
+        os.utime(tmp_path / "lock.json", (0, 0))
+        time.sleep(0.5)
+        assert (tmp_path / "lock.json").stat().st_mtime > 0

@@ -1,0 +1,181 @@
+"""A few steps of a small network, through DeepSpeed on several ranks and without it on one."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+from safetensors.torch import load_file
+
+from dist_pca.config import RunConfig, load_config
+from dist_pca.model.segmenter import Segmenter, build_segmenter
+from dist_pca.objective import Domain, objective
+from dist_pca.resources import resource
+from dist_pca.training.accumulation import MicroBatch, one_loss, separate_losses
+from dist_pca.training.checkpoint import latest_checkpoint
+from dist_pca.training.optimizer import build_optimizer
+
+STEPS, CLASSES = 3, 5
+Trained = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+"""Parameters, and the moving average of the whole state, by name."""
+
+
+def run_config(stage: int, optimizer: str, *overrides: str) -> RunConfig:
+    return load_config(
+        resource("configs", "demo"),
+        [
+            "model.backbone=test_resnet",
+            "model.weights=scratch",
+            "model.output_stride=null",
+            "model.batch_norm=sync",
+            "model.head_channels=16",
+            "objective.association.start_step=0",
+            "objective.association.ramp_steps=0",
+            f"optimizer.name={optimizer}",
+            "optimizer.lr=1e-3",
+            # At adamw's usual 1e-8 a first update is the sign of the gradient: where that is zero but for rounding (a
+            # convolution's bias before a norm), two equal computations would move the weight apart by twice the rate.
+            "optimizer.epsilon=1e-3",
+            "training.source_batch=4",
+            "training.target_batch=4",
+            f"training.zero_stage={stage}",
+            *overrides,
+        ],
+    )
+
+
+def network(config: RunConfig) -> Segmenter:
+    """The same weights on every rank, with logits far enough apart that contrast normalisation does not divide by
+    a deviation near zero: rounding would grow from step to step."""
+    torch.manual_seed(0)
+    model = build_segmenter(config.model, CLASSES)
+    # Not all of a network need train.
+    next(model.parameters()).requires_grad_(False)
+    with torch.no_grad():
+        model.head.classifier.weight.mul_(30)  # type: ignore[operator, union-attr]
+    return model
+
+
+def batch(step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (2 * size, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, CLASSES, (size, 64, 64), generator=generator)
+    # Images differ in how much of them is labelled, so that a budget of labelled positions is not the same for all.
+    for index, label in enumerate(labels):
+        label[: 8 * index % 40] = 255
+    return images, labels
+
+
+def micro_batches(model: Any, config: RunConfig, step: int, rank: int, ranks: int) -> Iterator[MicroBatch[slice]]:
+    """This rank's micro-batches of a step; a batch is the images' places among all of the step."""
+    training = config.training
+    images, labels = batch(step, training.source_batch)
+    size = training.source_batch // (ranks * training.accumulation)
+    places = iter(range(rank * size, training.source_batch, ranks * size))
+
+    def next_batch() -> slice:
+        first = next(places)
+        return slice(first, first + size)
+
+    def forward(own: slice) -> tuple[Domain, Domain]:
+        source, target = images.split(training.source_batch)
+        logits, features = model(torch.cat([source[own], target[own]]))
+        seeds = range(own.start, own.stop)
+        return (
+            Domain(logits[:size], features[:size], labels[own], seeds),
+            Domain(logits[size:], features[size:], None, seeds),
+        )
+
+    def loss_of(domains: tuple[Domain, Domain | None]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return objective(config.objective, *domains, step=step)
+
+    if training.accumulation_pool == "update":
+        return one_loss(next_batch, forward, loss_of, training.accumulation, getattr(model, "module", model))
+    return separate_losses(next_batch, forward, loss_of, training.accumulation)
+
+
+def plain(config: RunConfig, steps: int) -> Trained:
+    """One process, no DeepSpeed."""
+    decay = config.training.ema_decay
+    model = network(config)
+    optimizer = build_optimizer(config.optimizer, model)
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    for step in range(steps):
+        optimizer.zero_grad()
+        for micro in micro_batches(model, config, step, 0, 1):
+            (micro.loss / config.training.accumulation).backward()
+        if config.optimizer.clip_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        kept = min(decay, (step + 1) / (step + 2))
+        for name, value in model.state_dict().items():
+            average[name] = kept * average[name] + (1 - kept) * value if value.is_floating_point() else value.clone()
+    return {name: p.detach() for name, p in model.named_parameters()}, average
+
+
+def engine_steps(
+    rank: int, ranks: int, port: int, folder: Path, config: RunConfig, first: int, last: int, load: Path | None
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from dist_pca.training import engine as module
+    from dist_pca.training.checkpoint import load_average, load_model, load_optimizer
+    from dist_pca.training.checkpoint_writer import CheckpointWriter
+    from dist_pca.training.ema import start_average, update_average
+    from dist_pca.training.loss_scale import LossScale
+
+    if config.training.precision == "fp16":
+        # Refused to users, as most CPUs have no such convolutions, or slow ones.
+        module.reconcile_launcher = lambda config: config.training.zero_stage or 2
+    world = module.start_world(config)
+    torch.set_num_threads(1)
+    model = network(config)
+    if load:
+        load_model(model, load)
+    engine, _ = world.accelerator.prepare(model, build_optimizer(config.optimizer, model))
+    if load:
+        load_optimizer(engine, load)
+    average = start_average(engine, load_average(load) if load else None) if config.training.ema_decay else None
+    scale = LossScale(engine, enabled=config.training.precision == "fp16", state={})
+    for step in range(first, last):
+        overflowed = True
+        while overflowed:
+            for micro in micro_batches(engine, config, step, rank, ranks):
+                engine.backward(micro.loss)
+                engine.step()
+            overflowed = scale.update(float(engine.get_global_grad_norm()))
+        if average:
+            update_average(average, engine, config.training.ema_decay, step + 1)
+    with CheckpointWriter(folder, seed=0, keep=5, device=world.device) as checkpoints:
+        checkpoints.save(engine, last, average=average)
+
+
+def through_deepspeed(
+    folder: Path, config: RunConfig, ranks: int, first: int = 0, last: int = STEPS, load: Path | None = None
+) -> Path:
+    """The checkpoint that ranks end with."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(engine_steps, (ranks, port, folder, config, first, last, load), nprocs=ranks)
+    checkpoint = latest_checkpoint(folder)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def assert_equal(checkpoint: Path, expected: Trained, config: RunConfig) -> None:
+    """Equal to 1e-5, and to far less than training has moved the parameters."""
+    start = dict(network(config).named_parameters())
+    for part, values in zip(("model", "ema"), expected, strict=True):
+        if part == "ema" and not config.training.ema_decay:
+            continue
+        found = load_file(checkpoint / f"{part}.safetensors")
+        assert part == "model" or found.keys() == values.keys()
+        apart = torch.cat([(found[name] - value).flatten().float() for name, value in values.items()]).norm()
+        moved = torch.cat([(value.detach() - values[name]).flatten() for name, value in start.items()]).norm()
+        assert moved > 1e-3
+        assert apart < 1e-3 * moved
+        assert apart < 1e-5 * torch.cat([value.flatten().float() for value in values.values()]).norm()
