@@ -15,6 +15,7 @@ README = Path(__file__).parents[1] / "README.md"
 COMMANDS = {
     *("shards", "build", "merge", "verify", "index", "inspect"),
     *("train", "evaluate", "predict", "export", "bench", "association", "data", "resume", "table"),
+    *("doctor", "plan", "submit", "status"),
 }
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="the README is beside the tests in a checkout only")
 
@@ -29,7 +30,7 @@ def test_its_python_runs() -> None:
 
 
 def test_every_file_it_names_is_there() -> None:
-    named = re.findall(r"(?:launch/accelerate|configs|shards)/[\w/]+\.\w+", README.read_text())
+    named = re.findall(r"(?:launch/accelerate|launch/slurm|configs|shards)/[\w/]+\.\w+", README.read_text())
     assert named
     for path in named:
         assert (README.parent / path).is_file(), path
