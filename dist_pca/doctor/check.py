@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 Verdict = Literal["pass", "warn", "fail"]
+VERSIONS = "versions"
+"""The check that must find the same on all ranks."""
 _ORDER: tuple[Verdict, ...] = ("pass", "warn", "fail")
 
 
@@ -25,11 +27,14 @@ def merge(by_rank: Sequence[Sequence[Check]], hosts: Sequence[str]) -> list[Chec
         by_rank: Each rank's checks; all have the same names in the same order.
         hosts: Each rank's host.
     """
-    merged = []
+    merged: list[Check] = []
     for position, own in enumerate(by_rank[0]):
         rows = [checks[position] for checks in by_rank]
         verdict = max((row.verdict for row in rows), key=_ORDER.index)
         worst = [row for row in rows if row.verdict == verdict]
+        if own.name == VERSIONS and verdict == "pass" and any(row != own for row in rows):
+            verdict = "fail"
+            worst = rows = [row._replace(verdict=verdict, remedy="use one environment on all machines") for row in rows]
         if all(row == rows[0] for row in rows):
             merged.append(own)
             continue

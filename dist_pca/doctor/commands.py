@@ -54,14 +54,13 @@ def doctor(
     dist_pca.doctor[/] all ranks take part, and rank 0 prints: bandwidth, shared folder and clocks need several.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if not _has_gpu() else "cuda")
-    checks, rank, hosts = _diagnose(config, overrides or [], shared, wait)
-    failed = any(check.verdict == "fail" for check in checks)
-    if rank == 0:
-        _print(checks, hosts, as_json)
-    sys.stdout.flush()
+    checks, hosts, speaks = _diagnose(config, overrides or [], shared, wait)
     # Every rank knows the outcome, and one is enough to tell the launcher.
-    if failed and rank == 0:
-        raise typer.Exit(1)
+    if speaks:
+        _print(checks, hosts, as_json)
+        sys.stdout.flush()
+        if any(check.verdict == "fail" for check in checks):
+            raise typer.Exit(1)
 
 
 def main() -> int:
@@ -76,34 +75,31 @@ def main() -> int:
 
 def _diagnose(
     config: str | None, overrides: list[str], shared: Path | None, wait: float
-) -> "tuple[list[Check], int, list[str]]":
-    import torch.distributed as dist
-
+) -> "tuple[list[Check], list[str], bool]":
+    """The checks, the host of each rank, and whether this process is the one to print them."""
     from dist_pca.doctor import ranks as meeting
-    from dist_pca.doctor.check import merge
+    from dist_pca.doctor.check import Check
     from dist_pca.doctor.machine import machine_checks
     from dist_pca.train import resolve_config
 
     run = None if config is None else resolve_config(config, overrides)
-    output = Path("." if run is None else run.output)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    own = machine_checks(run, size, shared or output)
+    folder = shared or (None if run is None else Path(run.output))
+    first = int(os.environ.get("RANK", "0")) == 0
+    own = machine_checks(run, int(os.environ.get("WORLD_SIZE", "1")), folder or Path())
     try:
         ranks = meeting.join(wait)
     except meeting.SomeAreMissing as missing:
-        rank = int(os.environ.get("RANK", "0"))
-        return [*own, missing.check], rank, []
-    checks = merge(meeting.gather_checks(ranks, own), ranks.hosts)
-    checks += meeting.exchange_checks(ranks, "gloo", None)
-    nccl = meeting.start_nccl(ranks, wait)
-    if nccl is not None:
-        checks += meeting.exchange_checks(ranks, "nccl", nccl)
-    if shared is not None or run is not None:
-        checks.append(meeting.shared_folder(ranks, shared or output))
-    checks.append(meeting.clocks(ranks))
-    dist.barrier()
-    dist.destroy_process_group()
-    return checks, ranks.rank, ranks.hosts
+        return [*own, missing.check], [], first or missing.by_all
+    try:
+        return meeting.common_checks(ranks, own, folder, wait), ranks.hosts, first
+    except RuntimeError as error:
+        lost = Check(
+            "ranks",
+            "fail",
+            f"a rank was lost while all exchanged: {str(error).splitlines()[0]}",
+            "look into the logs of all machines for the one that ended first",
+        )
+        return [*own, lost], ranks.hosts, first
 
 
 def _print(checks: "Sequence[Check]", hosts: list[str], as_json: bool) -> None:

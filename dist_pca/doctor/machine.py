@@ -16,7 +16,7 @@ from dist_pca.config import RunConfig
 from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.data.order import micro_batch_size
 from dist_pca.data.storage import is_remote
-from dist_pca.doctor.check import Check
+from dist_pca.doctor.check import VERSIONS, Check
 from dist_pca.errors import UserError
 from dist_pca.training.run import PACKAGES
 
@@ -47,8 +47,8 @@ def versions() -> Check:
         except PackageNotFoundError:
             missing.append(package)
     if missing:
-        return Check("versions", "fail", f"missing: {', '.join(missing)}", "pip install dist-pca into this environment")
-    return Check("versions", "pass", ", ".join(found))
+        return Check(VERSIONS, "fail", f"missing: {', '.join(missing)}", "pip install dist-pca into this environment")
+    return Check(VERSIONS, "pass", ", ".join(found))
 
 
 def gpus() -> Check:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from dist_pca.doctor.check import Check
+from dist_pca.doctor.check import Check, merge
 
 T = TypeVar("T")
 
@@ -40,11 +40,16 @@ class Ranks(NamedTuple):
 
 
 class SomeAreMissing(Exception):
-    """Not all ranks came; the check says which."""
+    """Not all ranks came; the check says which.
 
-    def __init__(self, check: Check) -> None:
+    Args:
+        check: What to say.
+        by_all: Rank 0 is not there to say it.
+    """
+
+    def __init__(self, check: Check, *, by_all: bool = False) -> None:
         super().__init__(check.found)
-        self.check = check
+        self.check, self.by_all = check, by_all
 
 
 def join(wait: float) -> Ranks:
@@ -83,7 +88,8 @@ def _meeting_point(rank: int, wait: float) -> Store:
                 "fail",
                 f"rank {rank} on {socket.gethostname()} cannot reach {address}:{port}: {str(error).splitlines()[0]}",
                 "open the port between the nodes, or give --main_process_ip an address that all of them reach",
-            )
+            ),
+            by_all=True,
         ) from None
 
 
@@ -104,6 +110,9 @@ def _call_roll(store: Store, size: int, wait: float) -> list[str]:
         f"those who came are on {', '.join(sorted(set(hosts.values())))}"
     )
     store.set("roll", found)
+    # The store may end with this process, so it stays until the others have heard.
+    with suppress(RuntimeError):
+        store.wait([f"heard/{rank}" for rank in present if rank != 0], timedelta(seconds=5))
     raise SomeAreMissing(_absence(found))
 
 
@@ -113,8 +122,10 @@ def _hear_roll(store: Store, size: int, wait: float) -> list[str]:
     try:
         heard = store.get("roll").decode()
     except RuntimeError:
-        raise SomeAreMissing(_absence(f"rank 0 of {size} did not come within {2 * wait + 5:g} s")) from None
+        absence = _absence(f"rank 0 of {size} did not come within {2 * wait + 5:g} s")
+        raise SomeAreMissing(absence, by_all=True) from None
     if heard != "all":
+        store.set(f"heard/{os.environ['RANK']}", "")
         raise SomeAreMissing(_absence(heard))
     return [store.get(f"here/{rank}").decode() for rank in range(size)]
 
@@ -138,6 +149,21 @@ def start_nccl(ranks: Ranks, wait: float) -> dist.ProcessGroup | None:
         return None
     torch.cuda.set_device(local_rank)
     return dist.new_group(backend="nccl", timeout=timedelta(seconds=wait))  # type: ignore[return-value]
+
+
+def common_checks(ranks: Ranks, own: Sequence[Check], folder: Path | None, wait: float) -> list[Check]:
+    """Every rank's own checks, merged, and those that all make together. Collective; the ranks part afterwards."""
+    checks = merge(gather_checks(ranks, own), ranks.hosts)
+    checks += exchange_checks(ranks, "gloo", None)
+    nccl = start_nccl(ranks, wait)
+    if nccl is not None:
+        checks += exchange_checks(ranks, "nccl", nccl)
+    if folder is not None:
+        checks.append(shared_folder(ranks, folder))
+    checks.append(clocks(ranks))
+    dist.barrier()
+    dist.destroy_process_group()
+    return checks
 
 
 def exchange_checks(ranks: Ranks, backend: str, group: dist.ProcessGroup | None) -> list[Check]:

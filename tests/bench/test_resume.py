@@ -6,6 +6,7 @@ from dist_pca.bench.resume import measure_resume
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 def test_a_run_killed_twice_is_bit_for_bit_the_one_that_was_not(tmp_path: Path) -> None:
     found = {record["name"]: record["value"] for record in measure_resume(tmp_path, 2, 0, lambda what: None)}

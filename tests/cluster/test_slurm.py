@@ -125,7 +125,8 @@ def test_a_job_that_is_requeued_in_mid_run_loses_no_step(cluster: Cluster, stree
     assert_equal_end(run, unbroken)
 
 
-@pytest.mark.parametrize("fault", [Cluster.kill_daemon, pytest.param(Cluster.cut_power, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("fault", [Cluster.kill_daemon, Cluster.cut_power])
 def test_a_job_that_loses_a_node_goes_on_from_its_newest_checkpoint(
     cluster: Cluster, streets: Path, unbroken: Path, fault: Callable[[Cluster, str], None]
 ) -> None:

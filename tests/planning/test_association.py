@@ -69,15 +69,15 @@ def predicted_association(level: Level, exchange: str, world_size: int) -> list[
 
 
 @pytest.mark.parametrize("level", ["features", "predictions"])
-def test_the_association_of_one_rank_takes_at_most_what_is_predicted(level: Level, tmp_path: Path) -> None:
-    peak, _, _ = run_on_ranks(measured_association, 1, tmp_path, level, "local")[0]
+def test_the_association_of_one_rank_takes_at_most_what_is_predicted(level: Level) -> None:
+    peak, _, _ = measured_association(0, 1, level, "local")
     (predicted,) = predicted_association(level, "local", 1)
-    assert 0.6 * predicted < peak <= 1.1 * predicted
+    assert 0.55 * predicted < peak <= 1.1 * predicted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
-@pytest.mark.parametrize("level", ["features", "predictions"])
+@pytest.mark.parametrize("exchange", ["ring", pytest.param("gather", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("level", ["features", pytest.param("predictions", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_the_association_over_ranks_takes_what_is_predicted(
     level: Level, exchange: str, world_size: int, tmp_path: Path
@@ -86,9 +86,13 @@ def test_the_association_over_ranks_takes_what_is_predicted(
     assert predicted_association(level, exchange, world_size) == [pytest.approx(peak, rel=0.15)]
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
 def test_lovasz_takes_what_is_predicted(world_size: int, tmp_path: Path) -> None:
-    forward, saved, backward = run_on_ranks(measured_lovasz, world_size, tmp_path, 40_000)[0]
+    forward, saved, backward = (
+        measured_lovasz(0, 1, 40_000)
+        if world_size == 1
+        else run_on_ranks(measured_lovasz, world_size, tmp_path, 40_000)[0]
+    )
     predicted = lovasz.memory(40_000, CLASSES, world_size)
     assert predicted == (
         pytest.approx(saved, rel=0.15),

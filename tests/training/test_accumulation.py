@@ -55,6 +55,7 @@ def test_running_statistics_follow_each_micro_batch_once() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("stage", "ranks", "scope", "exchange"),
     [

@@ -26,6 +26,7 @@ def test_partitions_are_averaged_as_a_plain_loop_averages_whole_parameters(
     assert_equal(through_deepspeed(tmp_path, config, ranks), plain(config, STEPS), config)
 
 
+@pytest.mark.exhaustive
 def test_an_average_goes_on_under_other_stages_and_world_sizes(tmp_path: Path) -> None:
     checkpoint, step = None, 0
     sizes = ["training.source_batch=6", "training.target_batch=6"]

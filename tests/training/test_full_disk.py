@@ -26,6 +26,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_disk_full_at_a_checkpoint_is_one_clear_line_and_with_room_the_run_goes_on(
     tmp_path: Path, small_disk: Path
 ) -> None:

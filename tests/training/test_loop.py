@@ -32,6 +32,7 @@ def lines(run: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_told_to_stop_within_a_log_window_is_bit_for_bit_the_one_that_was_not(tmp_path: Path) -> None:
     build_streets(tmp_path)
     whole, stopped = (tmp_path / "runs" / name for name in ("whole", "stopped"))

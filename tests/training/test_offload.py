@@ -18,6 +18,7 @@ def demo(*overrides: str) -> RunConfig:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("stage", "optimizer", "parameters"),
     [

@@ -74,6 +74,7 @@ def test_other_precisions_are_not_scaled() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_fp16_trains_nearly_as_fp32_does_and_is_clipped_alike(tmp_path: Path, stage: int) -> None:
     # Gradients are far below what fp16 can hold unscaled, and clipped.

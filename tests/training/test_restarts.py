@@ -20,6 +20,7 @@ IN_TIME = 60
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 def test_one_rank_of_four_is_killed_the_others_end_in_time_and_the_restarted_run_finishes(tmp_path: Path) -> None:
     build_streets(tmp_path)

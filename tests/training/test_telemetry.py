@@ -109,6 +109,7 @@ def mean_of_two_ranks(rank: int, world_size: int, folder: str, windows: list[Win
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_window_saved_on_another_number_of_ranks_counts_each_step_alike(tmp_path: Path) -> None:
     # Step 1 was made on three ranks, whose mean is 4; step 2 on two, whose mean is 10.5.
     (tmp_path / "run").mkdir()

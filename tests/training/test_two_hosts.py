@@ -40,7 +40,7 @@ def why_not() -> str | None:
 
 
 REASON = why_not()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from tests.training.runs import build_streets, launch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 def evaluated(run: Path, shards: Path, *options: str) -> float:
@@ -18,7 +18,7 @@ def evaluated(run: Path, shards: Path, *options: str) -> float:
     return float(json.loads(done.stdout)["mean_iou"])
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_the_best_checkpoint_has_the_score_that_evaluation_gives_it(tmp_path: Path, stage: int) -> None:
     build_streets(tmp_path)
     validation = [f"data.validation={tmp_path}/dusk", "training.validate_every=2", "training.ema_decay=0.9"]

@@ -1,0 +1,162 @@
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from dist_pca.cli import app
+from dist_pca.config import AssociationConfig, RunConfig
+from dist_pca.errors import UserError
+from dist_pca.planning import association
+from dist_pca.planning.advice import SLOWER, as_overrides, best_choice
+from dist_pca.planning.association import Pool
+from dist_pca.planning.hardware import Assumptions, Cluster, find_gpu
+from dist_pca.planning.live import LiveBytes
+from dist_pca.planning.network import NetworkStep, run_network
+from dist_pca.planning.predict import Prediction, predict, sweep
+from dist_pca.train import resolve_config
+
+TINY = ("model.backbone=test_resnet", "model.weights=scratch", "model.output_stride=null")
+
+
+def tiny(*more: str) -> RunConfig:
+    return resolve_config("demo", [*TINY, *more])
+
+
+@cache
+def network(*more: str, images: int = 1) -> NetworkStep:
+    return run_network(tiny(*more), 10, images, images)
+
+
+def plan(*more: str, nodes: int = 1, per_node: int = 8, gpu: str = "h100", stage: int = 2) -> Prediction:
+    cluster = Cluster(find_gpu(gpu), nodes, per_node)
+    run = tiny("objective.association.start_step=0", *more)
+    return predict(run, network(), cluster, Assumptions(), images=(1, 1), stage=stage, steps=100)
+
+
+def test_live_bytes_are_those_of_storages_that_are_still_there() -> None:
+    with LiveBytes() as live:
+        live.begin("made")
+        first = torch.zeros(1000)
+        view = first[:10]
+        second = first + 1
+        assert live.bytes == 8000
+        del first, second
+        live.begin("view left")
+        assert live.bytes == 4000
+        del view
+        assert live.bytes == 0
+    assert live.peaks == {"made": 8000, "view left": 4000}
+
+
+def test_operations_and_activations_are_those_of_the_images() -> None:
+    one, two = network(images=1), network(images=2)
+    assert two.convolution_flops == 2 * one.convolution_flops
+    assert dict(two.phases)["forward"] == pytest.approx(2 * dict(one.phases)["forward"], rel=0.02)
+    assert one.parameters == two.parameters
+
+
+def test_autocast_takes_less_activations() -> None:
+    plain = dict(network().phases)["backward"]
+    assert dict(network("training.precision=bf16").phases)["backward"] < 0.8 * plain
+
+
+def test_one_gpu_exchanges_nothing() -> None:
+    alone = plan(per_node=1)
+    assert alone.traffic == []
+    assert alone.timing.exposed_exchange == 0
+
+
+@given(
+    exchange=st.sampled_from(["gather", "ring"]),
+    ranks=st.integers(2, 64),
+    rows=st.integers(1, 5000),
+    channels=st.integers(1, 512),
+)
+def test_a_ring_takes_the_same_memory_on_any_number_of_ranks_and_gathering_more(
+    exchange: str, ranks: int, rows: int, channels: int
+) -> None:
+    config = AssociationConfig(exchange=exchange)  # type: ignore[arg-type]
+    few, many = (
+        association.memory(config, "features", Pool(rows, rows, channels, 10, n, 1), "h100").forward
+        for n in (ranks, 2 * ranks)
+    )
+    numbers = 8 * ranks * 6 * rows
+    assert many - few == numbers if exchange == "ring" else many - few >= numbers
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_optimizer_states_are_shared_out(stage: int) -> None:
+    eight, sixteen = plan(stage=stage), plan(nodes=2, stage=stage)
+    assert sixteen.memory.optimizer == pytest.approx(eight.memory.optimizer / 2, rel=0.01)
+
+
+def test_the_bound_is_what_is_slowest() -> None:
+    run, cluster = tiny(), Cluster(find_gpu("h100"), 4, 8)
+    settings = {"images": (1, 1), "stage": 2, "steps": 1}
+    lame = replace(cluster, gpu=replace(cluster.gpu, network=1e6, link=1e6))
+    for assumptions, on, bound in (
+        (Assumptions(loader_rate=0.01), cluster, "loader"),
+        (Assumptions(loader_rate=1e6), lame, "network"),
+        (Assumptions(loader_rate=1e6, network_efficiency=1e-6), cluster, "compute"),
+    ):
+        assert predict(run, network(), on, assumptions, **settings).timing.bound == bound  # type: ignore[arg-type]
+
+
+def test_a_sweep_keeps_images_per_gpu_and_images_in_all() -> None:
+    run, cluster = tiny("training.steps=1024"), Cluster(find_gpu("h100"), 1, 8)
+    swept = sweep(run, network(), cluster, Assumptions(), images=(1, 1), stage=2, largest=1024)
+    assert [other.cluster.size for other in swept] == [2**power for power in range(11)]
+    assert {other.steps * other.cluster.size for other in swept} == {8 * 1024}
+    assert all(other.images == (1, 1) for other in swept)
+
+
+def test_advice_fits_is_near_the_fastest_and_is_a_config() -> None:
+    run, cluster = tiny(), Cluster(find_gpu("h100"), 2, 8)
+    best = best_choice(run, network(), cluster, Assumptions(), images=(1, 1))
+    assert best is not None
+    assert best.fits
+    asked = tiny(*as_overrides(best))
+    same = predict(asked, network(), cluster, Assumptions(), images=(1, 1), stage=best.stage, steps=1)
+    assert same.timing.step == pytest.approx(best.timing.step)
+    assert best.timing.step <= SLOWER * plan(nodes=2).timing.step
+
+
+def test_where_nothing_fits_there_is_no_advice() -> None:
+    cluster = Cluster(replace(find_gpu("h100"), memory=1e6), 1, 8)
+    assert best_choice(tiny(), network(), cluster, Assumptions(), images=(1, 1)) is None
+
+
+def test_an_unknown_gpu_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"--gpu h1000.*h100"):
+        find_gpu("h1000")
+
+
+def test_the_command_needs_no_shards_and_gives_json_and_a_picture(tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app,
+        [
+            *("plan", "demo", *TINY, f"data.source={tmp_path}/none", "--nodes", "1", "--gpus-per-node", "4"),
+            *("--gpu", "a100", "--memory", "30", "--json", "--plot", str(tmp_path / "plan.png")),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["gpus"] == 4
+    parts = ("weights", "gradients", "optimizer", "activations", "association")
+    assert sum(told["memory_bytes"][part] for part in parts) == pytest.approx(told["memory_bytes"]["peak"], abs=5)
+    assert told["memory_bytes"]["usable"] == pytest.approx(27e9)
+    assert told["sweep"][-1]["gpus"] == 1024
+    assert told["recommended"]["fits"]
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_a_batch_that_does_not_share_out_is_refused_with_what_would() -> None:
+    done = CliRunner().invoke(app, ["plan", "demo", *TINY, "--nodes", "3"])
+    assert isinstance(done.exception, UserError)
+    assert "training.source_batch" in str(done.exception)
