@@ -71,7 +71,11 @@ def join(wait: float) -> Ranks:
     hosts = _call_roll(store, size, wait) if rank == 0 else _hear_roll(store, size, wait)
     # A rank that dies from here on ends the collective that the others wait in.
     timeout = timedelta(seconds=wait)
-    dist.init_process_group("gloo", store=PrefixStore("gloo", store), rank=rank, world_size=size, timeout=timeout)
+    try:
+        dist.init_process_group("gloo", store=PrefixStore("gloo", store), rank=rank, world_size=size, timeout=timeout)
+    except RuntimeError as error:
+        lost = f"a rank was lost, or a link does not carry gloo: {str(error).splitlines()[0]}"
+        raise SomeAreMissing(Check("ranks", "fail", lost, _GLOO_REMEDY), by_all=True) from None
     return Ranks(rank, size, hosts)
 
 
@@ -210,20 +214,29 @@ def _timed(name: str, backend: str, ranks: Ranks, sent: float, call: Callable[[]
     return Check(name, "warn", found, remedy) if bandwidth < SLOW[backend] else Check(name, "pass", found)
 
 
+def _remove_probe(probe: Path, new: bool) -> None:
+    with suppress(OSError):
+        probe.unlink(missing_ok=True)
+        if new:
+            probe.parent.rmdir()
+
+
 def shared_folder(ranks: Ranks, folder: Path) -> Check:
     """Whether a file that rank 0 writes shows up on every rank. Collective."""
     token: list[str | None] = [None]
-    probe, new = None, not folder.exists()
+    name, probe, new, why = "shared folder", folder / f".doctor-{uuid4().hex}", not folder.exists(), ""
     if ranks.rank == 0:
-        with suppress(OSError):
+        try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".doctor-{uuid4().hex}"
             probe.write_text(probe.name)
             token = [probe.name]
+        except OSError as error:
+            why = error.strerror or str(error)
+            _remove_probe(probe, new)
     dist.broadcast_object_list(token)
-    name = "shared folder"
     if token[0] is None:
-        return Check(name, "fail", f"rank 0 cannot write to {folder}", "mend its rights, or name another folder")
+        remedy = "mend its rights or make room, or name another folder"
+        return Check(name, "fail", f"rank 0 cannot write to {folder}: {why}", remedy)
     deadline, seen = time.monotonic() + _SEEN_WITHIN, False
     while not seen and time.monotonic() < deadline:
         with suppress(OSError):
@@ -231,11 +244,8 @@ def shared_folder(ranks: Ranks, folder: Path) -> Check:
         if not seen:
             time.sleep(0.1)
     everyone = _gather(ranks, seen)
-    if probe is not None:
-        probe.unlink(missing_ok=True)
-        if new:
-            with suppress(OSError):
-                folder.rmdir()
+    if ranks.rank == 0:
+        _remove_probe(probe, new)
     blind = [rank for rank, sees in enumerate(everyone) if not sees]
     if blind:
         where = ", ".join(sorted({ranks.hosts[rank] for rank in blind}))
