@@ -94,6 +94,9 @@ def _check_offload(training: TrainingConfig, stage: int) -> None:
         raise UserError(
             "training.ema_decay: the average would be all that is not on NVMe; set it to 0, or offload to cpu"
         )
+    if offload.parameters == "nvme" and not torch.cuda.is_available():
+        # Where the accelerator has no fp16, DeepSpeed writes them as bf16 and trains on what it reads back.
+        raise UserError("training.offload.parameters: nvme rounds weights to bf16 on a CPU; use none or cpu")
     if "nvme" in (offload.optimizer, offload.parameters):
         from deepspeed.ops.op_builder import AsyncIOBuilder
 

@@ -15,6 +15,7 @@ def test_seeking_and_the_manifest_are_timed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_reading_and_building_are_measured_against_bare_loops(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

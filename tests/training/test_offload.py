@@ -66,6 +66,14 @@ def test_nvme_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_, **__: False)
     with pytest.raises(UserError, match=r"training\.offload: nvme needs libaio"):
         reconcile_launcher(
+            demo("training.zero_stage=3", "training.offload.optimizer=nvme", "training.offload.nvme_path=disk")
+        )
+
+
+def test_parameters_on_nvme_are_refused_where_they_would_be_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=r"training\.offload\.parameters: nvme rounds weights to bf16 on a CPU"):
+        reconcile_launcher(
             demo("training.zero_stage=3", "training.offload.parameters=nvme", "training.offload.nvme_path=disk")
         )
 
