@@ -63,6 +63,8 @@ def main(
         run = resolve_config(config, overrides or [])
         _set_up_logging()
         # After parsing: a wrong key should not wait for these imports.
+        import torch.distributed as dist
+
         from dist_pca.training.loop import check, train
         from dist_pca.training.resume import is_finished
 
@@ -91,6 +93,9 @@ def main(
         record_outcome(run.folder, code, message)
         if code != ExitCode.DONE:
             _say(message)
+    if dist.is_initialized():
+        # Left to the interpreter's end, gloo's threads now and then abort a process that has done everything.
+        dist.destroy_process_group()
     sys.exit(0 if SUPERVISED in os.environ else code)
 
 

@@ -63,7 +63,11 @@ def content(batch: Batch) -> Content:
 
 
 @pytest.mark.parametrize(
-    "seeds", [pytest.param(range(8), id="some"), pytest.param(range(8, 208), id="many", marks=pytest.mark.slow)]
+    "seeds",
+    [
+        pytest.param(range(8), id="some"),
+        pytest.param(range(8, 208), id="many", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+    ],
 )
 def test_samples_after_a_resume_are_those_of_the_uninterrupted_stream(
     manifests: list[Manifest], uninterrupted: list[Content], seeds: range

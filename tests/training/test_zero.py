@@ -10,7 +10,12 @@ from tests.training.zero_runs import STEPS, assert_equal, plain, run_config, thr
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "ranks", "optimizer"),
-    [(1, 2, "sgd"), (2, 2, "sgd"), (3, 2, "sgd"), (2, 1, "sgd"), (2, 4, "sgd"), (3, 2, "adamw")],
+    [
+        (1, 2, "sgd"),
+        (2, 4, "sgd"),
+        (3, 2, "adamw"),
+        *(pytest.param(stage, ranks, "sgd", marks=pytest.mark.exhaustive) for stage, ranks in ((2, 1), (2, 2), (3, 2))),
+    ],
 )
 def test_ranks_under_zero_end_with_the_parameters_of_one_plain_process(
     tmp_path: Path, stage: int, ranks: int, optimizer: str
@@ -23,14 +28,14 @@ def test_ranks_under_zero_end_with_the_parameters_of_one_plain_process(
 @pytest.mark.parametrize(
     ("stage", "ranks", "scope", "exchange"),
     [
-        (1, 1, "world", "gather"),
+        pytest.param(1, 1, "world", "gather", marks=pytest.mark.exhaustive),
         (1, 2, "world", "gather"),
-        (2, 3, "world", "ring"),
+        pytest.param(2, 3, "world", "ring", marks=pytest.mark.exhaustive),
         (3, 4, "world", "ring"),
-        (3, 3, "node", "gather"),
+        pytest.param(3, 3, "node", "gather", marks=pytest.mark.exhaustive),
         (1, 4, "node", "ring"),
         # With one image on each rank the paper's pairs are the ranks' pools.
-        (2, 4, "rank", "auto"),
+        pytest.param(2, 4, "rank", "auto", marks=pytest.mark.exhaustive),
         (3, 2, "pair", "auto"),
     ],
 )
@@ -53,7 +58,7 @@ def test_every_scope_and_exchange_trains_as_one_process_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("exchange", [pytest.param("gather", marks=pytest.mark.exhaustive), "ring"])
 def test_accumulated_micro_batches_train_as_in_one_process(tmp_path: Path, exchange: str) -> None:
     config = run_config(2, "sgd", "training.accumulation=2", f"objective.association.exchange={exchange}")
     assert_equal(through_deepspeed(tmp_path, config, 2), plain(config, STEPS), config)
@@ -66,7 +71,7 @@ def test_clipping_is_that_of_one_plain_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.exhaustive)])
 def test_a_checkpoint_goes_on_under_another_stage_and_world_size(tmp_path: Path, optimizer: str) -> None:
     checkpoint = through_deepspeed(tmp_path, run_config(2, optimizer), 2, last=2)
     checkpoint = through_deepspeed(tmp_path, run_config(3, optimizer), 4, first=2, last=3, load=checkpoint)

@@ -151,6 +151,7 @@ def engine_steps(
             update_average(average, engine, config.training.ema_decay, step + 1)
     with CheckpointWriter(folder, seed=0, keep=5, device=world.device) as checkpoints:
         checkpoints.save(engine, last, average=average)
+    torch.distributed.destroy_process_group()
 
 
 def through_deepspeed(
