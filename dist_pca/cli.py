@@ -104,8 +104,8 @@ def train(
     """
     from dist_pca.config.telemetry import profile_overrides
     from dist_pca.train import resolve_config
+    from dist_pca.training.check import check
     from dist_pca.training.launch import launch, launch_command, process_count, shown
-    from dist_pca.training.loop import check
     from dist_pca.training.resume import is_finished
 
     settings = [*(overrides or []), *(profile_overrides(profile) if profile else [])]

@@ -65,7 +65,8 @@ def main(
         # After parsing: a wrong key should not wait for these imports.
         import torch.distributed as dist
 
-        from dist_pca.training.loop import check, train
+        from dist_pca.training.check import check
+        from dist_pca.training.loop import train
         from dist_pca.training.resume import is_finished
 
         plan = check(run, world_size=int(os.environ.get("WORLD_SIZE", "1")), resume=resume)

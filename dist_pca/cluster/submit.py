@@ -89,7 +89,7 @@ def check_run(config: RunConfig, *, world_size: int, gpus: bool, resume: bool | 
     """
     import torch
 
-    from dist_pca.training.loop import check
+    from dist_pca.training.check import check
     from dist_pca.training.resume import check_resume
 
     check_resume(config, resume)

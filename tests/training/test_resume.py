@@ -9,8 +9,8 @@ from dist_pca.demo.streets import DAY, write_streets
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
+from dist_pca.training.check import check
 from dist_pca.training.checkpoint import code_version
-from dist_pca.training.loop import check
 from dist_pca.training.resume import check_resume
 
 

@@ -1,0 +1,58 @@
+"""What can be refused before any process waits for another."""
+
+from typing import NamedTuple
+
+import torch
+
+from dist_pca.config import RunConfig
+from dist_pca.data.cache import cache_settings, open_manifest
+from dist_pca.data.classes import class_table
+from dist_pca.data.order import micro_batch_size
+from dist_pca.data.sampling import build_sampler
+from dist_pca.data.transform import check_crop
+from dist_pca.model.segmenter import Segmenter, build_segmenter
+from dist_pca.shards.classes import ClassInfo
+from dist_pca.shards.manifest import Manifest
+from dist_pca.training.engine import reconcile_launcher
+from dist_pca.training.resume import check_resume
+from dist_pca.training.trackers import check_trackers
+from dist_pca.training.validation import open_validation
+
+
+class Plan(NamedTuple):
+    """What a run needs, once all of it is known to be there and to fit together."""
+
+    config: RunConfig
+    sources: tuple[Manifest, ...]
+    targets: tuple[Manifest, ...]
+    """Empty where the run does not adapt."""
+    validation: Manifest | None
+    classes: tuple[ClassInfo, ...]
+    model: Segmenter
+
+
+def check(config: RunConfig, *, world_size: int, resume: bool | None) -> Plan:
+    """Everything that can be refused before a process group exists: launcher, data, classes, sizes, network, folder.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    reconcile_launcher(config)
+    cache = cache_settings(config.data.cache)
+    sources = tuple(open_manifest(folder, cache) for folder in config.data.folders("source"))
+    targets = tuple(open_manifest(folder, cache) for folder in config.data.folders("target") if config.objective.adapt)
+    classes = class_table(config.data, sources, targets)
+    batches = {
+        "training.source_batch": (sources, config.training.source_batch),
+        "training.target_batch": (targets, config.training.target_batch),
+    }
+    for key, (manifests, batch) in batches.items():
+        for manifest in manifests:
+            micro_batch_size(batch, world_size=world_size, accumulation=config.training.accumulation, key=key)
+            check_crop(manifest, config.data.shorter_edge, config.data.crop)
+    build_sampler(config.data, sources, "source", config.seed, targets=targets)
+    check_resume(config, resume)
+    check_trackers(config)
+    validation = open_validation(config, classes)
+    torch.manual_seed(config.seed)
+    return Plan(config, sources, targets, validation, classes, build_segmenter(config.model, len(classes)))
