@@ -4,7 +4,6 @@ import io
 import json
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dist_pca.bench.demonstration import train_demonstration
 from dist_pca.bench.report import Record
 from dist_pca.config import DataConfig
 from dist_pca.data.batch import Batch
@@ -23,13 +23,10 @@ from dist_pca.data.reader import ShardReader
 from dist_pca.data.sampling import build_sampler
 from dist_pca.data.stream import stream
 from dist_pca.data.transform import apply_crop, draw_crop, resized_size
-from dist_pca.demo.streets import DAY, DUSK, write_streets
-from dist_pca.errors import UserError
-from dist_pca.resources import resource
+from dist_pca.demo.streets import DAY, write_streets
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.classes import CITYSCAPES_CLASSES
 from dist_pca.shards.manifest import Manifest, Shard, load_manifest, save_manifest
-from dist_pca.training.launch import launch_command
 
 SIZE = (720, 1280)
 """Height and width of the drawn images."""
@@ -121,24 +118,8 @@ def measure_training(folder: Path) -> list[Record]:
     Raises:
         UserError: the run fails.
     """
-    for name, look, first in (("day", DAY, 0), ("dusk", DUSK, 32)):
-        write_streets(folder / f"raw_{name}", look, split=name, indices=range(first, first + 32), seed=0)
-        build_shards("folder", folder / f"raw_{name}", folder / name, unlabelled=name == "dusk")
-    settings = {
-        "name": "bench",
-        "output": folder,
-        "data.source": folder / "day",
-        "data.target": folder / "dusk",
-        "model.weights": "scratch",
-        "training.steps": TRAINING_STEPS,
-        "training.log_every": TRAINING_STEPS // 2,
-        "objective.association.start_step": 0,
-    }
-    command = launch_command(str(resource("configs", "demo")), [f"{key}={value}" for key, value in settings.items()])
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise UserError(f"bench data: the training run ended with exit code {run.returncode}: {run.stderr[-500:]}")
-    last = json.loads((folder / "bench" / "metrics.jsonl").read_text().splitlines()[-1])
+    run = train_demonstration(folder, steps=TRAINING_STEPS, log_every=TRAINING_STEPS // 2)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     return [
         _record("data_wait_share", last["data_wait_share"], "of a training step"),
         _record("training_seconds_per_step", last["seconds_per_step"], "s"),

@@ -3,7 +3,6 @@
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,22 +13,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dist_pca.bench.demonstration import train_demonstration
 from dist_pca.bench.report import Record
 from dist_pca.data.randomness import Domain
 from dist_pca.data.stream import stream
 from dist_pca.data.transfer import to_device
-from dist_pca.demo.streets import DAY, DUSK, write_streets
-from dist_pca.errors import UserError
 from dist_pca.model.segmenter import build_segmenter
 from dist_pca.objective import Domain as Outputs
 from dist_pca.objective import objective
-from dist_pca.resources import resource
-from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import Manifest
 from dist_pca.train import resolve_config
+from dist_pca.training.check import Plan, check
 from dist_pca.training.engine import deepspeed_config
-from dist_pca.training.launch import launch_command
-from dist_pca.training.loop import Plan, check, train
+from dist_pca.training.loop import train
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.signals import StopRequest
 
@@ -48,27 +44,10 @@ def measure_train(folder: Path, repeats: int) -> list[Record]:
     Raises:
         UserError: the run fails.
     """
-    for name, look, first in (("day", DAY, 0), ("dusk", DUSK, 32)):
-        write_streets(folder / f"raw_{name}", look, split=name, indices=range(first, first + 32), seed=0)
-        build_shards("folder", folder / f"raw_{name}", folder / name, unlabelled=name == "dusk")
-    settings = {
-        "name": "bench",
-        "output": folder,
-        "data.source": folder / "day",
-        "data.target": folder / "dusk",
-        "model.weights": "scratch",
-        "training.steps": repeats + WARM_UP,
-        # The most that telemetry can cost.
-        "training.log_every": 1,
-        "training.checkpoint_every": repeats + WARM_UP,
-        "objective.association.start_step": 0,
-    }
-    launch = launch_command(str(resource("configs", "demo")), [f"{key}={value}" for key, value in settings.items()])
-    command = [MODULE if part == "dist_pca.train" else part for part in launch]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise UserError(f"bench train: the run ended with exit code {run.returncode}: {run.stderr[-500:]}")
-    pairs = json.loads((folder / "bench" / "steps.json").read_text())[WARM_UP:]
+    last = repeats + WARM_UP
+    # Every step logged is the most that telemetry can cost.
+    run = train_demonstration(folder, MODULE, steps=last, log_every=1, checkpoint_every=last)
+    pairs = json.loads((run / "steps.json").read_text())[WARM_UP:]
     ours, bare = zip(*pairs, strict=True)
     ratio = statistics.median(one / other for one, other in pairs)
     return [
