@@ -1,5 +1,6 @@
 """A long run holds no more memory than a short one."""
 
+import os
 import statistics
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 from tests.training.runs import build_streets, overrides
 
 STEPS, SETTLED, LOG_EVERY = 2000, 200, 10
-ALLOWED = 16 << 20
-"""Bytes; a leak of one small tensor a step would be more."""
+SHARE = 0.01
+"""Of what all processes hold: what allocators keep of tensors whose sizes differ from step to step."""
+LEAK = 8 << 20
+"""Bytes of all processes together in the second half, in which allocators have all they need: 10 KiB a step."""
 
 
 @pytest.mark.slow
@@ -27,12 +30,15 @@ def test_resident_memory_is_flat_after_the_first_steps(tmp_path: Path) -> None:
         "data.crop=[32,40]",
         f"training.steps={STEPS}",
         f"training.log_every={LOG_EVERY}",
-        "training.checkpoint_every=250",
+        # What a checkpoint takes is there before the first measurement.
+        "training.checkpoint_every=50",
     )
     command = [sys.executable, "-m", "dist_pca.cli", "train", "demo", *overrides(tmp_path, "long", *settings)]
     resident: list[tuple[int, int]] = []
     members: list[psutil.Process] = []
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    # oneDNN keeps a primitive of each of the last 1,024 shapes, and association's differ from step to step.
+    environment = os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
             time.sleep(0.5)
             made = metrics.read_text().count("\n") * LOG_EVERY if metrics.is_file() else 0
@@ -44,7 +50,10 @@ def test_resident_memory_is_flat_after_the_first_steps(tmp_path: Path) -> None:
                 resident.append((made, sum(member.memory_info().rss for member in members)))
     assert process.returncode == 0
     assert len(members) >= 4
-    early = statistics.median(held for made, held in resident if SETTLED <= made < 2 * SETTLED)
-    late = statistics.median(held for made, held in resident if STEPS - 2 * SETTLED < made < STEPS - 20)
-    print(f"{early / 2**20:.1f} MiB after {SETTLED} steps, {late / 2**20:.1f} MiB after {STEPS}")
-    assert late - early < ALLOWED
+    early, half, late = (
+        statistics.median(held for made, held in resident if first <= made < first + SETTLED)
+        for first in (SETTLED, STEPS // 2, STEPS - SETTLED - LOG_EVERY)
+    )
+    print(f"{early / 2**20:.1f} MiB after {SETTLED} steps, {half / 2**20:.1f} half-way, {late / 2**20:.1f} at the end")
+    assert late - early < SHARE * early
+    assert late - half < LEAK
