@@ -25,7 +25,7 @@ from dist_pca.training.telemetry import TIMING
 
 STEPS_A_KILL = 4
 """Steps of the run for each kill; a checkpoint is written every second one."""
-PARTS = ("model", "optimizer")
+PARTS = ("model", "optimizer", "ema", "statistics")
 
 
 def measure_resume(folder: Path, kills: int, seed: int, tell: Callable[[str], object]) -> list[Record]:
@@ -125,6 +125,7 @@ def _started(
         "training.source_batch": 4,
         "training.target_batch": 4,
         "training.zero_stage": 2,
+        "training.ema_decay": 0.9,
         "training.log_every": 1,
         "training.checkpoint_every": 2,
         **{key.replace("__", "."): value for key, value in more.items()},
