@@ -56,7 +56,11 @@ def train(plan: Plan, stop: StopRequest) -> ExitCode:
             clock.enter("log")
             telemetry.step(
                 step + 1,
-                {"learning_rate": config.optimizer.lr * factor, "gradient_norm": None if skipped else norm},
+                {
+                    "learning_rate": config.optimizer.lr * factor,
+                    "gradient_norm": None if skipped else norm,
+                    "loss_scale": session.loss_scale.value,
+                },
                 skipped=skipped,
             )
             stopping = stop.agree(step + 1, session.world.device)

@@ -31,6 +31,7 @@ METRICS = {
     "step": "updates made, the skipped ones too",
     "learning_rate": "of the backbone, in the last step",
     "gradient_norm": "of the last step, before clipping; null if it was skipped",
+    "loss_scale": "what fp16's losses are multiplied by in the next step; 1 at another precision",
     "skipped_share": "share of steps skipped because a loss or gradient was not finite",
     "loss": "what is minimised",
     "ce": "cross-entropy of the source, nats",
