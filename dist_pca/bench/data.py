@@ -17,6 +17,7 @@ from PIL import Image
 from dist_pca.bench.demonstration import train_demonstration
 from dist_pca.bench.report import Record
 from dist_pca.config import DataConfig
+from dist_pca.cores import usable_cores
 from dist_pca.data.batch import Batch
 from dist_pca.data.classes import lookup_table
 from dist_pca.data.reader import ShardReader
@@ -48,7 +49,7 @@ def measure_reading(folder: Path, repeats: int) -> list[Record]:
     manifest = build_shards("folder", _raw(folder), folder / "jpg", image_format="jpg", samples_per_shard=4)
     with closing(_stream(manifest, workers=1)) as batches, closing(_bare_batches(manifest)) as bare:
         rates = [(_rate(batches), _rate(bare)) for _ in range(repeats)]
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     with closing(_stream(manifest, workers=cores)) as batches:
         parallel = statistics.median(_rate(batches) for _ in range(repeats))
     loader, loop = (statistics.median(column) for column in zip(*rates, strict=True))
@@ -65,7 +66,7 @@ def measure_building(folder: Path, repeats: int) -> list[Record]:
 
     Of a build and one of four times as many images, so that what processes take to start does not count.
     """
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     raw = _raw(folder)
     many = _copies(raw, folder / "many", COPIES)
     few = _copies(raw, folder / "few", COPIES // 4)
@@ -162,7 +163,7 @@ def _stream(
 
 def _rate(batches: Iterator[object]) -> float:
     """Images per second; batches that lie ready are not counted."""
-    for _ in range(4 * (os.cpu_count() or 1)):
+    for _ in range(4 * usable_cores()):
         next(batches)
     start = time.perf_counter()
     for _ in range(BATCHES):

@@ -18,7 +18,7 @@ from dist_pca.config.objective import (
     Scope,
     SmoothnessConfig,
 )
-from dist_pca.config.run import RunConfig, load_config, save_config
+from dist_pca.config.run import RunConfig, load_config, save_config, validate_config
 from dist_pca.config.telemetry import TelemetryConfig
 from dist_pca.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
 
@@ -45,4 +45,5 @@ __all__ = [
     "WeightedShards",
     "load_config",
     "save_config",
+    "validate_config",
 ]

@@ -86,10 +86,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         values = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise UserError(f"config {path}: {' '.join(str(error).split())}") from error
+    return validate_config(values, f"config {path}")
+
+
+def validate_config(values: object, origin: str) -> RunConfig:
+    """A run from nested dictionaries.
+
+    Raises:
+        UserError: a value is wrong, as for `load_config`; `origin` says whose it is.
+    """
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"config {path}: " + "; ".join(_explain(detail) for detail in error.errors())) from None
+        raise UserError(f"{origin}: " + "; ".join(_explain(detail) for detail in error.errors())) from None
 
 
 def save_config(config: RunConfig, path: Path) -> None:

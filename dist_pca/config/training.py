@@ -46,10 +46,11 @@ class ScheduleConfig(Section):
 class OffloadConfig(Section):
     """What is kept outside the accelerator's memory, at the price of time."""
 
-    optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Optimiser state, fp32 weights and their update: on the CPU under any ZeRO stage, on NVMe under stage 3."""
-    parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Parameters while they are not computed with; under ZeRO stage 3."""
+    optimizer: Literal["none", "cpu", "nvme"] | None = None
+    """Optimiser state, fp32 weights and their update: on the CPU under any ZeRO stage, on NVMe under stage 3. None
+    takes the launcher's."""
+    parameters: Literal["none", "cpu", "nvme"] | None = None
+    """Parameters while they are not computed with; under ZeRO stage 3. None takes the launcher's."""
     nvme_path: str | None = None
     """Folder on a local NVMe disk, for `nvme`."""
 
@@ -84,7 +85,7 @@ class TrainingConfig(Section):
     """Decay of a moving average of the weights, for example 0.999, which is then what is evaluated and exported; 0
     keeps none. Update t decays by t / (t + 1) where that is less."""
     zero_stage: Literal[1, 2, 3] | None = None
-    """DeepSpeed ZeRO stage; None takes the launcher's."""
+    """DeepSpeed ZeRO stage; None takes the launcher's, or 2."""
     offload: OffloadConfig = OffloadConfig()
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""

@@ -12,6 +12,7 @@ from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from typing import TypeVar
 
+from dist_pca.cores import usable_cores
 from dist_pca.errors import UserError
 
 Job = TypeVar("Job")
@@ -58,8 +59,7 @@ def run_jobs(
     """
     tell = progress or (lambda samples, total, stored: None)
     tell(0, total, 0)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(workers or cores or 1, len(jobs))
+    workers = min(workers or usable_cores(), len(jobs))
     return _run_here(work, jobs, total, tell) if workers <= 1 else _run_pool(work, jobs, workers, total, tell)
 
 

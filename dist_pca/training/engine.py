@@ -12,16 +12,20 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from dist_pca.config import RunConfig, TrainingConfig
+from dist_pca.config import RunConfig, TrainingConfig, validate_config
+from dist_pca.cores import usable_cores
 from dist_pca.errors import UserError
 
 LAUNCHER_FIELDS = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "training.zero_stage",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "training.offload.optimizer",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "training.offload.parameters",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "training.accumulation",
     "ACCELERATE_GRADIENT_CLIPPING": "optimizer.clip_norm",
     "ACCELERATE_MIXED_PRECISION": "training.precision",
 }
-PRECISIONS = {"no": "fp32"}
+DEFAULTS = {"training.zero_stage": 2, "training.offload.optimizer": "none", "training.offload.parameters": "none"}
+"""Keys that a config may leave to the launcher, and their values where that says nothing either."""
 BUCKET_ELEMENTS = 50_000_000
 PERSISTENT_ELEMENTS = 100_000
 """ZeRO 3 leaves parameters with fewer elements on every rank."""
@@ -40,49 +44,58 @@ class World:
     """This node's ranks; None where one node is the world."""
 
 
-def reconcile_launcher(config: RunConfig) -> int:
-    """The ZeRO stage of the run, once the launcher's settings and the config's are known not to contradict.
+def reconcile_launcher(config: RunConfig) -> RunConfig:
+    """The run with what its config leaves to the launcher filled in: ZeRO stage and offload.
 
     Raises:
         UserError: two values disagree; both are named. Or precision, offload or compilation cannot run here.
     """
-    training = config.training
-    ours = {
-        "training.zero_stage": training.zero_stage,
-        "training.accumulation": training.accumulation,
-        "optimizer.clip_norm": config.optimizer.clip_norm,
-        "training.precision": training.precision,
-    }
+    values = config.model_dump()
     for variable, key in LAUNCHER_FIELDS.items():
-        value = os.environ.get(variable)
-        if value is None or value in ("auto", "none") or ours[key] is None:
+        theirs = os.environ.get(variable, "none")
+        section, name = _find(values, key)
+        if theirs in ("auto", "none", "no"):
             continue
-        theirs = PRECISIONS.get(value, value)
-        agrees = theirs == ours[key] if key == "training.precision" else float(theirs) == float(str(ours[key]))
+        if section[name] is None:
+            section[name] = int(theirs) if theirs.isdigit() else theirs
+            continue
         # The launcher always exports its defaults, which say nothing.
-        is_default = theirs in ("fp32", "1", "1.0") and key != "training.zero_stage"
-        if not agrees and not is_default:
+        is_default = theirs in ("1", "1.0") and key != "training.zero_stage"
+        if not is_default and not _equal(theirs, section[name]):
             raise UserError(
-                f"{key} is {ours[key]} in the config and {theirs} in the launcher ({variable}); "
+                f"{key} is {section[name]} in the config and {theirs} in the launcher ({variable}); "
                 f"make them equal or remove one of the two"
             )
-    stage = training.zero_stage or int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
-    if stage not in (1, 2, 3):
-        raise UserError(f"training.zero_stage is {stage}; use 1, 2 or 3")
-    _check_offload(training, stage)
-    if config.model.compile and stage == 3:
+    for key, default in DEFAULTS.items():
+        section, name = _find(values, key)
+        section[name] = default if section[name] is None else section[name]
+    run = validate_config(values, "config and launcher")
+    training, stage = run.training, run.training.zero_stage
+    _check_offload(training)
+    if run.model.compile and stage == 3:
         raise UserError("model.compile does not go with ZeRO stage 3, which gathers parameters in between; use 1 or 2")
-    if config.model.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
+    if run.model.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError(
             "model.compile: needs a C++ compiler on a CPU and finds no g++; install one, or set it to false"
         )
     if training.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("training.precision: fp16 does not run on CPU; use bf16 or fp32")
-    return stage
+    return run
 
 
-def _check_offload(training: TrainingConfig, stage: int) -> None:
-    offload = training.offload
+def _find(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values[section]
+    return values, name
+
+
+def _equal(theirs: str, ours: object) -> bool:
+    return theirs == ours if isinstance(ours, str) else float(theirs) == ours
+
+
+def _check_offload(training: TrainingConfig) -> None:
+    offload, stage = training.offload, training.zero_stage
     wants = {
         "parameters": offload.parameters != "none" and stage != 3,
         "optimizer: nvme": offload.optimizer == "nvme" and stage != 3,
@@ -116,7 +129,7 @@ def start_world(config: RunConfig) -> World:
     import deepspeed
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    stage = reconcile_launcher(config)
+    config = reconcile_launcher(config)
     # On a CPU DeepSpeed would compile a reduction for inference at first start, and fail without a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name in list(os.environ):
@@ -132,7 +145,7 @@ def start_world(config: RunConfig) -> World:
     # Accelerate skips DeepSpeed altogether where this is set; DeepSpeed chooses the CPU by itself.
     os.environ.pop("ACCELERATE_USE_CPU", None)
     if not use_cuda:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(max(1, usable_cores() // local_size))
     backend, timeout = "nccl" if use_cuda else "gloo", timedelta(seconds=2 * config.training.stall_timeout)
     if _restarts() > 0:
         # The launcher's store still holds the addresses of the lost ranks, where new ones would look for each other.
@@ -140,7 +153,7 @@ def start_world(config: RunConfig) -> World:
         store = PrefixStore(f"start{_restarts()}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     accelerator = Accelerator(
-        deepspeed_plugin=_plugin(deepspeed_config(config, stage)),
+        deepspeed_plugin=_plugin(deepspeed_config(config)),
         kwargs_handlers=[
             InitProcessGroupKwargs(
                 backend=backend,
@@ -186,8 +199,9 @@ def join_ranks() -> tuple[int, int, torch.device]:
     return dist.get_rank(), size, device
 
 
-def deepspeed_config(config: RunConfig, stage: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from the run's and nothing else."""
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from a reconciled run and nothing else."""
+    stage = config.training.zero_stage
     values: dict[str, Any] = {
         # Only reported by DeepSpeed; batches are made by our own streams, possibly more than one image at a time.
         "train_micro_batch_size_per_gpu": 1,

@@ -13,6 +13,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 import yaml
 
+from dist_pca.cores import usable_cores
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.training.outcome import SUPERVISED, ExitCode, forget_outcome, read_outcome
@@ -81,7 +82,7 @@ def launch(command: Sequence[str], folder: Path) -> int:
     """
     forget_outcome(folder)
     # Without the first ones the launcher warns that it sets or found them itself.
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // process_count(command)))}
+    environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // process_count(command)))}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     environment |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)} | os.environ | {SUPERVISED: "1"}

@@ -36,16 +36,17 @@ def launch(
     folder: Path,
     name: str,
     *more: str,
+    launcher: str = "accelerate/cpu",
     launcher_options: tuple[str, ...] = (),
     module: str = "dist_pca.train",
 ) -> "subprocess.CompletedProcess[str]":
-    """`accelerate launch` of the run on two CPU processes."""
+    """`accelerate launch` of the run on two CPU processes, or on those of another launcher."""
     command = [
         sys.executable,
         "-m",
         "accelerate.commands.launch",
         "--config_file",
-        str(resource("launch", "accelerate/cpu")),
+        str(resource("launch", launcher)),
     ]
     command += [
         *launcher_options,

@@ -9,7 +9,9 @@ import torch
 from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
+from dist_pca.training.checkpoint import latest_checkpoint
 from dist_pca.training.engine import deepspeed_config, reconcile_launcher
+from tests.training.runs import build_streets, launch
 from tests.training.zero_runs import assert_equal, plain, run_config, through_deepspeed
 
 
@@ -18,14 +20,13 @@ def demo(*overrides: str) -> RunConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("stage", "optimizer", "parameters"),
     [
-        (2, "cpu", "none"),
+        pytest.param(2, "cpu", "none", marks=pytest.mark.exhaustive),
         pytest.param(1, "cpu", "none", marks=pytest.mark.exhaustive),
         pytest.param(3, "none", "cpu", marks=pytest.mark.exhaustive),
-        pytest.param(3, "cpu", "cpu", marks=pytest.mark.exhaustive),
+        (3, "cpu", "cpu"),
     ],
 )
 def test_what_is_offloaded_trains_and_goes_on_as_what_is_not(
@@ -36,6 +37,20 @@ def test_what_is_offloaded_trains_and_goes_on_as_what_is_not(
     checkpoint = through_deepspeed(tmp_path, config, 2, last=2)
     checkpoint = through_deepspeed(tmp_path, config, 2, first=2, last=3, load=checkpoint)
     assert_equal(checkpoint, plain(config, 3), config)
+
+
+@pytest.mark.slow
+def test_a_launcher_with_offload_trains_and_contradicts_a_run_without(tmp_path: Path) -> None:
+    build_streets(tmp_path)
+    stage = ("training.zero_stage=null",)
+    launcher, processes = "accelerate/gpu_zero3_offload", ("--num_processes", "2")
+    done = launch(tmp_path, "offloaded", *stage, "training.steps=2", launcher=launcher, launcher_options=processes)
+    assert done.returncode == 0, done.stderr
+    assert latest_checkpoint(tmp_path / "runs/offloaded/checkpoints")
+    for part in ("optimizer", "parameters"):
+        key = f"training.offload.{part}"
+        done = launch(tmp_path, part, *stage, f"{key}=none", launcher=launcher, launcher_options=processes)
+        assert f"{key} is none in the config and cpu in the launcher" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -85,13 +100,14 @@ def test_nvme_without_a_folder_is_refused() -> None:
 
 def test_deepspeed_is_told_where_what_lies() -> None:
     config = demo(
-        "training.offload.optimizer=cpu", "training.offload.parameters=nvme", "training.offload.nvme_path=disk"
+        *("training.offload.optimizer=cpu", "training.offload.parameters=nvme", "training.offload.nvme_path=disk"),
+        "training.zero_stage=3",
     )
-    zero = deepspeed_config(config, 3)["zero_optimization"]
+    zero = deepspeed_config(config)["zero_optimization"]
     pinned = torch.cuda.is_available()
     assert zero["offload_optimizer"] == {"device": "cpu", "nvme_path": "disk", "pin_memory": pinned}
     assert zero["offload_param"] == {"device": "nvme", "nvme_path": "disk", "pin_memory": pinned}
-    assert "offload_optimizer" not in deepspeed_config(demo(), 3)["zero_optimization"]
+    assert "offload_optimizer" not in deepspeed_config(reconcile_launcher(demo()))["zero_optimization"]
 
 
 def test_a_compiled_backbone_is_refused_under_stage_3_and_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

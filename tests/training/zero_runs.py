@@ -129,7 +129,7 @@ def engine_steps(
 
     if config.training.precision == "fp16":
         # Refused to users, as most CPUs have no such convolutions, or slow ones.
-        module.reconcile_launcher = lambda config: config.training.zero_stage or 2
+        module.reconcile_launcher = lambda config: config
     world = module.start_world(config)
     torch.set_num_threads(1)
     model = network(config)
