@@ -110,7 +110,8 @@ def train(
 
     settings = [*(overrides or []), *(profile_overrides(profile) if profile else [])]
     run = resolve_config(config, settings)
-    command = launch_command(config, settings, launcher=launcher, processes=processes, resume=resume)
+    stage = run.training.zero_stage
+    command = launch_command(config, settings, launcher=launcher, processes=processes, zero_stage=stage, resume=resume)
     # What cannot run is said here, before a launcher that follows every failure with a traceback of its own.
     check(run, world_size=process_count(command), resume=resume)
     console = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -29,6 +29,7 @@ def launch_command(
     *,
     launcher: str | None = None,
     processes: int | None = None,
+    zero_stage: int | None = None,
     resume: bool | None = None,
 ) -> list[str]:
     """The command that trains a run under `accelerate launch`.
@@ -38,13 +39,14 @@ def launch_command(
         overrides: `key=value`s.
         launcher: A YAML file for accelerate or a shipped one's name; None takes one process per GPU, or two on the CPU.
         processes: Processes on this machine; None takes the launcher file's.
+        zero_stage: The config's ZeRO stage, which a launcher chosen here is for.
         resume: None goes on with the same run; True also where keys differ; False refuses a folder that holds a run.
 
     Raises:
         UserError: there is no such shipped launcher.
     """
     if launcher is None:
-        launcher = "accelerate/gpu_zero2" if torch.cuda.is_available() else "accelerate/cpu"
+        launcher = f"accelerate/gpu_zero{zero_stage or 2}" if torch.cuda.is_available() else "accelerate/cpu"
         processes = processes or torch.cuda.device_count() or None
     file = Path(launcher) if Path(launcher).is_file() else resource("launch", launcher)
     return [

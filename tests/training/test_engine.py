@@ -19,7 +19,7 @@ def demo(*overrides: str) -> RunConfig:
 
 def test_the_launchers_stage_is_taken_where_the_config_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    assert reconcile_launcher(demo("training.zero_stage=null")).training.zero_stage == 3
+    assert reconcile_launcher(demo()).training.zero_stage == 3
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_launchers_value_that_is_none_of_ours_is_named(
 ) -> None:
     monkeypatch.setenv(variable, "0")
     with pytest.raises(UserError, match=f"config and launcher: {message}"):
-        reconcile_launcher(demo("training.zero_stage=null"))
+        reconcile_launcher(demo())
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_values_that_disagree_are_both_named(
 ) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=message):
-        reconcile_launcher(demo("training.offload.optimizer=cpu"))
+        reconcile_launcher(demo("training.zero_stage=2", "training.offload.optimizer=cpu"))
 
 
 def test_the_launchers_own_defaults_disagree_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_the_launchers_own_defaults_disagree_with_nothing(monkeypatch: pytest.Mo
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     run = demo("training.accumulation=4", "training.precision=bf16", "training.offload.optimizer=cpu")
     assert reconcile_launcher(run).training == run.training.model_copy(
-        update={"offload": OffloadConfig(optimizer="cpu", parameters="none")}
+        update={"zero_stage": 2, "offload": OffloadConfig(optimizer="cpu", parameters="none")}
     )
 
 

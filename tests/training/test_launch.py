@@ -23,6 +23,18 @@ def test_a_launcher_of_ones_own_is_taken_as_a_file(tmp_path: Path) -> None:
     assert str(tmp_path / "mine.yaml") in launch_command("camvid", launcher=str(tmp_path / "mine.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("gpus", "zero_stage", "launcher"),
+    [(4, None, "gpu_zero2.yaml --num_processes 4"), (1, 3, "gpu_zero3.yaml --num_processes 1"), (0, 3, "cpu.yaml")],
+)
+def test_the_launcher_suits_the_machine_and_the_runs_stage(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, zero_stage: int | None, launcher: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert f"{launcher} -m dist_pca.train" in shown(launch_command("camvid", zero_stage=zero_stage))
+
+
 def test_an_unknown_launcher_gives_the_nearest() -> None:
     with pytest.raises(UserError, match="the nearest is accelerate/gpu_zero3"):
         launch_command("camvid", launcher="accelerate/gpu_zero33")

@@ -42,14 +42,13 @@ def test_what_is_offloaded_trains_and_goes_on_as_what_is_not(
 @pytest.mark.slow
 def test_a_launcher_with_offload_trains_and_contradicts_a_run_without(tmp_path: Path) -> None:
     build_streets(tmp_path)
-    stage = ("training.zero_stage=null",)
     launcher, processes = "accelerate/gpu_zero3_offload", ("--num_processes", "2")
-    done = launch(tmp_path, "offloaded", *stage, "training.steps=2", launcher=launcher, launcher_options=processes)
+    done = launch(tmp_path, "offloaded", "training.steps=2", launcher=launcher, launcher_options=processes)
     assert done.returncode == 0, done.stderr
     assert latest_checkpoint(tmp_path / "runs/offloaded/checkpoints")
     for part in ("optimizer", "parameters"):
         key = f"training.offload.{part}"
-        done = launch(tmp_path, part, *stage, f"{key}=none", launcher=launcher, launcher_options=processes)
+        done = launch(tmp_path, part, f"{key}=none", launcher=launcher, launcher_options=processes)
         assert f"{key} is none in the config and cpu in the launcher" in done.stderr
 
 
