@@ -41,8 +41,12 @@ class Owner(NamedTuple):
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
     """Hold a run folder for this job while the context is open. Collective; rank 0 holds it.
+
+    Args:
+        folder: The run folder.
+        patience: Seconds to wait for a job that trains there to leave.
 
     Raises:
         UserError: on every rank, another job trains there; its machine and process are named.
@@ -50,7 +54,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     path, refusal, mine = folder / "lock.json", None, dist.get_rank() == 0
     if mine:
         try:
-            _take(path, _this_process())
+            _take(path, _this_process(), patience)
         except UserError as error:
             refusal = str(error)
     refuse_together(refusal)
@@ -68,8 +72,9 @@ def run_lock(folder: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def _take(path: Path, own: Owner) -> None:
+def _take(path: Path, own: Owner, patience: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    give_up = time.monotonic() + patience
     first_touch = None
     while True:
         with suppress(FileExistsError), path.open("x") as file:
@@ -82,13 +87,14 @@ def _take(path: Path, own: Owner) -> None:
             continue
         first_touch = first_touch or touched
         here = owner is not None and owner[:2] == own[:2]
-        if _is_alive(owner) if here and owner is not None else touched != first_touch:
+        dead = not _is_alive(owner) if here and owner is not None else age > STALE_SECONDS
+        if not dead and (here or touched != first_touch) and time.monotonic() >= give_up:
             who = f"process {owner.pid} on {owner.host}" if owner else "a process that is about to say which it is"
             raise UserError(
                 f"{path}: {who} trains in this folder, and gave a sign of life {age:.0f} s ago; wait for it, end it, "
                 "or choose another name="
             )
-        if here or age > STALE_SECONDS:
+        if dead:
             aside = path.with_name(f".{path.name}.{own.host}.{own.pid}.partial")
             aside.write_text(json.dumps(own._asdict()) + "\n")
             aside.replace(path)

@@ -1,5 +1,6 @@
 """A run under way: processes that have found each other, the engine, streams of data, and who tells and saves."""
 
+import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from itertools import repeat
@@ -67,7 +68,9 @@ def open_session(plan: Plan) -> Iterator[Session]:
         watchdog = stack.enter_context(
             Watchdog(connect_store(), world.rank, world.size, timeout=training.stall_timeout, folder=config.folder)
         )
-        stack.enter_context(run_lock(config.folder))
+        # Ranks of a start that was cut short may still be leaving, on a node that is slow to hear of it.
+        again = any(int(os.environ.get(f"{name}_RESTART_COUNT", 0)) for name in ("SLURM", "TORCHELASTIC"))
+        stack.enter_context(run_lock(config.folder, patience=training.stall_timeout / 2 if again else 0.0))
         flops = network_flops(plan.model, *config.data.crop)
         engine, optimizer, average, state = _start_engine(plan, world)
         start_step = int(state["step"])
