@@ -6,7 +6,7 @@
             ema.safetensors         the same of the moving average, where training.ema_decay keeps one
             optimizer.safetensors   optimiser tensors, by parameter name
             statistics.safetensors  every rank's own batch-norm statistics, where they differ
-            state.json              step, seed, world size, code, mIoU, loss scale
+            state.json              step, world size, code, config, mIoU, loss scale
         latest                      the name of the newest whole one
         best                        the name of the one with the highest validation mIoU
 

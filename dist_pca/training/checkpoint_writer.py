@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typing_extensions import Self
 
+from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
 from dist_pca.training.agreement import refuse_together
 from dist_pca.training.checkpoint import Pointer, code_version, pointed_at, read_state
@@ -30,16 +31,16 @@ Tensors = dict[str, torch.Tensor]
 class CheckpointWriter:
     """Writes a run's checkpoints, one at a time; at the end of its context all are written."""
 
-    def __init__(self, folder: Path, *, seed: int, keep: int, device: torch.device) -> None:
+    def __init__(self, folder: Path, config: RunConfig, *, device: torch.device) -> None:
         """Write nothing yet.
 
         Args:
             folder: The `checkpoints` folder.
-            seed: The run's, for state.json.
-            keep: Newest checkpoints that are kept, beside the best one.
+            config: The run, which goes into state.json; says how many checkpoints are kept.
             device: Where collectives' tensors must be.
         """
-        self._folder, self._seed, self._keep, self._device = folder, seed, keep, device
+        self._folder, self._device = folder, device
+        self._keep, self._config = config.training.keep_checkpoints, config.model_dump(mode="json")
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._in_flight = False
@@ -86,9 +87,9 @@ class CheckpointWriter:
                 tensors[FILE] = {FILE: own_statistics.cpu()}
             values = {
                 "step": step,
-                "seed": self._seed,
                 "world_size": dist.get_world_size(),
                 "code": code_version(),
+                "config": self._config,
                 **(state or {}),
             }
             self._thread = threading.Thread(target=self._write, args=(f"step-{step:08d}", tensors, values), daemon=True)

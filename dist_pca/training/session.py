@@ -108,9 +108,7 @@ def open_session(plan: Plan) -> Iterator[Session]:
             bad_steps=BadSteps(engine.module, config.folder, training.max_bad_steps),
             loss_scale=LossScale(engine, enabled=training.precision == "fp16", state=state),
             checkpoints=stack.enter_context(
-                CheckpointWriter(
-                    config.folder / "checkpoints", seed=config.seed, keep=training.keep_checkpoints, device=world.device
-                )
+                CheckpointWriter(config.folder / "checkpoints", config, device=world.device)
             ),
         )
 

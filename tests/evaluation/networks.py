@@ -58,6 +58,6 @@ def write_run(
         checkpoint = run / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir()
         save_file(network.state_dict(), checkpoint / "model.safetensors")
-        (checkpoint / "state.json").write_text(json.dumps({"step": step, "seed": 0, "world_size": 1, "version": "0"}))
+        (checkpoint / "state.json").write_text(json.dumps({"step": step, "world_size": 1, "code": "0"}))
         (run / "checkpoints" / "latest").write_text(checkpoint.name + "\n")
     return run

@@ -15,7 +15,7 @@ from tests.training.runs import build_streets, launch, overrides
 
 pytestmark = pytest.mark.slow
 
-STEPS = 5
+STEPS = 3
 CLASSES = 10
 SETTINGS = (
     *("data.shorter_edge=[160,160]", "data.crop=[160,192]", "data.workers=0"),
@@ -38,7 +38,7 @@ def measured(folder: Path, name: str, ranks: int, stage: int, *more: str) -> dic
         *SETTINGS,
         *more,
         *(f"output={folder}/{name}", f"training.zero_stage={stage}"),
-        launcher_options=("--num_processes", str(ranks), "--zero_stage", str(stage), "--main_process_port", "0"),
+        launcher_options=("--num_processes", str(ranks)),
         module="tests.planning.measured_run",
     )
     assert done.returncode == 0, done.stderr
@@ -67,9 +67,9 @@ def exhaustive(*values: object) -> Any:
 @pytest.mark.parametrize(
     ("ranks", "stage", "more"),
     [
-        exhaustive(1, 2, ()),
+        (1, 2, ()),
         (2, 2, ()),
-        exhaustive(4, 2, ()),
+        (4, 2, ()),
         exhaustive(2, 3, ()),
         exhaustive(2, 2, ("training.precision=bf16",)),
         exhaustive(2, 3, ("training.precision=bf16",)),

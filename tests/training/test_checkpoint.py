@@ -18,9 +18,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+import dist_pca
+from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
-from dist_pca.training.checkpoint import latest_checkpoint, load_model, load_optimizer, pointed_at
+from dist_pca.train import resolve_config
+from dist_pca.training.checkpoint import latest_checkpoint, load_model, load_optimizer, pointed_at, read_state
 from dist_pca.training.checkpoint_writer import CheckpointWriter
+
+CONFIG = resolve_config("demo", ["training.keep_checkpoints=2", "training.time_limit=1:00:00"])
 
 
 @pytest.fixture
@@ -40,7 +45,7 @@ def engine(width: int) -> SimpleNamespace:
 
 
 def writer(folder: Path) -> CheckpointWriter:
-    return CheckpointWriter(folder, seed=0, keep=2, device=torch.device("cpu"))
+    return CheckpointWriter(folder, CONFIG, device=torch.device("cpu"))
 
 
 def save(folder: Path, step: int, width: int, **state: object) -> None:
@@ -100,6 +105,15 @@ def test_the_newest_are_kept_and_what_a_killed_write_left_is_replaced(tmp_path: 
         save(tmp_path, step, width=4)
     assert names(tmp_path) == ["latest", "step-00000002", "step-00000003"]
     assert (tmp_path / "latest").read_text() == "step-00000003\n"
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_checkpoint_tells_the_run_that_it_is_of(tmp_path: Path) -> None:
+    save(tmp_path, 1, width=4)
+    state = read_state(tmp_path / "step-00000001")
+    assert RunConfig.model_validate(state["config"]) == CONFIG
+    assert (state["step"], state["world_size"]) == (1, 1)
+    assert state["code"].startswith(dist_pca.__version__)
 
 
 @pytest.mark.usefixtures("alone")

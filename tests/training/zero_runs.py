@@ -149,7 +149,7 @@ def engine_steps(
             overflowed = scale.update(float(engine.get_global_grad_norm()))
         if average:
             update_average(average, engine, config.training.ema_decay, step + 1)
-    with CheckpointWriter(folder, seed=0, keep=5, device=world.device) as checkpoints:
+    with CheckpointWriter(folder, config, device=world.device) as checkpoints:
         checkpoints.save(engine, last, average=average)
     torch.distributed.destroy_process_group()
 
