@@ -4,20 +4,19 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from dist_pca.cli import app
 from dist_pca.shards.build import build_shards
+from tests.readme_lines import README, in_checkout, printed
 
-README = Path(__file__).parents[1] / "README.md"
 COMMANDS = {
     *("shards", "build", "merge", "verify", "index", "inspect"),
     *("train", "evaluate", "predict", "export", "bench", "association", "data", "resume", "table"),
     *("doctor", "plan", "submit", "status"),
 }
-pytestmark = pytest.mark.skipif(not README.is_file(), reason="the README is beside the tests in a checkout only")
+pytestmark = in_checkout
 
 
 def blocks(language: str) -> list[str]:
@@ -37,8 +36,7 @@ def test_every_file_it_names_is_there() -> None:
 
 
 def test_every_option_it_shows_is_the_command_lines() -> None:
-    lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-    commands = [line.split() for line in lines if line.startswith("dist-pca")]
+    commands = [line.text.split() for line in printed() if line.text.startswith("dist-pca ")]
     assert commands
     for _, *words in commands:
         name = [word for word in words[:2] if word in COMMANDS]

@@ -53,7 +53,7 @@ _TRAIN_EXAMPLES = """
 
 dist-pca bench train
 
-dist-pca bench train --repeats 100 --json
+dist-pca bench train --repeats 40 --json
 """
 
 _TABLE_EXAMPLES = """
@@ -252,7 +252,7 @@ def resume(
 def train(
     repeats: Annotated[
         int, typer.Option(min=1, help="Timed steps of each loop; the median of their ratios counts.")
-    ] = 40,
+    ] = 150,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Measure what the training loop costs beside a bare one over the same network, losses, optimiser and data.
