@@ -42,13 +42,18 @@ def merge(by_rank: Sequence[Sequence[Check]], hosts: Sequence[str]) -> list[Chec
         for rank, row in enumerate(rows):
             if row.verdict == verdict:
                 ranks.setdefault(row.found, []).append(rank)
-        found = "; ".join(f"{_named(members, hosts)}: {text}" for text, members in ranks.items())
+        found = "; ".join(f"{name_ranks(members, hosts)}: {text}" for text, members in ranks.items())
         merged.append(Check(own.name, verdict, found, worst[0].remedy))
     return merged
 
 
-def _named(ranks: list[int], hosts: Sequence[str]) -> str:
-    """Ranks, and their host where they share one."""
+def name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """Ranks, the first eight by number, and the hosts they are on.
+
+    Args:
+        ranks: At least one.
+        hosts: Each rank's host, of all ranks.
+    """
     there = sorted({hosts[rank] for rank in ranks})
     numbers = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank{'s' * (len(ranks) > 1)} {numbers} on {', '.join(there)}"

@@ -53,7 +53,10 @@ def doctor(
     Each line passes, warns or fails, with the remedy; a fail makes the exit code 1. Under [bold]accelerate launch -m
     dist_pca.doctor[/] all ranks take part, and rank 0 prints: bandwidth, shared folder and clocks need several.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not _has_gpu() else "cuda")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     checks, hosts, speaks = _diagnose(config, overrides or [], shared, wait)
     # Every rank knows the outcome, and one is enough to tell the launcher.
     if speaks:
@@ -76,7 +79,7 @@ def main() -> int:
 def _diagnose(
     config: str | None, overrides: list[str], shared: Path | None, wait: float
 ) -> "tuple[list[Check], list[str], bool]":
-    """The checks, the host of each rank, and whether this process is the one to print them."""
+    """The checks, the host of each rank that came, and whether this process is the one to print them."""
     from dist_pca.doctor import ranks as meeting
     from dist_pca.doctor.check import Check
     from dist_pca.doctor.machine import machine_checks
@@ -89,7 +92,7 @@ def _diagnose(
     try:
         ranks = meeting.join(wait)
     except meeting.SomeAreMissing as missing:
-        return [*own, missing.check], [], first or missing.by_all
+        return [*own, missing.check], missing.hosts, first or missing.by_all
     try:
         return meeting.common_checks(ranks, own, folder, wait), ranks.hosts, first
     except RuntimeError as error:
@@ -106,7 +109,8 @@ def _print(checks: "Sequence[Check]", hosts: list[str], as_json: bool) -> None:
     if as_json:
         result = {
             "fit": all(check.verdict != "fail" for check in checks),
-            "ranks": len(hosts),
+            "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+            "present": len(hosts),
             "hosts": hosts,
             "checks": [check._asdict() for check in checks],
         }
@@ -121,9 +125,3 @@ def _print(checks: "Sequence[Check]", hosts: list[str], as_json: bool) -> None:
         if check.verdict != "pass" and check.remedy:
             table.add_row("", "", f"[bold]->[/] {check.remedy}")
     Console(highlight=False).print(table)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from dist_pca.config import RunConfig
 from dist_pca.data.cache import cache_settings, open_manifest
-from dist_pca.data.order import micro_batch_size
 from dist_pca.data.storage import is_remote
 from dist_pca.doctor.check import VERSIONS, Check
 from dist_pca.errors import UserError
+from dist_pca.planning.predict import images_per_rank
 from dist_pca.training.run import PACKAGES
 
 ENOUGH_DISK, LEAST_DISK = 20e9, 1e9
@@ -141,19 +141,13 @@ def disk(folder: Path) -> Check:
 
 def batches(config: RunConfig, world_size: int) -> Check:
     """Whether the batches share out over these ranks."""
-    training = config.training
-    sizes = {"training.source_batch": training.source_batch}
-    if config.objective.adapt:
-        sizes["training.target_batch"] = training.target_batch
     try:
-        shares = [
-            micro_batch_size(batch, world_size=world_size, accumulation=training.accumulation, key=key)
-            for key, batch in sizes.items()
-        ]
+        source, target = images_per_rank(config, world_size)
     except UserError as error:
         found, _, remedy = str(error).rpartition("; ")
         return Check("batches", "fail", found, remedy)
-    return Check("batches", "pass", f"{' source and '.join(map(str, shares))} images in each rank's micro-batch")
+    images = f"{source} source and {target} target images" if target else f"{source} source images"
+    return Check("batches", "pass", f"{images} in each rank's micro-batch")
 
 
 def shards(config: RunConfig, domain: str) -> Check:
@@ -174,7 +168,7 @@ def shards(config: RunConfig, domain: str) -> Check:
         except OSError as error:
             return Check(name, "fail", f"{location}: {error}", "give this user the right to read it on every node")
         samples, count = samples + manifest.samples, count + len(manifest.shards)
-    return Check(name, "pass", f"{samples:,} samples in {count:,} shards of {', '.join(folders)}")
+    return Check(name, "pass", f"{samples:,} samples in {count:,} shard{'s' * (count > 1)} of {', '.join(folders)}")
 
 
 def _read_ends(files: Sequence[Path]) -> None:

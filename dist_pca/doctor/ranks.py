@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from dist_pca.doctor.check import Check, merge
+from dist_pca.doctor.check import Check, Verdict, merge, name_ranks
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ SLOW = {"gloo": 0.02e9, "nccl": 2e9}
 _MESSAGE = {"gloo": 16 << 20, "nccl": 256 << 20}
 _REPEATS = 5
 _SKEW_WARNS, _SKEW_FAILS = 1.0, 30.0
-_SEEN_WITHIN = 10.0
+SEEN_WITHIN = 10.0
 """Seconds in which a file must show up on other nodes; network file systems keep listings for a while."""
 _NCCL_REMEDY = "set NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME to the fast network, and look for IB or EFA in what it says"
 _GLOO_REMEDY = "set GLOO_SOCKET_IFNAME to the network that joins the nodes"
@@ -44,12 +44,13 @@ class SomeAreMissing(Exception):
 
     Args:
         check: What to say.
+        hosts: Of each rank that is known to be there, this one included.
         by_all: Rank 0 is not there to say it.
     """
 
-    def __init__(self, check: Check, *, by_all: bool = False) -> None:
+    def __init__(self, check: Check, hosts: list[str], *, by_all: bool = False) -> None:
         super().__init__(check.found)
-        self.check, self.by_all = check, by_all
+        self.check, self.hosts, self.by_all = check, hosts, by_all
 
 
 def join(wait: float) -> Ranks:
@@ -66,20 +67,20 @@ def join(wait: float) -> Ranks:
     if size == 1:
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         return Ranks(0, 1, [host])
-    store = PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RUN_ID', '')}", _meeting_point(rank, wait))
+    store = PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RUN_ID', '')}", _meeting_point(rank, host, wait))
     store.set(f"here/{rank}", host)
-    hosts = _call_roll(store, size, wait) if rank == 0 else _hear_roll(store, size, wait)
+    hosts = _call_roll(store, size, wait) if rank == 0 else _hear_roll(store, rank, host, size, wait)
     # A rank that dies from here on ends the collective that the others wait in.
     timeout = timedelta(seconds=wait)
     try:
         dist.init_process_group("gloo", store=PrefixStore("gloo", store), rank=rank, world_size=size, timeout=timeout)
     except RuntimeError as error:
         lost = f"a rank was lost, or a link does not carry gloo: {str(error).splitlines()[0]}"
-        raise SomeAreMissing(Check("ranks", "fail", lost, _GLOO_REMEDY), by_all=True) from None
+        raise SomeAreMissing(Check("ranks", "fail", lost, _GLOO_REMEDY), hosts, by_all=True) from None
     return Ranks(rank, size, hosts)
 
 
-def _meeting_point(rank: int, wait: float) -> Store:
+def _meeting_point(rank: int, host: str, wait: float) -> Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # The launcher's own process keeps the store, if it says so; else rank 0 does.
     is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -90,9 +91,10 @@ def _meeting_point(rank: int, wait: float) -> Store:
             Check(
                 "ranks",
                 "fail",
-                f"rank {rank} on {socket.gethostname()} cannot reach {address}:{port}: {str(error).splitlines()[0]}",
+                f"rank {rank} on {host} cannot reach {address}:{port}: {str(error).splitlines()[0]}",
                 "open the port between the nodes, or give --main_process_ip an address that all of them reach",
             ),
+            [host],
             by_all=True,
         ) from None
 
@@ -117,21 +119,21 @@ def _call_roll(store: Store, size: int, wait: float) -> list[str]:
     # The store may end with this process, so it stays until the others have heard.
     with suppress(RuntimeError):
         store.wait([f"heard/{rank}" for rank in present if rank != 0], timedelta(seconds=5))
-    raise SomeAreMissing(_absence(found))
+    raise SomeAreMissing(_absence(found), list(hosts.values()))
 
 
-def _hear_roll(store: Store, size: int, wait: float) -> list[str]:
+def _hear_roll(store: Store, rank: int, host: str, size: int, wait: float) -> list[str]:
     # Rank 0 may have begun to wait later than this one.
     store.set_timeout(timedelta(seconds=2 * wait + 5))
     try:
         heard = store.get("roll").decode()
     except RuntimeError:
         absence = _absence(f"rank 0 of {size} did not come within {2 * wait + 5:g} s")
-        raise SomeAreMissing(absence, by_all=True) from None
+        raise SomeAreMissing(absence, [host], by_all=True) from None
     if heard != "all":
-        store.set(f"heard/{os.environ['RANK']}", "")
-        raise SomeAreMissing(_absence(heard))
-    return [store.get(f"here/{rank}").decode() for rank in range(size)]
+        store.set(f"heard/{rank}", "")
+        raise SomeAreMissing(_absence(heard), [host])
+    return [store.get(f"here/{other}").decode() for other in range(size)]
 
 
 def _absence(found: str) -> Check:
@@ -157,7 +159,7 @@ def start_nccl(ranks: Ranks, wait: float) -> dist.ProcessGroup | None:
 
 def common_checks(ranks: Ranks, own: Sequence[Check], folder: Path | None, wait: float) -> list[Check]:
     """Every rank's own checks, merged, and those that all make together. Collective; the ranks part afterwards."""
-    checks = merge(gather_checks(ranks, own), ranks.hosts)
+    checks = merge(_gather(ranks, own), ranks.hosts)
     checks += exchange_checks(ranks, "gloo", None)
     nccl = start_nccl(ranks, wait)
     if nccl is not None:
@@ -223,8 +225,8 @@ def _remove_probe(probe: Path, new: bool) -> None:
 
 def shared_folder(ranks: Ranks, folder: Path) -> Check:
     """Whether a file that rank 0 writes shows up on every rank. Collective."""
-    token: list[str | None] = [None]
-    name, probe, new, why = "shared folder", folder / f".doctor-{uuid4().hex}", not folder.exists(), ""
+    name, token, why = "shared folder", [""], ""
+    probe, new = folder / f".doctor-{uuid4().hex}", not folder.exists()
     if ranks.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -234,10 +236,10 @@ def shared_folder(ranks: Ranks, folder: Path) -> Check:
             why = error.strerror or str(error)
             _remove_probe(probe, new)
     dist.broadcast_object_list(token)
-    if token[0] is None:
+    if not token[0]:
         remedy = "mend its rights or make room, or name another folder"
         return Check(name, "fail", f"rank 0 cannot write to {folder}: {why}", remedy)
-    deadline, seen = time.monotonic() + _SEEN_WITHIN, False
+    deadline, seen = time.monotonic() + SEEN_WITHIN, False
     while not seen and time.monotonic() < deadline:
         with suppress(OSError):
             seen = (folder / token[0]).read_text() == token[0]
@@ -248,11 +250,10 @@ def shared_folder(ranks: Ranks, folder: Path) -> Check:
         _remove_probe(probe, new)
     blind = [rank for rank, sees in enumerate(everyone) if not sees]
     if blind:
-        where = ", ".join(sorted({ranks.hosts[rank] for rank in blind}))
         return Check(
             name,
             "fail",
-            f"{folder}: what rank 0 writes is not seen by ranks {', '.join(map(str, blind))} on {where}",
+            f"{folder}: what rank 0 writes is not seen by {name_ranks(blind, ranks.hosts)}",
             "name a folder on a file system that all nodes mount at the same place",
         )
     return Check(name, "pass", f"{folder.absolute()} is seen by {ranks.size} rank{'s' * (ranks.size > 1)}")
@@ -270,18 +271,13 @@ def clocks(ranks: Ranks) -> Check:
     if spread < _SKEW_WARNS:
         return Check("clocks", "pass", found)
     off = max(range(ranks.size), key=lambda rank: abs(told[rank] - statistics.median(told)))
-    verdict = "fail" if spread > _SKEW_FAILS else "warn"
+    verdict: Verdict = "fail" if spread > _SKEW_FAILS else "warn"
     return Check(
         "clocks",
-        verdict,  # type: ignore[arg-type]
-        f"{spread:.1f} s apart, rank {off} on {ranks.hosts[off]} most",
+        verdict,
+        f"{spread:.1f} s apart, {name_ranks([off], ranks.hosts)} most",
         "let chrony or ntpd set the clocks: locks and logs of different nodes are compared by time",
     )
-
-
-def gather_checks(ranks: Ranks, own: Sequence[Check]) -> list[list[Check]]:
-    """Each rank's checks, by rank. Collective."""
-    return _gather(ranks, list(own))
 
 
 def _gather(ranks: Ranks, value: T) -> list[T]:

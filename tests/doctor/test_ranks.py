@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from tests.ranks import run_on_ranks
 
 
 def one_sees_another_folder(rank: int, world_size: int, folder: Path) -> list[str]:
+    meeting.SEEN_WITHIN = 1.0
     check = meeting.shared_folder(Ranks(rank, world_size, ["a", "b"]), folder / str(rank))
     return [check.verdict, check.found]
 
@@ -42,7 +45,7 @@ def exchange(rank: int, world_size: int) -> list[list[str]]:
 def test_a_folder_that_one_node_lacks_fails_and_names_it(tmp_path: Path) -> None:
     for verdict, found in run_on_ranks(one_sees_another_folder, 2, tmp_path, tmp_path / "own"):
         assert verdict == "fail"
-        assert "ranks 1 on b" in found
+        assert found.endswith("is not seen by rank 1 on b")
 
 
 @pytest.mark.slow
@@ -98,28 +101,59 @@ def test_ranks_that_do_not_come_are_named_in_time() -> None:
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert time.monotonic() - began < 90
     assert ranks[0].returncode == 1
-    missing = json.loads(outputs[0])["checks"][-1]
+    told = json.loads(outputs[0])
+    assert (told["ranks"], told["present"], len(told["hosts"])) == (3, 2, 2)
+    missing = told["checks"][-1]
     assert missing["name"] == "ranks"
     assert missing["verdict"] == "fail"
     assert missing["found"].startswith("rank 1 of 3 did not come within 10 s")
     assert outputs[1] == ""
 
 
-@pytest.mark.slow
-@pytest.mark.exhaustive
-def test_two_launched_ranks_are_examined_together(tmp_path: Path) -> None:
+def examine_launched(*arguments: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and JSON of two ranks under `accelerate launch`."""
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", str(resource("launch", "accelerate/cpu"))),
-        *("-m", "dist_pca.doctor", "--shared", str(tmp_path), "--json"),
+        *("-m", "dist_pca.doctor", "--json", *arguments),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout[done.stdout.index("{\n") :])
-    assert told["ranks"] == 2
+    assert (told["ranks"], told["present"]) == (2, 2)
+    return done.returncode, told
+
+
+@pytest.mark.slow
+def test_two_launched_ranks_are_examined_together(tmp_path: Path) -> None:
+    code, told = examine_launched("--shared", str(tmp_path))
+    assert code == 0
     assert told["fit"]
     names = [check["name"] for check in told["checks"]]
     assert {"versions", "gpus", "gloo all-reduce", "gloo all-gather", "shared folder", "clocks", "disk"} <= set(names)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Two gigabytes: more than nothing, less than a run may need."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2g", "none", str(tmp_path)]
+    made = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {made.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.slow
+def test_little_space_warns_and_missing_shards_fail_on_launched_ranks(small_disk: Path) -> None:
+    code, told = examine_launched("demo", f"data.source={small_disk}/none", "--shared", str(small_disk))
+    assert code == 1
+    assert not told["fit"]
+    checks = {check["name"]: check for check in told["checks"]}
+    assert checks["versions"]["verdict"] == checks["shared folder"]["verdict"] == "pass"
+    assert checks["disk"]["verdict"] == "warn"
+    assert "choose another output=" in checks["disk"]["remedy"]
+    assert checks["source shards"]["verdict"] == "fail"
+    assert "dist-pca shards build" in checks["source shards"]["remedy"]
 
 
 @pytest.mark.slow
