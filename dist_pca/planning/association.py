@@ -52,7 +52,7 @@ def implementation(config: AssociationConfig, device: str) -> Literal["reference
     return "triton" if device != "cpu" and config.dtype == "bf16" else "blockwise"
 
 
-def sent_bytes(config: AssociationConfig, level: Level, pool: Pool, device: str) -> float:
+def sent_bytes(config: AssociationConfig, pool: Pool, device: str) -> float:
     """Bytes of keys, matches, statistics and gradients that a rank sends to others, as `exchanged_bytes` counts."""
     ranks, others = pool.ranks, pool.ranks - 1
     if ranks == 1:

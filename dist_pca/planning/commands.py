@@ -128,7 +128,8 @@ def plan(
     Nothing is trained and no data is read: the config is enough. Every operation of the network goes past with shapes
     and no values, so activations, autocast and operations are those of the real one; the rest is counted from the
     buffers and collectives that DeepSpeed and the association use. Memory and bytes are held to measured runs by tests
-    (within 15 %); times rest on the vendors' figures and on the assumptions below, so trust their order.
+    (within 15 %). Times are estimates from data sheets and the assumptions below, which no run on GPUs has checked:
+    compare them with each other, and put in what a few measured steps reached before you budget by them.
     """
     from dist_pca.planning import report
     from dist_pca.planning.advice import as_overrides, best_choice
@@ -171,7 +172,7 @@ def plan(
     if plot is not None:
         from dist_pca.planning.picture import draw
 
-        draw(swept, report.headline(prediction), plot)
+        draw(swept, report.headline(*swept), plot)
     if as_json:
         result = prediction.as_dict() | {
             "recommended": None if best is None else {"overrides": as_overrides(best)} | best.as_dict(),

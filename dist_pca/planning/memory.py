@@ -2,41 +2,35 @@
 
 from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
 
 from dist_pca.config import RunConfig
 from dist_pca.planning.network import NetworkStep, Parameter
 from dist_pca.planning.term import Term
 from dist_pca.training.engine import BUCKET_ELEMENTS
 
-ASSOCIATION = "association"
-
 
 @dataclass(frozen=True)
 class Memory:
-    """Parts of what is alive at the peak, in bytes. They add up to it."""
+    """Bytes that are alive, by part and by phase of the step.
 
-    weights: float
-    """fp32 parameters as this rank holds them, and buffers."""
-    gradients: float
-    """What this rank keeps of them, and the buckets they travel in."""
-    optimizer: float
-    """The optimiser's own fp32 copy of its share of the weights and its moments, and running averages."""
-    activations: float
-    """Images, activations and their gradients, and the other terms of the objective."""
-    association: float
-    """The association's share of the peak."""
+    Parts are `weights` (fp32 parameters as this rank holds them, and buffers), `gradients` (what this rank keeps of
+    them, and the buckets they travel in), `optimizer` (its own fp32 copy of this rank's share of the weights, its
+    moments, and running averages), `activations` (and their gradients, and images), `lovasz` and `association`.
+    """
+
     phase: str
-    """The part of the step in which the peak is."""
+    """The fullest phase."""
+    parts: dict[str, float]
+    """What each part takes in the fullest phase."""
     most: dict[str, float]
-    """What each part takes when it takes most, which need not be at the peak."""
+    """What each part takes when it takes most."""
     phases: dict[str, float]
-    """All that is alive at the fullest moment of each phase of the step."""
+    """All parts together at the fullest moment of each phase."""
 
     @property
     def peak(self) -> float:
         """What `torch.cuda.max_memory_allocated` tells."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.association
+        return self.phases[self.phase]
 
 
 def memory(
@@ -47,7 +41,7 @@ def memory(
     Args:
         config: The run.
         network: Its network's step.
-        terms: What is to be added to phases of the network's step, by their names.
+        terms: What `lovasz` and each level of the association add to the phases of that name.
         stage: ZeRO stage.
         ranks: Number of ranks.
         device: A GPU's name, or `cpu`, where collectives do not overlap with the computation.
@@ -65,7 +59,7 @@ def memory(
     weights = 4 * (padded if stage < 3 else shared_out) + network.frozen_bytes + network.buffer_bytes
 
     saved: dict[str, float] = {}
-    moments: list[_Moment] = []
+    moments: dict[str, dict[str, float]] = {}
     for phase, alive in network.phases:
         name = phase.removesuffix(" backward")
         held = dict(saved)
@@ -74,36 +68,18 @@ def memory(
         elif name in terms:
             held[name] = terms[name].backward
             del saved[name]
-        gradients = kept + (buckets if _has_buckets(config, stage, phase) else 0)
-        association = sum(size for key, size in held.items() if key.startswith(ASSOCIATION))
-        moments.append(_Moment(phase, gradients, alive + sum(held.values()) - association, association))
-    fullest = max(moments, key=_Moment.total)
-    return Memory(
-        weights=weights,
-        gradients=fullest.gradients,
-        optimizer=optimizer,
-        activations=fullest.activations,
-        association=fullest.association,
-        phase=fullest.phase,
-        most={
+        moments[phase] = {
             "weights": weights,
-            "gradients": max(moment.gradients for moment in moments),
+            "gradients": kept + (buckets if _has_buckets(config, stage, phase) else 0),
             "optimizer": optimizer,
-            "activations": max(moment.activations for moment in moments),
-            "association": max(moment.association for moment in moments),
-        },
-        phases={moment.phase: weights + optimizer + moment.total() for moment in moments},
-    )
-
-
-class _Moment(NamedTuple):
-    phase: str
-    gradients: float
-    activations: float
-    association: float
-
-    def total(self) -> float:
-        return self.gradients + self.activations + self.association
+            "activations": float(alive),
+            "lovasz": held.get("lovasz", 0.0),
+            "association": sum(size for key, size in held.items() if key.startswith("association")),
+        }
+    phases = {phase: sum(parts.values()) for phase, parts in moments.items()}
+    fullest = max(phases, key=phases.__getitem__)
+    most = {part: max(parts[part] for parts in moments.values()) for part in moments[fullest]}
+    return Memory(fullest, moments[fullest], most, phases)
 
 
 def _gradients(config: RunConfig, network: NetworkStep, stage: int, ranks: int, device: str) -> tuple[float, float]:

@@ -25,7 +25,6 @@ from dist_pca.training.optimizer import build_optimizer
 DEFAULT_CLASSES = 19
 """Where neither the config nor shards that are there say how many."""
 
-
 LOW_PRECISION_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Under autocast DeepSpeed moves the gradients of these very classes, and of no subclass, in the low precision."""
 

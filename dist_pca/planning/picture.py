@@ -12,9 +12,17 @@ _PARTS = {
     "optimizer": "#56B4E9",
     "gradients": "#009E73",
     "activations": "#E69F00",
+    "lovasz": "#CC79A7",
     "association": "#D55E00",
 }
-_LINES = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
+_KINDS = {
+    "weights": "#0072B2",
+    "gradients": "#009E73",
+    "batch norm": "#56B4E9",
+    "lovasz": "#CC79A7",
+    "association features": "#D55E00",
+    "association predictions": "#E69F00",
+}
 _GIB = 2**30
 
 
@@ -44,11 +52,9 @@ def draw(predictions: Sequence[Prediction], title: str, file: Path) -> None:
     memory.set_ylim(bottom=0)
     memory.set_ylabel("memory of one GPU, GiB")
 
-    kinds = list(dict.fromkeys(kind for row in rows for kind in row["sent_bytes"]))
-    for index, kind in enumerate(kinds):
-        points = [(row["gpus"], row["sent_bytes"][kind] / _GIB) for row in rows if row["sent_bytes"].get(kind)]
-        if points:
-            sent.plot(*zip(*points, strict=True), "o-", color=_LINES[index % len(_LINES)], markersize=4, label=kind)
+    for kind in dict.fromkeys(kind for row in rows for kind in row["sent_bytes"]):
+        points = [(row["gpus"], row["sent_bytes"][kind] / _GIB) for row in rows if kind in row["sent_bytes"]]
+        sent.plot(*zip(*points, strict=True), "o-", color=_KINDS[kind], markersize=4, label=kind)
     sent.set_yscale("log")
     sent.set_ylabel("sent by one GPU in an update, GiB")
 

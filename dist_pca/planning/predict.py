@@ -7,6 +7,7 @@ from typing import Any
 
 from dist_pca.config import Level, RunConfig
 from dist_pca.data.order import micro_batch_size
+from dist_pca.errors import UserError
 from dist_pca.planning import association, lovasz
 from dist_pca.planning.association import Pool
 from dist_pca.planning.hardware import Assumptions, Cluster
@@ -69,7 +70,7 @@ class Prediction:
             "images_per_gpu": {"source": self.images[0], "target": self.images[1]},
             "images_per_update": images,
             "memory_bytes": {
-                **{part: round(getattr(self.memory, part)) for part in self.memory.most},
+                **{part: round(count) for part, count in self.memory.parts.items()},
                 "peak": round(self.memory.peak),
                 "usable": round(self.usable),
                 "most": {part: round(count) for part, count in self.memory.most.items()},
@@ -101,16 +102,21 @@ def images_per_rank(config: RunConfig, ranks: int) -> tuple[int, int]:
     """Source and target images in one rank's micro-batch.
 
     Raises:
-        UserError: a batch does not share out evenly.
+        UserError: a batch does not share out evenly; the overrides that would make all do are given.
     """
-    training = config.training
-    batches = {"training.source_batch": training.source_batch}
+    accumulation = config.training.accumulation
+    batches = {"training.source_batch": config.training.source_batch}
     if config.objective.adapt:
-        batches["training.target_batch"] = training.target_batch
-    source, *target = (
-        micro_batch_size(batch, world_size=ranks, accumulation=training.accumulation, key=key)
-        for key, batch in batches.items()
-    )
+        batches["training.target_batch"] = config.training.target_batch
+    try:
+        source, *target = (
+            micro_batch_size(batch, world_size=ranks, accumulation=accumulation, key=key)
+            for key, batch in batches.items()
+        )
+    except UserError as error:
+        parts = ranks * accumulation
+        fitting = (f"{key}={ceil(batch / parts) * parts}" for key, batch in batches.items())
+        raise UserError(f"{error}, for example {' '.join(fitting)}") from None
     return source, target[0] if target else 0
 
 
@@ -154,7 +160,7 @@ def predict(
         steps=steps,
         exchange={level: association.exchange(settings, pool) for level, pool in pools.items()},
         memory=memory(config, network, terms, stage=stage, ranks=ranks, device=device),
-        usable=cluster.gpu.memory * (1 - assumptions.reserve) / (cluster.per_node if device == "cpu" else 1),
+        usable=cluster.gpu.memory * (1 - assumptions.reserve) / cluster.ranks_per_device,
         traffic=exchanges,
         exchange_seconds=[exchange_seconds(part, cluster, assumptions) for part in exchanges],
         network_flops=micro_batches * (network.convolution_flops + network.product_flops),

@@ -48,12 +48,14 @@ def timing(
         images: Source and target images in one rank's micro-batch.
     """
     gpu, micro_batches = cluster.gpu, config.training.accumulation
+    # Ranks on one device take turns.
+    turns = micro_batches * cluster.ranks_per_device
     low = config.training.precision != "fp32"
     convolutions = network.convolution_flops / (gpu.bf16 if low else gpu.tf32)
     products = network.product_flops / (gpu.bf16 if low else gpu.fp32)
-    network_compute = micro_batches * (convolutions + products) / assumptions.network_efficiency
+    network_compute = turns * (convolutions + products) / assumptions.network_efficiency
     rate = gpu.bf16 if config.objective.association.dtype == "bf16" else gpu.fp32
-    association_compute = micro_batches * association_flops / (rate * assumptions.association_efficiency)
+    association_compute = turns * association_flops / (rate * assumptions.association_efficiency)
 
     seconds = [(part, exchange_seconds(part, cluster, assumptions)) for part in exchanges]
     hidden = sum(time for part, time in seconds if part.overlaps)

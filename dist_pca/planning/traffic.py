@@ -67,7 +67,7 @@ def traffic(
         found.append(Traffic("lovasz", micro_batches * sent, 5 * micro_batches, "ring", True, False))
     for level, pool in pools.items():
         settings = config.objective.association
-        sent = association.sent_bytes(settings, level, pool, device)
+        sent = association.sent_bytes(settings, pool, device)
         ring = association.exchange(settings, pool) == "ring"
         calls = 10 if not ring else 10 + 5 * (pool.ranks - 1)
         if pool.ranks > 1:

@@ -30,6 +30,11 @@ def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_thread_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 def measured(folder: Path, name: str, ranks: int, stage: int, *more: str) -> dict[str, Any]:
     """Of the last step of a run."""
     done = launch(
@@ -99,6 +104,19 @@ def test_memory_and_bytes_are_within_15_percent_of_a_real_run(
     for level in ("features", "predictions"):
         told = real["metrics"][f"exchanged_bytes_{level}"]
         assert sent.get(f"association {level}", 0) == pytest.approx(told, rel=0.15)
+
+
+@pytest.mark.exhaustive
+def test_the_time_of_a_step_on_a_processor_is_of_the_predicted_order(streets: Path) -> None:
+    settings = ("model.backbone=resnet18", "training.steps=8")
+    done = launch(streets, "timed", *SETTINGS, *settings)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((streets / "runs" / "timed" / "metrics.jsonl").read_text().splitlines()[-1])
+    timing = predicted(streets, 2, 2, *settings).timing
+    # Frames as small as these are read faster than any loader is assumed to. A processor's rates are guessed: what is
+    # further off is a wrong unit or count.
+    expected = timing.step - timing.loader
+    assert expected / 5 < told["seconds_per_step"] < 5 * expected
 
 
 @pytest.mark.exhaustive

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from dist_pca.cli import app
 from dist_pca.config import AssociationConfig, RunConfig
 from dist_pca.errors import UserError
-from dist_pca.planning import association
+from dist_pca.planning import association, report
 from dist_pca.planning.advice import SLOWER, as_overrides, best_choice
 from dist_pca.planning.association import Pool
 from dist_pca.planning.hardware import Assumptions, Cluster, find_gpu
@@ -93,7 +94,7 @@ def test_a_ring_takes_the_same_memory_on_any_number_of_ranks_and_gathering_more(
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_optimizer_states_are_shared_out(stage: int) -> None:
     eight, sixteen = plan(stage=stage), plan(nodes=2, stage=stage)
-    assert sixteen.memory.optimizer == pytest.approx(eight.memory.optimizer / 2, rel=0.01)
+    assert sixteen.memory.parts["optimizer"] == pytest.approx(eight.memory.parts["optimizer"] / 2, rel=0.01)
 
 
 def test_the_bound_is_what_is_slowest() -> None:
@@ -148,7 +149,7 @@ def test_the_command_needs_no_shards_and_gives_json_and_a_picture(tmp_path: Path
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert told["gpus"] == 4
-    parts = ("weights", "gradients", "optimizer", "activations", "association")
+    parts = ("weights", "gradients", "optimizer", "activations", "lovasz", "association")
     assert sum(told["memory_bytes"][part] for part in parts) == pytest.approx(told["memory_bytes"]["peak"], abs=5)
     assert told["memory_bytes"]["usable"] == pytest.approx(27e9)
     assert told["sweep"][-1]["gpus"] == 1024
@@ -159,4 +160,36 @@ def test_the_command_needs_no_shards_and_gives_json_and_a_picture(tmp_path: Path
 def test_a_batch_that_does_not_share_out_is_refused_with_what_would() -> None:
     done = CliRunner().invoke(app, ["plan", "demo", *TINY, "--nodes", "3"])
     assert isinstance(done.exception, UserError)
-    assert "training.source_batch" in str(done.exception)
+    said, _, given = str(done.exception).partition(", for example ")
+    assert said.startswith("training.source_batch: 8 samples")
+    assert given == "training.source_batch=24 training.target_batch=24"
+    assert CliRunner().invoke(app, ["plan", "demo", *TINY, "--nodes", "3", *given.split()]).exit_code == 0
+
+
+def test_sizes_that_do_not_fit_are_marked_by_a_word_and_a_sweep_names_all_its_sizes() -> None:
+    cluster = Cluster(replace(find_gpu("h100"), memory=1e6), 1, 4)
+    swept = sweep(tiny(), network(), cluster, Assumptions(), images=(1, 1), stage=2, largest=16)
+    printer = Console(width=120, record=True)
+    printer.print(report.sweep_table(swept), report.sweep_table([plan()]))
+    assert printer.export_text().count("too much") == len(swept)
+    assert "on 1 to 16 x h100, 4 per node" in report.headline(*swept)
+    assert "on 8 x h100, 1 node:" in report.headline(plan())
+
+
+@given(st.floats(0.001, 1e15))
+def test_figures_are_told_without_exponents(value: float) -> None:
+    assert "e" not in report.number(value) + report.size(value) + report.duration(value)
+
+
+def test_lovasz_is_a_part_of_its_own() -> None:
+    assert plan("objective.lovasz.weight=0").memory.most["lovasz"] == 0
+    one, two = (plan(nodes=nodes).memory.most["lovasz"] for nodes in (1, 2))
+    assert two > one > 0
+    parts = plan().memory.parts
+    assert sum(parts.values()) == pytest.approx(plan().memory.peak)
+
+
+def test_ranks_of_one_processor_share_it() -> None:
+    alone, shared = (plan(per_node=ranks, gpu="cpu") for ranks in (1, 4))
+    assert shared.usable == pytest.approx(alone.usable / 4)
+    assert shared.timing.network_compute == pytest.approx(4 * alone.timing.network_compute)
