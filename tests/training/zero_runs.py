@@ -41,7 +41,8 @@ def run_config(stage: int, optimizer: str, *overrides: str) -> RunConfig:
             "optimizer.epsilon=1e-3",
             "training.source_batch=4",
             "training.target_batch=4",
-            f"training.zero_stage={stage}",
+            # Nothing is left to a launcher, as there is none.
+            *(f"training.zero_stage={stage}", "training.offload.optimizer=none", "training.offload.parameters=none"),
             *overrides,
         ],
     )
