@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from dist_pca.doctor import ranks as meeting
 from dist_pca.doctor.ranks import Ranks
 from dist_pca.resources import resource
+from tests.disk import small_disk
 from tests.ranks import run_on_ranks
 
 
@@ -132,20 +132,11 @@ def test_two_launched_ranks_are_examined_together(tmp_path: Path) -> None:
     assert {"versions", "gpus", "gloo all-reduce", "gloo all-gather", "shared folder", "clocks", "disk"} <= set(names)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Two gigabytes: more than nothing, less than a run may need."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2g", "none", str(tmp_path)]
-    made = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {made.stderr.strip()}")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
-
-
 @pytest.mark.slow
-def test_little_space_warns_and_missing_shards_fail_on_launched_ranks(small_disk: Path) -> None:
-    code, told = examine_launched("demo", f"data.source={small_disk}/none", "--shared", str(small_disk))
+def test_little_space_warns_and_missing_shards_fail_on_launched_ranks(tmp_path: Path) -> None:
+    # More than nothing, less than a run may need.
+    with small_disk(tmp_path / "disk", "2g") as disk:
+        code, told = examine_launched("demo", f"data.source={disk}/none", "--shared", str(disk))
     assert code == 1
     assert not told["fit"]
     checks = {check["name"]: check for check in told["checks"]}

@@ -1,7 +1,6 @@
 """Checkpoints are whole or absent, also where the disk is full."""
 
 import math
-import os
 import resource
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +24,7 @@ from dist_pca.errors import UserError
 from dist_pca.train import resolve_config
 from dist_pca.training.checkpoint import latest_checkpoint, load_model, load_optimizer, pointed_at, read_state
 from dist_pca.training.checkpoint_writer import CheckpointWriter
+from tests.disk import small_disk
 
 CONFIG = resolve_config("demo", ["training.keep_checkpoints=2", "training.time_limit=1:00:00"])
 
@@ -58,17 +59,6 @@ def names(folder: Path) -> list[str]:
 
 
 @contextmanager
-def full_file_system(folder: Path) -> Iterator[Path]:
-    """A megabyte of file system; only root may make one."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], check=True, capture_output=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-@contextmanager
 def file_size_limit(folder: Path) -> Iterator[Path]:
     """Files of a megabyte at most, which anybody may ask for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -80,10 +70,8 @@ def file_size_limit(folder: Path) -> Iterator[Path]:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("limit", [full_file_system, file_size_limit])
+@pytest.mark.parametrize("limit", [partial(small_disk, size="1m"), file_size_limit])
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path: Path, limit: object) -> None:
-    if limit is full_file_system and os.getuid() != 0:
-        pytest.skip("needs root")
     with limit(tmp_path / "disk") as folder:  # type: ignore[operator]
         save(folder, 1, width=16)
         with pytest.raises(UserError, match=r"step-00000002: cannot be written .*; step-00000001 is whole") as refused:

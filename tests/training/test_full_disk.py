@@ -10,25 +10,20 @@ import pytest
 from dist_pca.training.checkpoint import latest_checkpoint, load_model
 from dist_pca.training.outcome import ExitCode, read_outcome
 from dist_pca.training.run import load_run
+from tests.disk import small_disk
 from tests.training.runs import build_streets, overrides
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "runs"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "none", str(disk)]
-    made = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {made.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "runs", "5m") as mounted:
+        yield mounted
 
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_disk_full_at_a_checkpoint_is_one_clear_line_and_with_room_the_run_goes_on(
-    tmp_path: Path, small_disk: Path
+    tmp_path: Path, disk: Path
 ) -> None:
     build_streets(tmp_path)
     settings = overrides(tmp_path, "small", "training.checkpoint_every=2")
@@ -36,7 +31,7 @@ def test_a_disk_full_at_a_checkpoint_is_one_clear_line_and_with_room_the_run_goe
     refused = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert refused.returncode == ExitCode.REFUSED, refused.stderr
     (said,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
-    run = small_disk / "small"
+    run = disk / "small"
     outcome = read_outcome(run)
     assert outcome is None or said == f"error: {outcome.message}"
     assert "step-00000004: cannot be written" in said
@@ -46,7 +41,7 @@ def test_a_disk_full_at_a_checkpoint_is_one_clear_line_and_with_room_the_run_goe
     assert checkpoint is not None
     load_model(load_run(run)[2], checkpoint)
 
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == ExitCode.DONE, done.stderr
     assert "step 3/6" in done.stderr
