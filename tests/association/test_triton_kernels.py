@@ -32,12 +32,12 @@ else:
     on_device = pytest.mark.skipif(
         not INTERPRETED, reason="no GPU: these run interpreted, within test_kernels_are_the_formulas_when_interpreted"
     )
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="PyTorch brings Triton on Linux alone")
 
 
 @pytest.mark.skipif(
     torch.cuda.is_available() or INTERPRETED,
-    reason="the kernels' tests run in this very process",
+    reason="the kernels' tests are not skipped here, so a process of their own would repeat them",
 )
 def test_kernels_are_the_formulas_when_interpreted() -> None:
     run = subprocess.run(

@@ -45,7 +45,7 @@ def test_every_size_is_measured_once_and_dense_in_fp32_alone() -> None:
 
 @pytest.mark.skipif(
     torch.cuda.is_available(),
-    reason="plans for GPUs need as many as ranks",
+    reason="on GPUs a plan for two ranks is refused where there is one GPU",
 )
 def test_between_ranks_both_exchanges_are_measured_where_there_is_a_choice() -> None:
     assert told(dataclasses.replace(PLAN, world_size=2, dtypes=("fp32",))) == [
@@ -68,7 +68,7 @@ def test_triton_is_never_measured_in_its_interpreter(monkeypatch: pytest.MonkeyP
         cases(dataclasses.replace(PLAN, implementations=("triton",)))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="only the processor is asked beforehand")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only on a CPU is it known beforehand what does not fit")
 def test_what_does_not_fit_is_a_record_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(association, "available", lambda: 1000)
     records = run(cases(dataclasses.replace(PLAN, implementations=("dense", "matmul"))), ignore)
@@ -103,7 +103,10 @@ def test_ranks_are_exact_with_both_exchanges_and_tell_what_they_exchanged() -> N
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells peaks")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(),
+    reason="peaks are read from /proc, which only Linux has",
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the processor's memory")
 def test_dense_needs_no_more_than_is_foretold_and_blockwise_less() -> None:
     plan = dataclasses.replace(PLAN, sizes=(2500,), implementations=("dense", "blockwise"), dtypes=("fp32",))

@@ -6,7 +6,7 @@ import torch
 from dist_pca.bench.memory import available, peak_of, return_freed_memory_at_once
 from dist_pca.bench.processes import in_fresh_processes
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc, which only Linux has")
 
 MIB = 1 << 20
 

@@ -10,7 +10,13 @@ from dist_pca.data.transfer import to_device
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")),
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available(),
+            reason="copies to a GPU, and there is none",
+        ),
+    ),
 ]
 
 
