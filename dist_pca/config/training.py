@@ -54,6 +54,16 @@ class OffloadConfig(Section):
     nvme_path: str | None = None
     """Folder on a local NVMe disk, for `nvme`."""
 
+    @property
+    def moves_optimizer(self) -> bool:
+        """The optimiser is not in the accelerator's memory."""
+        return self.optimizer in ("cpu", "nvme")
+
+    @property
+    def moves_parameters(self) -> bool:
+        """Parameters are not in the accelerator's memory while nothing is computed with them."""
+        return self.parameters in ("cpu", "nvme")
+
     @model_validator(mode="after")
     def _check_path(self) -> Self:
         if "nvme" in (self.optimizer, self.parameters) and self.nvme_path is None:

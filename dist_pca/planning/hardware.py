@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import psutil  # type: ignore[import-untyped]
 
 from dist_pca.errors import UserError
+from dist_pca.training.throughput import PEAK_TERAFLOPS
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,24 @@ class Gpu:
     """Bytes per second and GPU to other nodes, one way: the adapter that such a GPU usually comes with."""
 
 
+def _gpu(name: str, device: str, memory: float, fp32: float, link: float, network: float) -> Gpu:
+    bf16, tf32 = (1e12 * rate for rate in PEAK_TERAFLOPS[device])
+    return Gpu(name, memory, fp32, tf32, bf16, link, network)
+
+
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("v100", 32e9, 15.7e12, 15.7e12, 125e12, 150e9, 12.5e9),
-        Gpu("a10", 24e9, 31.2e12, 62.5e12, 125e12, 32e9, 6.25e9),
-        Gpu("l4", 24e9, 30.3e12, 60e12, 121e12, 32e9, 6.25e9),
-        Gpu("rtx4090", 24e9, 82.6e12, 82.6e12, 165e12, 32e9, 3.125e9),
-        Gpu("l40s", 48e9, 91.6e12, 183e12, 362e12, 32e9, 12.5e9),
-        Gpu("a100-40", 40e9, 19.5e12, 156e12, 312e12, 300e9, 25e9),
-        Gpu("a100", 80e9, 19.5e12, 156e12, 312e12, 300e9, 25e9),
-        Gpu("h100", 80e9, 67e12, 495e12, 989e12, 450e9, 50e9),
-        Gpu("h200", 141e9, 67e12, 495e12, 989e12, 450e9, 50e9),
-        Gpu("b200", 180e9, 80e12, 1100e12, 2250e12, 900e9, 50e9),
+        _gpu("v100", "V100", 32e9, 15.7e12, 150e9, 12.5e9),
+        _gpu("a10", "A10", 24e9, 31.2e12, 32e9, 6.25e9),
+        _gpu("l4", "L4", 24e9, 30.3e12, 32e9, 6.25e9),
+        _gpu("rtx4090", "RTX 4090", 24e9, 82.6e12, 32e9, 3.125e9),
+        _gpu("l40s", "L40S", 48e9, 91.6e12, 32e9, 12.5e9),
+        _gpu("a100-40", "A100", 40e9, 19.5e12, 300e9, 25e9),
+        _gpu("a100", "A100", 80e9, 19.5e12, 300e9, 25e9),
+        _gpu("h100", "H100", 80e9, 67e12, 450e9, 50e9),
+        _gpu("h200", "H200", 141e9, 67e12, 450e9, 50e9),
+        _gpu("b200", "B200", 180e9, 80e12, 900e9, 50e9),
     )
 }
 """SXM boards where there are such; V100 lacks bf16, its rate is fp16's."""

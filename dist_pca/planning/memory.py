@@ -52,10 +52,10 @@ def memory(
     offload = config.training.offload
     states = 1 + (2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0))
     states += int(config.training.ema_decay > 0)
-    optimizer = 4 * own * states if offload.optimizer in (None, "none") else 0.0
+    optimizer = 0.0 if offload.moves_optimizer else 4 * own * states
     kept, buckets = _gradients(config, network, stage, ranks, device)
     # Under stage 3 what is gathered in forward stays until backward, beside this rank's share.
-    shared_out = network.parameters + (own if offload.parameters in (None, "none") else 0.0)
+    shared_out = network.parameters + (0.0 if offload.moves_parameters else own)
     weights = 4 * (padded if stage < 3 else shared_out) + network.frozen_bytes + network.buffer_bytes
 
     saved: dict[str, float] = {}
@@ -84,7 +84,7 @@ def memory(
 
 def _gradients(config: RunConfig, network: NetworkStep, stage: int, ranks: int, device: str) -> tuple[float, float]:
     """Bytes of gradients that are kept through a step, and of the buckets that they travel in."""
-    parameters, offloaded = network.parameters, config.training.offload.optimizer not in (None, "none")
+    parameters, offloaded = network.parameters, config.training.offload.moves_optimizer
     # There are buckets for each type in which gradients travel.
     types = {travelling_bytes(config, parameter) for group in network.groups for parameter in group}
     if stage == 3:

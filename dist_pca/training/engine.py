@@ -97,7 +97,7 @@ def _equal(theirs: str, ours: object) -> bool:
 def _check_offload(training: TrainingConfig) -> None:
     offload, stage = training.offload, training.zero_stage
     wants = {
-        "parameters": offload.parameters != "none" and stage != 3,
+        "parameters": offload.moves_parameters and stage != 3,
         "optimizer: nvme": offload.optimizer == "nvme" and stage != 3,
     }
     for what, refused in wants.items():
