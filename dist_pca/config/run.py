@@ -44,6 +44,13 @@ class RunConfig(Section):
         """The run folder."""
         return Path(self.output) / self.name
 
+    @property
+    def batches(self) -> dict[str, int]:
+        """Images per update of each domain that is trained on, by key."""
+        source, target = (f"training.{domain}_batch" for domain in ("source", "target"))
+        adapted = {target: self.training.target_batch} if self.objective.adapt else {}
+        return {source: self.training.source_batch, **adapted}
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.objective.adapt and self.data.target is None:

@@ -82,6 +82,9 @@ class TrainingConfig(Section):
     """Target images per update, over all ranks and micro-batches."""
     accumulation: Positive = 1
     """Micro-batches per update on each rank."""
+    max_micro_batch: Positive | None = None
+    """Most images of either domain in a rank's micro-batch. `accumulation` is then the least that keeps to it on the
+    ranks that there are, so that a run goes on with its batch on fewer GPUs. Needs accumulation_pool=update."""
     accumulation_pool: Literal["micro_batch", "update"] = "micro_batch"
     """What one loss is over where there are several micro-batches. `micro_batch`: each, over all ranks, has a loss and
     an association pool of its own, and the update takes their mean; the pool is then `accumulation` times smaller, and
@@ -114,3 +117,11 @@ class TrainingConfig(Section):
     checkpoint may take. Seconds, or [D-]HH:MM:SS."""
     max_bad_steps: Positive = 5
     """Steps in a row with a loss or gradient that is not finite, whose updates are skipped, before the run stops."""
+
+    @model_validator(mode="after")
+    def _check_micro_batch(self) -> Self:
+        if self.max_micro_batch is not None and self.accumulation_pool != "update":
+            raise ValueError(
+                "max_micro_batch: updates would differ with the number of ranks; set accumulation_pool=update too"
+            )
+        return self

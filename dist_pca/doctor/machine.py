@@ -18,6 +18,7 @@ from dist_pca.data.storage import is_remote
 from dist_pca.doctor.check import VERSIONS, Check
 from dist_pca.errors import UserError
 from dist_pca.planning.predict import images_per_rank
+from dist_pca.training.accumulation import fit_accumulation
 from dist_pca.training.run import PACKAGES
 
 ENOUGH_DISK, LEAST_DISK = 20e9, 1e9
@@ -142,7 +143,7 @@ def disk(folder: Path) -> Check:
 def batches(config: RunConfig, world_size: int) -> Check:
     """Whether the batches share out over these ranks."""
     try:
-        source, target = images_per_rank(config, world_size)
+        source, target = images_per_rank(fit_accumulation(config, world_size), world_size)
     except UserError as error:
         found, _, remedy = str(error).rpartition("; ")
         return Check("batches", "fail", found, remedy)

@@ -138,6 +138,7 @@ def plan(
     from dist_pca.planning.predict import images_per_rank, predict
     from dist_pca.planning.predict import sweep as predict_sweep
     from dist_pca.train import resolve_config
+    from dist_pca.training.accumulation import fit_accumulation
 
     if plot is not None:
         from dist_pca.bench.picture import require_matplotlib
@@ -159,6 +160,7 @@ def plan(
         "reserve": reserve,
     }
     assumptions = Assumptions(**{name: value for name, value in assumed.items() if value is not None})
+    run = fit_accumulation(run, cluster.size)
     images = images_per_rank(run, cluster.size)
     count = classes or _classes(run)
     stage = run.training.zero_stage or 2

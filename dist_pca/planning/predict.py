@@ -105,17 +105,14 @@ def images_per_rank(config: RunConfig, ranks: int) -> tuple[int, int]:
         UserError: a batch does not share out evenly; the overrides that would make all do are given.
     """
     accumulation = config.training.accumulation
-    batches = {"training.source_batch": config.training.source_batch}
-    if config.objective.adapt:
-        batches["training.target_batch"] = config.training.target_batch
     try:
         source, *target = (
             micro_batch_size(batch, world_size=ranks, accumulation=accumulation, key=key)
-            for key, batch in batches.items()
+            for key, batch in config.batches.items()
         )
     except UserError as error:
         parts = ranks * accumulation
-        fitting = (f"{key}={ceil(batch / parts) * parts}" for key, batch in batches.items())
+        fitting = (f"{key}={ceil(batch / parts) * parts}" for key, batch in config.batches.items())
         raise UserError(f"{error}, for example {' '.join(fitting)}") from None
     return source, target[0] if target else 0
 

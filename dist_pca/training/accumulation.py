@@ -1,11 +1,15 @@
 """The micro-batches of one update, each with its own loss or all with the one of the batch that they make up."""
 
 from collections.abc import Callable, Iterator, Sequence
+from math import gcd
 from typing import Any, Generic, TypeVar
 
 import torch
 from typing_extensions import NamedTuple
 
+from dist_pca.config import RunConfig
+from dist_pca.data.order import micro_batch_size
+from dist_pca.errors import UserError
 from dist_pca.objective import Domain
 
 T = TypeVar("T")
@@ -24,6 +28,33 @@ class MicroBatch(NamedTuple, Generic[T]):
     """What the network said."""
     batch: T
     """What it was shown."""
+
+
+def fit_accumulation(config: RunConfig, world_size: int) -> RunConfig:
+    """The run with the least `training.accumulation` that keeps to its `max_micro_batch`, if it has one.
+
+    Args:
+        config: The run.
+        world_size: Number of ranks.
+
+    Raises:
+        UserError: the batches do not share out evenly over ranks, or not over any such number of micro-batches.
+    """
+    training = config.training
+    if training.max_micro_batch is None:
+        return config
+    images = [
+        micro_batch_size(batch, world_size=world_size, accumulation=1, key=key) for key, batch in config.batches.items()
+    ]
+    shared = gcd(*images)
+    for accumulation in range(1, shared + 1):
+        if shared % accumulation == 0 and max(images) <= accumulation * training.max_micro_batch:
+            fitted = training.model_copy(update={"accumulation": accumulation})
+            return config.model_copy(update={"training": fitted})
+    raise UserError(
+        f"training.max_micro_batch: a rank's {' and '.join(map(str, images))} images of the two domains do not share "
+        f"out over micro-batches of at most {training.max_micro_batch}; use {max(images) // shared} or more"
+    )
 
 
 def separate_losses(

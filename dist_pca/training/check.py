@@ -13,6 +13,7 @@ from dist_pca.data.transform import check_crop
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
+from dist_pca.training.accumulation import fit_accumulation
 from dist_pca.training.engine import reconcile_launcher
 from dist_pca.training.resume import check_resume
 from dist_pca.training.trackers import check_trackers
@@ -37,19 +38,16 @@ def check(config: RunConfig, *, world_size: int, resume: bool | None) -> Plan:
     Raises:
         UserError: something does not fit.
     """
+    config = fit_accumulation(config, world_size)
     reconcile_launcher(config)
     cache = cache_settings(config.data.cache)
     sources = tuple(open_manifest(folder, cache) for folder in config.data.folders("source"))
     targets = tuple(open_manifest(folder, cache) for folder in config.data.folders("target") if config.objective.adapt)
     classes = class_table(config.data, sources, targets)
-    batches = {
-        "training.source_batch": (sources, config.training.source_batch),
-        "training.target_batch": (targets, config.training.target_batch),
-    }
-    for key, (manifests, batch) in batches.items():
-        for manifest in manifests:
-            micro_batch_size(batch, world_size=world_size, accumulation=config.training.accumulation, key=key)
-            check_crop(manifest, config.data.shorter_edge, config.data.crop)
+    for key, batch in config.batches.items():
+        micro_batch_size(batch, world_size=world_size, accumulation=config.training.accumulation, key=key)
+    for manifest in (*sources, *targets):
+        check_crop(manifest, config.data.shorter_edge, config.data.crop)
     build_sampler(config.data, sources, "source", config.seed, targets=targets)
     check_resume(config, resume)
     check_trackers(config)

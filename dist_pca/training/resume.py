@@ -1,7 +1,7 @@
 """May a run go on in a folder? Yes where the folder holds the same run, by the keys that decide what is computed."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dist_pca.config import RunConfig, load_config
@@ -16,6 +16,8 @@ FREE_KEYS = (
     *(f"training.{key}" for key in ("time_limit", "stall_timeout", "max_bad_steps")),
 )
 """Keys and sections that say where and how a run is made, and may change when it goes on."""
+POOLED_KEYS = ("training.accumulation", "training.max_micro_batch")
+"""Likewise where all micro-batches of an update have one loss."""
 
 
 def check_resume(config: RunConfig, resume: bool | None) -> None:
@@ -37,7 +39,8 @@ def check_resume(config: RunConfig, resume: bool | None) -> None:
         raise UserError(
             f"{config.folder}: already holds a run; leave out --no-resume to go on, or choose another name="
         )
-    differing = list(_differences(load_config(made).model_dump(mode="json"), config.model_dump(mode="json")))
+    free = (*FREE_KEYS, *(POOLED_KEYS if config.training.accumulation_pool == "update" else ()))
+    differing = list(_differences(load_config(made).model_dump(mode="json"), config.model_dump(mode="json"), free))
     if differing and not resume:
         raise UserError(
             f"{config.folder}: holds a run of another config ({'; '.join(differing)}); choose another name=, "
@@ -56,12 +59,12 @@ def is_finished(config: RunConfig) -> bool:
     return checkpoint is not None and read_step(checkpoint) >= config.training.steps
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(old: dict[str, Any], new: dict[str, Any], free: Sequence[str], prefix: str = "") -> Iterator[str]:
     for name in dict.fromkeys((*old, *new)):
         key, before, after = prefix + name, old.get(name), new.get(name)
-        if before == after or key in FREE_KEYS:
+        if before == after or key in free:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{key}.")
+            yield from _differences(before, after, free, f"{key}.")
         else:
             yield f"{key}: {before} -> {after}"

@@ -1,10 +1,18 @@
 """Micro-batches that share one loss make the update of the bigger batch, on any number of ranks and at any scope."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dist_pca.bench.resume import draw_streets, train_to_the_end
+from dist_pca.config import RunConfig, load_config
+from dist_pca.errors import UserError
+from dist_pca.training.accumulation import fit_accumulation
 from tests.training.zero_runs import STEPS, Trained, assert_equal, network, plain, run_config, through_deepspeed
 
 FREE_OF_BATCH_STATISTICS = ("model.batch_norm=frozen",)
@@ -52,6 +60,67 @@ def test_running_statistics_follow_each_micro_batch_once() -> None:
         for pool in ("micro_batch", "update")
     )
     torch.testing.assert_close(pooled, separate, rtol=0, atol=1e-12)
+
+
+def batches(source: int, target: int, largest: int, *more: str) -> RunConfig:
+    sizes = (f"training.source_batch={source}", f"training.target_batch={target}")
+    limit = ("training.accumulation_pool=update", f"training.max_micro_batch={largest}")
+    return run_config(2, "sgd", *sizes, *limit, *more)
+
+
+@given(
+    ranks=st.integers(1, 8), source=st.integers(1, 12), target=st.integers(1, 12), largest=st.integers(1, 12), adapt=...
+)
+def test_accumulation_is_the_least_that_keeps_micro_batches_small_enough(
+    ranks: int, source: int, target: int, largest: int, adapt: bool
+) -> None:
+    config = batches(ranks * source, ranks * target, largest, f"objective.adapt={str(adapt).lower()}")
+    images = (source, target) if adapt else (source,)
+    suiting = [n for n in range(1, 13) if all(count % n == 0 and count // n <= largest for count in images)]
+    if suiting:
+        fitted = fit_accumulation(config, ranks)
+        assert fitted.training.accumulation == suiting[0]
+        assert fitted.batches == config.batches
+    else:
+        with pytest.raises(UserError, match=r"training\.max_micro_batch: .*; use (\d+) or more") as refused:
+            fit_accumulation(config, ranks)
+        enough = int(re.findall(r"use (\d+) or", str(refused.value))[0])
+        fit_accumulation(batches(ranks * source, ranks * target, enough), ranks)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_with_sizes_that_they_can() -> None:
+    with pytest.raises(UserError, match=r"training\.source_batch: 8 samples .*; use 6 or 9 samples or a world"):
+        fit_accumulation(batches(8, 8, 2), 3)
+
+
+def test_a_limit_without_one_loss_is_refused() -> None:
+    with pytest.raises(UserError, match=r"max_micro_batch: .*; set accumulation_pool=update too"):
+        run_config(2, "sgd", "training.max_micro_batch=2")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_batch_on_fewer_ranks_of_the_same_memory(tmp_path: Path) -> None:
+    draw_streets(tmp_path)
+    settings = {
+        "training__max_micro_batch": 2,
+        "training__accumulation_pool": "update",
+        "model__batch_norm": "frozen",
+        "schedule__horizon": 8,
+        # As where world sizes change without it.
+        "objective__association__levels": "[features]",
+        "optimizer__epsilon": 1e-3,
+        "telemetry__sample_keys": "true",
+    }
+    train_to_the_end(tmp_path, "steady", 8, 2, **settings)
+    train_to_the_end(tmp_path, "moving", 4, 2, **settings)
+    train_to_the_end(tmp_path, "moving", 8, 1, **settings)
+    runs = [tmp_path / name for name in ("steady", "moving")]
+    assert [load_config(run / "config.yaml").training.accumulation for run in runs] == [1, 2]
+    samples = [(run / "samples.jsonl").read_text() for run in runs]
+    assert samples[0] == samples[1]
+    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    assert len(losses[0]) == 8
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A run goes on in its own folder, and in no other run's."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def test_the_same_run_goes_on_by_itself(made: Path) -> None:
 )
 def test_keys_that_say_where_and_how_a_run_is_made_may_change(made: Path, override: str) -> None:
     check_resume(demo(made, override), None)
+
+
+@pytest.mark.parametrize(("pool", "free"), [("update", True), ("micro_batch", False)])
+def test_accumulation_may_change_where_an_update_has_one_loss(tmp_path: Path, pool: str, free: bool) -> None:
+    before = demo(tmp_path, f"training.accumulation_pool={pool}")
+    before.folder.mkdir()
+    save_config(before, before.folder / "config.yaml")
+    after = demo(tmp_path, f"training.accumulation_pool={pool}", "training.accumulation=2")
+    with nullcontext() if free else pytest.raises(UserError, match=r"training\.accumulation: 1 -> 2"):
+        check_resume(after, None)
 
 
 def test_another_config_is_refused_with_every_key_that_differs(made: Path) -> None:
