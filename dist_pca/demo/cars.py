@@ -128,6 +128,8 @@ def _paint_end(canvas: Canvas, car: Car, look: Look, light: Light, at: Place) ->
         patch(left, right, low, high, lens)
         if lit:
             scale = view.focal / view.depth(car.x, car.z)
-            (centre,) = view.project([at((left + right) / 2, along, (low + high) / 2)])
+            lamp = at((left + right) / 2, along, (low + high) / 2)
+            (centre,) = view.project([lamp])
             glow = (0.9, 0.82, 0.66) if car.oncoming else (0.6, 0.08, 0.05)
-            add_glow(light, centre, (0.8 if car.oncoming else 0.45) * scale, glow)
+            radius, power = (0.8, 0.35) if car.oncoming else (0.45, 0.12)
+            add_glow(light, centre, radius * look.halo * scale, glow, lamp, power=power, beam=True)

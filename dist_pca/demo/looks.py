@@ -81,6 +81,16 @@ class Look:
     """Share of windows with the light on."""
     lamps_on: bool
     """Whether street lamps and cars have their lights on."""
+    halo: float = 1.0
+    """Gain of the radius of a lamp's halo."""
+    lamplight: float = 0.0
+    """Light of a street lamp on a surface a metre away, over the light of the sky."""
+    headlights: float = 0.0
+    """Light of the camera's own car on a surface just ahead, over the light of the sky."""
+    retroreflection: float = 1.0
+    """Gain of traffic signs, which send headlights back to where they come from."""
+    wetness: float = 0.0
+    """Share of the ground's mirror image that a film of water would give; 0 is dry."""
 
 
 DAY = Look(
@@ -165,4 +175,42 @@ DUSK = Look(
     glass=(58, 62, 82),
     lit_windows=0.4,
     lamps_on=True,
+)
+
+NIGHT = Look(
+    name="night",
+    mount=Mount(height=(1.7, 2.5), focal=(0.5, 0.82), horizon=(0.34, 0.52), yaw=(-10, 10)),
+    sensor=Sensor(
+        exposure=(0.8, 1.2), warmth=(-0.3, -0.05), blur=(0.003, 0.008), noise=(0.035, 0.06), vignette=(0.25, 0.6)
+    ),
+    sun_elevation=(30, 60),
+    sun=(10, 13, 20),
+    ambient=(40, 44, 58),
+    sky_top=((8, 11, 26), (12, 16, 36), (6, 8, 18), (16, 18, 34)),
+    sky_bottom=((78, 60, 56), (54, 52, 70), (92, 70, 54), (40, 44, 64)),
+    cloud=((48, 42, 50), (30, 32, 46), (84, 66, 56)),
+    fog=(0.008, 0.024),
+    walls=DUSK.walls,
+    roofs=DUSK.roofs,
+    road=((74, 74, 80), (84, 82, 82), (64, 66, 74)),
+    road_texture="asphalt",
+    sidewalk=((110, 106, 106), (124, 116, 110), (98, 98, 102)),
+    sidewalk_texture="slabs",
+    ground_grain=1.0,
+    wall_grain=1.0,
+    foliage=((70, 84, 46), (58, 76, 50), (92, 80, 46), (52, 68, 52)),
+    bark=DUSK.bark,
+    metal=DUSK.metal,
+    fences=DUSK.fences,
+    paints=DUSK.paints,
+    clothes=DAY.clothes,
+    frames=DUSK.frames,
+    glass=(40, 46, 64),
+    lit_windows=0.5,
+    lamps_on=True,
+    halo=1.4,
+    lamplight=85.0,
+    headlights=2.0,
+    retroreflection=2.5,
+    wetness=1.0,
 )

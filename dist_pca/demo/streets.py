@@ -1,4 +1,4 @@
-"""Drawn streets with labels: two domains of one kind of world, with nothing to download."""
+"""Drawn streets with labels: three domains of one kind of world, with nothing to download."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,15 +14,16 @@ from rich.progress import track
 from dist_pca.demo.canvas import Canvas, view
 from dist_pca.demo.cars import paint_car
 from dist_pca.demo.houses import paint_building, paint_fence
-from dist_pca.demo.light import draw_light
-from dist_pca.demo.looks import DAY, DUSK, Look
+from dist_pca.demo.light import draw_light, shine
+from dist_pca.demo.looks import DAY, DUSK, NIGHT, Look
+from dist_pca.demo.reflections import reflect
 from dist_pca.demo.scenery import paint_ground, paint_sky, paint_skyline
 from dist_pca.demo.sensor import develop
 from dist_pca.demo.things import paint_lamp, paint_person, paint_sign, paint_tree
 from dist_pca.demo.world import CLASS_NAMES, Building, Car, Fence, Lamp, Person, Sign, Tree, draw_world
 from dist_pca.shards.classes import CITYSCAPES_CLASSES, ClassInfo
 
-__all__ = ["CLASSES", "DAY", "DUSK", "Look", "render_street", "write_streets"]
+__all__ = ["CLASSES", "DAY", "DUSK", "NIGHT", "Look", "render_street", "write_streets"]
 
 CLASSES: tuple[ClassInfo, ...] = tuple(info for name in CLASS_NAMES for info in CITYSCAPES_CLASSES if info.name == name)
 """Names and colours of the labels, by index."""
@@ -70,6 +71,10 @@ def render_street(
         elif isinstance(thing, Person):
             paint_person(canvas, thing, look, light, random)
     colour, label, depth = canvas.resolve()
+    if look.lamplight:
+        colour = shine(colour, depth, canvas.view, light.glows, look)
+    if look.wetness:
+        colour = reflect(colour, label, depth, canvas.view, light.glows, look, random)
     return develop(colour, depth, light.glows, haze, look, random), label
 
 

@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from dist_pca.demo.canvas import SUPERSAMPLING, Canvas, Pixel, ink
+from dist_pca.demo.canvas import SUPERSAMPLING, Canvas, Pixel, Point, ink
 from dist_pca.demo.light import Glow, Light, mixed, scaled
 from dist_pca.demo.looks import RGB, Look
 from dist_pca.demo.textures import TEXELS_PER_METRE, TILE, tile
@@ -86,13 +86,16 @@ def paint_lamp(canvas: Canvas, lamp: Lamp, look: Look, light: Light, random: Ran
     canvas.line([(tip[0] - across, tip[1]), (tip[0] + across, tip[1])], 0.16 * scale, scaled(metal, 0.8), surface)
     if look.lamps_on:
         canvas.line([(tip[0] - across, tip[1] + 2), (tip[0] + across, tip[1] + 2)], 0.1 * scale, (255, 236, 190))
-        add_glow(light, tip, 0.9 * scale, (0.9, 0.66, 0.36))
+        point = (lamp.x + lamp.arm, lamp.height, lamp.z)
+        add_glow(light, tip, 0.9 * look.halo * scale, (0.9, 0.66, 0.36), point)
 
 
-def add_glow(light: Light, pixel: Pixel, radius: float, colour: RGB) -> None:
+def add_glow(
+    light: Light, pixel: Pixel, radius: float, colour: RGB, point: Point, *, power: float = 1.0, beam: bool = False
+) -> None:
     """Switch on a lamp at a pixel of the canvas; the radius is in pixels of the canvas too."""
     centre = (pixel[0] / SUPERSAMPLING, pixel[1] / SUPERSAMPLING)
-    light.glows.append(Glow(centre, min(max(radius / SUPERSAMPLING, 1.5), 24), colour))
+    light.glows.append(Glow(centre, min(max(radius / SUPERSAMPLING, 1.5), 24), colour, point, power, beam))
 
 
 def paint_sign(canvas: Canvas, sign: Sign, look: Look, light: Light, random: Random) -> None:
@@ -109,7 +112,7 @@ def paint_sign(canvas: Canvas, sign: Sign, look: Look, light: Light, random: Ran
     def face(corners: int, turn: float, size: float, colour: RGB) -> None:
         angles = [math.tau * (corner + turn) / corners for corner in range(corners)]
         ring = [(middle[0] + size * math.sin(a), middle[1] - size * math.cos(a)) for a in angles]
-        canvas.polygon(ring, light.on(colour, FRONT), surface)
+        canvas.polygon(ring, scaled(light.on(colour, FRONT), look.retroreflection), surface)
 
     if sign.style == "disc":
         face(16, 0, radius, RED)
