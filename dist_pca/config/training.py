@@ -16,9 +16,12 @@ class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 2.5e-4
     """Base learning rate, of the backbone."""
     head_multiplier: Annotated[float, Field(gt=0)] = 1.0
-    """The head's learning rate over the backbone's."""
+    """Learning rate of the head and the projection over the backbone's."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Learning rate of each of the backbone's layers over that of the layer after it, for example 0.9; the deepest has
+    `lr`. Layers are as timm knows them. None gives all of them `lr`."""
     weight_decay: Weight = 5e-4
-    """Weight decay; decoupled under adamw, where norms and biases are spared."""
+    """Weight decay; decoupled under adamw, which decays no norm, bias, position embedding, token or layer scale."""
     momentum: Fraction = 0.9
     """Momentum of sgd."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)

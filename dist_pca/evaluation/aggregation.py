@@ -11,7 +11,7 @@ from torch import nn
 
 from dist_pca.association import diffuse
 from dist_pca.association.similarity import LOG_EPSILON, Similarity
-from dist_pca.model.heads import PyramidHead
+from dist_pca.model.heads import MultiScaleHead
 from dist_pca.model.segmenter import Segmenter
 
 
@@ -32,7 +32,7 @@ def aggregated_logits(model: nn.Module, images: torch.Tensor, share: float) -> t
         *finer, deepest = read
         return ([*finer, _mixed(deepest, share, "cosine")],)
 
-    by_classifier = network.association_features == "head" and isinstance(network.head, PyramidHead)
+    by_classifier = network.association_features == "head" and isinstance(network.head, MultiScaleHead)
     reader: nn.Module = network.head.classifier if by_classifier else network.head  # type: ignore[assignment]
     hook = reader.register_forward_pre_hook(mix)
     try:

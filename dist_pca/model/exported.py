@@ -24,8 +24,20 @@ if TYPE_CHECKING:
     from dist_pca.config import ModelConfig
 
 FORMAT = "dist-pca-segmenter"
-VERSION = 1
-NETWORK_KEYS = ("backbone", "output_stride", "head", "head_channels", "association_features")
+VERSION = 2
+NETWORK_KEYS = (
+    "backbone",
+    "output_stride",
+    "head",
+    "head_channels",
+    "head_stride",
+    "association_features",
+    "association_stride",
+    "projection_channels",
+)
+_NETWORK_OF_VERSION_1 = {"head_stride": 8, "association_stride": None, "projection_channels": 256}
+"""What the keys that version 1 did not write were; plain transformers had no finer logits than their patches then, and
+are refused as damaged where their head is a pyramid."""
 
 
 class Exported(NamedTuple):
@@ -84,13 +96,14 @@ def load_exported(folder: str | Path) -> Exported:
     description = _read_json(folder / "config.json")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise UserError(f"{folder}: not an exported network; make one with `dist-pca export`")
-    if description.get("version") != VERSION:
+    if description.get("version") not in (1, VERSION):
         raise UserError(
-            f"{folder}: format version {description.get('version')!r}, this dist-pca reads version {VERSION}; "
+            f"{folder}: format version {description.get('version')!r}, this dist-pca reads versions up to {VERSION}; "
             "export the run again"
         )
     try:
-        network = {key: description["network"][key] for key in NETWORK_KEYS}
+        added = _NETWORK_OF_VERSION_1 if description["version"] == 1 else {}
+        network = {key: (added | description["network"])[key] for key in NETWORK_KEYS}
         classes = tuple(ClassInfo(info["name"], tuple(info["color"])) for info in _read_json(folder / "classes.json"))
         size = description["input_size"]
         model = build_network(cast("ModelConfig", SimpleNamespace(**network)), len(classes))

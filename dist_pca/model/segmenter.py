@@ -8,7 +8,8 @@ from typing_extensions import Self
 
 from dist_pca.model.backbone import Backbone, build_backbone, checkpoint_activations
 from dist_pca.model.batch_norm import hold_statistics, synchronise, track_forward_only
-from dist_pca.model.heads import DeepLabV2Head, PyramidHead
+from dist_pca.model.heads import MULTI_SCALE_HEADS, DeepLabV2Head, Head, MultiScaleHead
+from dist_pca.model.projection import Projection, grid_size, resize
 from dist_pca.model.weights import load_weights
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Output(NamedTuple):
     logits: torch.Tensor
     """Class scores before softmax, B x K x h x w."""
     features: torch.Tensor
-    """Pixel features for association, B x C x h' x w'."""
+    """Pixel features for association, B x C x h' x w', at a stride of their own."""
 
 
 class Segmenter(nn.Module):
@@ -30,25 +31,43 @@ class Segmenter(nn.Module):
     Args:
         backbone: Gives feature maps, finest first.
         head: Reads them; gives logits and what its classifier reads.
-        association_features: Which pixel features are given out: the deepest map or what the classifier reads.
+        association_features: Which pixel features are given out: the deepest map, what the classifier reads, or a
+            learned projection of all maps.
+        association_stride: Pixels per position of these features; None keeps the map's own stride, and takes that of
+            the deepest map for the projection.
+        projection_channels: Channels of the projection.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
     frozen_batch_norm: bool
     """Keep running statistics as they are, in training mode too."""
+    projection: Projection | None
+    """Gives the features, where association_features is `projection`."""
 
     def __init__(
         self,
         backbone: Backbone,
-        head: DeepLabV2Head | PyramidHead,
+        head: Head,
         *,
-        association_features: Literal["backbone", "head"] = "backbone",
+        association_features: Literal["backbone", "head", "projection"] = "backbone",
+        association_stride: int | None = None,
+        projection_channels: int = 256,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.association_features = association_features
+        self.association_stride = association_stride
+        deepest = backbone.strides[-1]
+        self.feature_stride: float = deepest
+        if association_features == "head" and isinstance(head, MultiScaleHead):
+            self.feature_stride = head.stride
+        self.projection = None
+        if association_features == "projection":
+            self.projection = Projection(
+                backbone.channels, backbone.strides, projection_channels, association_stride or deepest
+            )
         self.frozen_batch_norm = False
         # Saved with the weights, which mean nothing under another normalisation.
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1))
@@ -61,7 +80,16 @@ class Segmenter(nn.Module):
         # Convolutions run about 1.3 times as fast on channels-last maps, on CPU and GPU.
         maps = self.backbone(((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
         logits, read_by_classifier = self.head(maps)
-        return Output(logits, maps[-1] if self.association_features == "backbone" else read_by_classifier)
+        if self.projection is not None:
+            return Output(logits, self.projection(maps))
+        features = maps[-1] if self.association_features == "backbone" else read_by_classifier
+        return Output(logits, self._on_association_grid(features))
+
+    def _on_association_grid(self, features: torch.Tensor) -> torch.Tensor:
+        stride, own = self.association_stride, self.feature_stride
+        if stride is None or stride == own:
+            return features
+        return resize(features, grid_size(features, own, stride), coarser=stride > own)
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; frozen batch norms stay in evaluation mode."""
@@ -100,9 +128,18 @@ def build_network(config: "ModelConfig", num_classes: int) -> Segmenter:
         UserError: timm has no such backbone, or it cannot have the output stride.
     """
     backbone = build_backbone(config.backbone, config.output_stride)
-    head: DeepLabV2Head | PyramidHead
+    head: Head
     if config.head == "deeplab_v2":
         head = DeepLabV2Head(backbone.channels[-1], num_classes)
     else:
-        head = PyramidHead(backbone.channels, backbone.strides, config.head_channels, num_classes)
-    return Segmenter(backbone, head, association_features=config.association_features)
+        multi_scale = MULTI_SCALE_HEADS[config.head]
+        head = multi_scale(
+            backbone.channels, backbone.strides, config.head_channels, num_classes, stride=config.head_stride
+        )
+    return Segmenter(
+        backbone,
+        head,
+        association_features=config.association_features,
+        association_stride=config.association_stride,
+        projection_channels=config.projection_channels,
+    )

@@ -18,7 +18,7 @@ from dist_pca.model.efficientnet_names import timm_names
 State = Mapping[str, torch.Tensor]
 
 _SUFFIXES = (".pth", ".safetensors")
-_WRAPPERS = re.compile(r"^((module|model|backbone|body)\.)+")
+_WRAPPERS = re.compile(r"^((module|model|backbone|body)_)+")
 
 
 def load_weights(body: nn.Module, backbone: str, weights: str) -> None:
@@ -38,8 +38,8 @@ def load_weights(body: nn.Module, backbone: str, weights: str) -> None:
         return
     wanted = body.state_dict()
     state = timm_names(_read(backbone, weights), wanted)
-    available = {_plain(key): value for key, value in state.items()}
-    found = {key: available[_plain(key)] for key in wanted if _plain(key) in available}
+    available = {plain_name(key): value for key, value in state.items()}
+    found = {key: available[plain_name(key)] for key in wanted if plain_name(key) in available}
     missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
     if missing:
         raise UserError(
@@ -55,9 +55,10 @@ def load_weights(body: nn.Module, backbone: str, weights: str) -> None:
     body.load_state_dict(found, strict=False)
 
 
-def _plain(key: str) -> str:
+def plain_name(key: str) -> str:
+    """Name of a tensor that is the same in a whole timm network, in a wrapper that gives its maps, and in a run."""
     # timm's wrappers for feature maps flatten `stages.0` to `stages_0` or put the network under `model`.
-    return _WRAPPERS.sub("", key).replace(".", "_")
+    return _WRAPPERS.sub("", key.replace(".", "_"))
 
 
 def _read(backbone: str, weights: str) -> State:

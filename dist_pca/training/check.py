@@ -15,6 +15,7 @@ from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import fit_accumulation
 from dist_pca.training.engine import reconcile_launcher
+from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.resume import check_resume
 from dist_pca.training.trackers import check_trackers
 from dist_pca.training.validation import open_validation
@@ -53,4 +54,7 @@ def check(config: RunConfig, *, world_size: int, resume: bool | None) -> Plan:
     check_trackers(config)
     validation = open_validation(config, classes)
     torch.manual_seed(config.seed)
-    return Plan(config, sources, targets, validation, classes, build_segmenter(config.model, len(classes)))
+    model = build_segmenter(config.model, len(classes))
+    # Only for what it refuses: the run's own optimiser is built with the process group.
+    build_optimizer(config.optimizer, model)
+    return Plan(config, sources, targets, validation, classes, model)

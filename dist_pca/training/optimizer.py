@@ -1,21 +1,79 @@
 """Parameter groups and the optimiser."""
 
+from typing import Any, NamedTuple
+
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
+from torch import nn
 
 from dist_pca.config import OptimizerConfig
+from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter
+from dist_pca.model.weights import plain_name
+
+# Some families leave these out of their own no_weight_decay().
+_NO_DECAY = ("*pos_embed*", "*rel_pos_[hw]", "*_token", "*layer_scale*", "*.gamma")
+
+
+class _Group(NamedTuple):
+    part: str
+    lr: float
+    weight_decay: float
 
 
 def build_optimizer(config: OptimizerConfig, model: Segmenter) -> torch.optim.Optimizer:
-    """SGD or AdamW with the head's learning rate times its multiplier; under AdamW vectors are not decayed."""
-    groups = []
-    for module, lr in ((model.backbone, config.lr), (model.head, config.lr * config.head_multiplier)):
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        spared = [p for p in parameters if config.name == "adamw" and p.ndim <= 1]
-        decayed = [p for p in parameters if not (config.name == "adamw" and p.ndim <= 1)]
-        for members, weight_decay in ((decayed, config.weight_decay), (spared, 0.0)):
-            if members:
-                groups.append({"params": members, "lr": lr, "weight_decay": weight_decay})
+    """SGD or AdamW, with one parameter group for each learning rate and weight decay of the backbone and of the rest.
+
+    The backbone's layers have `lr`, which `layer_decay` lowers from the deepest to the first; the head and the
+    projection have `lr` times `head_multiplier`. AdamW decays no norm, bias, position embedding, token or layer scale.
+
+    Raises:
+        UserError: `layer_decay` is set and timm does not know the backbone's layers.
+    """
+    members: dict[_Group, list[nn.Parameter]] = {}
+    layers = _backbone_groups(config, model.backbone.body)
+    for name, parameter in model.backbone.body.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault(layers[name], []).append(parameter)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.startswith(("head.", "projection.")):
+            decay = 0.0 if config.name == "adamw" and parameter.ndim <= 1 else config.weight_decay
+            members.setdefault(_Group("head", config.lr * config.head_multiplier, decay), []).append(parameter)
+    groups = [
+        {"params": parameters, "lr": group.lr, "weight_decay": group.weight_decay}
+        for group, parameters in members.items()
+    ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.epsilon)
+
+
+def _backbone_groups(config: OptimizerConfig, body: nn.Module) -> dict[str, _Group]:
+    """Group of each of the body's parameters by name."""
+    # What gives feature maps knows neither its family's layers nor which of its weights are not to be decayed.
+    cfg: Any = body.pretrained_cfg
+    with torch.device("meta"):
+        whole: Any = timm.create_model(cfg["architecture"])
+    if config.layer_decay is not None and not hasattr(whole, "group_matcher"):
+        raise UserError(
+            f"optimizer.layer_decay: timm does not know the layers of {cfg['architecture']}; set it to null"
+        )
+    adamw = config.name == "adamw"
+    spared = [*_NO_DECAY, *(whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else ())]
+    names = {parameter: plain_name(name) for name, parameter in whole.named_parameters()}
+    rates = {
+        names[parameter]: (group["lr_scale"], group["weight_decay"])
+        for group in param_groups_layer_decay(
+            whole,
+            weight_decay=config.weight_decay,
+            no_weight_decay_list=spared if adamw else (),
+            weight_decay_exclude_1d=adamw,
+            layer_decay=config.layer_decay or 1.0,
+        )
+        for parameter in group["params"]
+    }
+    own = {name: rates[plain_name(name)] for name, _ in body.named_parameters()}
+    # The whole network's last layer is its classifier, which is not here.
+    deepest = max(scale for scale, _ in own.values())
+    return {name: _Group("backbone", config.lr * scale / deepest, decay) for name, (scale, decay) in own.items()}

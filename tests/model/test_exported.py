@@ -15,6 +15,15 @@ from dist_pca.shards.classes import CITYSCAPES_CLASSES
 NETWORKS = [
     {"backbone": "test_resnet", "head": "pyramid", "head_channels": 8, "output_stride": None},
     {"backbone": "test_resnet", "head": "deeplab_v2", "association_features": "head", "batch_norm": "sync"},
+    {"backbone": "test_convnext", "head": "daformer", "head_channels": 8, "association_features": "projection"},
+    {"backbone": "test_vit", "head": "mlp", "head_stride": 8, "output_stride": None, "association_stride": 32},
+    {
+        "backbone": "test_resnet",
+        "head": "pyramid",
+        "association_features": "projection",
+        "association_stride": 16,
+        "projection_channels": 12,
+    },
 ]
 
 
@@ -35,6 +44,17 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, keys: dict[str, object
             assert torch.equal(one, other)
     assert not found.model.training
     assert found[1:] == (CITYSCAPES_CLASSES, (64, 96), 64)
+
+
+def test_a_folder_of_the_first_version_is_read_as_the_network_of_stride_eight_that_it_is(tmp_path: Path) -> None:
+    model = export(tmp_path, NETWORKS[0] | {"head_stride": 8})
+    description = json.loads((tmp_path / "config.json").read_text()) | {"version": 1}
+    for key in ("head_stride", "association_stride", "projection_channels"):
+        del description["network"][key]
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    images = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(load_exported(tmp_path).model(images).logits, model(images).logits)
 
 
 def test_reading_needs_no_trainer(tmp_path: Path) -> None:
@@ -70,7 +90,7 @@ def test_all_may_read_what_others_may_read(tmp_path: Path) -> None:
         ("config.json", None, "config.json: no such file"),
         ("config.json", "{", "config.json: cannot be read"),
         ("config.json", "[]", "not an exported network"),
-        ("config.json", '{"format": "dist-pca-segmenter", "version": 2}', "format version 2, this dist-pca reads"),
+        ("config.json", '{"format": "dist-pca-segmenter", "version": 3}', "format version 3, this dist-pca reads"),
         ("config.json", '{"format": "dist-pca-segmenter", "version": 1}', "damaged .KeyError: 'network'"),
         ("classes.json", '[{"name": "road", "color": [1, 2, 3]}]', "damaged .RuntimeError: Error.* in loading"),
         ("model.safetensors", "x", "damaged .SafetensorError"),

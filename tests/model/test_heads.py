@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dist_pca.model.heads import DeepLabV2Head, PyramidHead
+from dist_pca.model.heads import MULTI_SCALE_HEADS, DAFormerHead, DeepLabV2Head, MLPHead, PyramidHead
+
+every_head = pytest.mark.parametrize("name", MULTI_SCALE_HEADS)
 
 
 def pyramid(strides: tuple[int, ...], channels: tuple[int, ...], height: int, width: int) -> list[torch.Tensor]:
@@ -33,31 +35,104 @@ def test_the_deeplab_head_starts_with_small_weights_and_no_bias() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strides", "logit_stride"),
-    [((2, 4, 8, 16, 32), 8), ((2, 4, 8, 8, 8), 8), ((4, 8, 16, 32), 8), ((16, 16, 16), 16), ((2, 4, 4, 4), 4)],
+    ("strides", "asked", "given"),
+    [
+        ((2, 4, 8, 16, 32), 4, 4),
+        ((2, 4, 8, 16, 32), 8, 8),
+        ((2, 4, 8, 8, 8), 4, 4),
+        ((2, 4, 8, 8, 8), 16, 8),
+        ((4, 8, 16, 32), 32, 32),
+        ((8, 16, 32), 4, 8),
+        ((16, 16, 16), 4, 4),
+        ((16, 16, 16), 8, 8),
+        ((16, 16, 16), 16, 16),
+        ((16, 16, 16), 32, 16),
+        ((14, 14, 14), 4, 3.5),
+        ((14, 14, 14), 8, 7),
+        ((32, 32), 4, 4),
+    ],
 )
-def test_the_pyramid_gives_logits_at_the_finest_stride_of_eight_or_more(
-    strides: tuple[int, ...], logit_stride: int
+@every_head
+def test_logits_have_the_stride_asked_for_where_the_backbone_allows_it(
+    name: str, strides: tuple[int, ...], asked: int, given: float
 ) -> None:
     channels = tuple(range(4, 4 + len(strides)))
-    head = PyramidHead(channels, strides, 24, 7)
-    logits, features = head(pyramid(strides, channels, 73, 91))
-    size = (-(-73 // logit_stride), -(-91 // logit_stride))
+    head = MULTI_SCALE_HEADS[name](channels, strides, 24, 7, stride=asked)
+    logits, features = head(pyramid(strides, channels, 224, 448))
+    size = (int(224 / given), int(448 / given))
+    assert head.stride == given
     assert logits.shape == (2, 7, *size)
     assert features.shape == (2, 24, *size)
 
 
-def test_the_pyramids_features_are_what_its_classifier_reads() -> None:
-    head = PyramidHead((4, 5), (8, 16), 12, 3)
-    logits, features = head(pyramid((8, 16), (4, 5), 64, 64))
+@every_head
+def test_maps_whose_edges_are_no_multiples_of_each_other_fit_together(name: str) -> None:
+    head = MULTI_SCALE_HEADS[name]((4, 5, 6, 7), (4, 8, 16, 32), 8, 3)
+    assert head(pyramid((4, 8, 16, 32), (4, 5, 6, 7), 73, 91)).logits.shape == (2, 3, 19, 23)
+
+
+@pytest.mark.parametrize("strides", [(8, 16), (16, 16)])
+@every_head
+def test_a_heads_features_are_what_its_classifier_reads(name: str, strides: tuple[int, ...]) -> None:
+    head = MULTI_SCALE_HEADS[name]((4, 5), strides, 12, 3)
+    logits, features = head(pyramid(strides, (4, 5), 64, 64))
     torch.testing.assert_close(head.classifier(features), logits)
     assert (features >= 0).all()
 
 
-def test_the_pyramid_listens_to_every_stride_of_eight_or_more_and_to_no_finer_one() -> None:
-    strides, channels = (4, 8, 16, 32), (3, 4, 5, 6)
-    head = PyramidHead(channels, strides, 16, 3)
+@pytest.mark.parametrize("stride", [4, 8])
+@every_head
+def test_a_head_reads_every_map_of_its_stride_or_more_and_no_finer_one(name: str, stride: int) -> None:
+    strides, channels = (2, 4, 8, 16, 32), (2, 3, 4, 5, 6)
+    head = MULTI_SCALE_HEADS[name](channels, strides, 16, 3, stride=stride)
     maps = [feature_map.requires_grad_() for feature_map in pyramid(strides, channels, 64, 64)]
     head(maps).logits.square().sum().backward()
-    assert maps[0].grad is None
-    assert all(feature_map.grad is not None and feature_map.grad.any() for feature_map in maps[1:])
+    for map_stride, feature_map in zip(strides, maps, strict=True):
+        assert (feature_map.grad is not None and bool(feature_map.grad.any())) == (map_stride >= stride)
+
+
+@pytest.mark.parametrize("stride", [4, 16, 32])
+@every_head
+def test_maps_of_one_stride_are_all_read(name: str, stride: int) -> None:
+    head = MULTI_SCALE_HEADS[name]((3, 4, 5), (16, 16, 16), 16, 3, stride=stride)
+    maps = [feature_map.requires_grad_() for feature_map in pyramid((16, 16, 16), (3, 4, 5), 64, 64)]
+    head(maps).logits.square().sum().backward()
+    assert all(feature_map.grad is not None and feature_map.grad.any() for feature_map in maps)
+
+
+@pytest.mark.parametrize("strides", [(4, 8, 32), (16, 16, 16)])
+@every_head
+def test_an_image_is_segmented_alike_whatever_its_batch_in_training_too(name: str, strides: tuple[int, ...]) -> None:
+    head = MULTI_SCALE_HEADS[name]((3, 4, 5), strides, 16, 3).train()
+    maps = pyramid(strides, (3, 4, 5), 64, 96)
+    together, alone = head(maps).logits[:1], head([feature_map[:1] for feature_map in maps]).logits
+    torch.testing.assert_close(alone, together)
+
+
+@every_head
+def test_every_class_starts_equally_likely(name: str) -> None:
+    head = MULTI_SCALE_HEADS[name]((3, 4, 5), (4, 8, 32), 64, 19)
+    probabilities = head(pyramid((4, 8, 32), (3, 4, 5), 64, 96)).logits.softmax(1)
+    assert (probabilities * 19 - 1).abs().max() < 0.5
+
+
+def test_the_daformer_heads_dilations_reach_as_many_pixels_at_every_stride() -> None:
+    for stride in (4, 8, 16):
+        head = DAFormerHead((3, 4, 5), (4, 8, 16), 8, 3, stride=stride)
+        first, *reaches = (branch[0].dilation[0] * stride for branch in head.branches)
+        assert first == stride
+        assert reaches == pytest.approx([24, 48, 72], abs=stride / 2)
+
+
+@pytest.mark.parametrize(("head", "far"), [(DAFormerHead, True), (MLPHead, False), (PyramidHead, False)])
+def test_only_dilated_convolutions_look_far_on_the_finest_map(head: type[PyramidHead], far: bool) -> None:
+    torch.manual_seed(0)
+    network = head((4,), (4,), 8, 3)
+    # Group norms mix all positions; without them what is left is what convolutions reach.
+    for module in network.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.forward = lambda x: x  # type: ignore[method-assign]
+    finest = torch.randn(1, 4, 41, 41, requires_grad=True)
+    network([finest]).logits[0, :, 20, 20].sum().backward()
+    reached = finest.grad[0].abs().sum(0).nonzero() - 20
+    assert int(reached.abs().max()) == (18 if far else int(head is PyramidHead))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn import functional as F
 
 from dist_pca.config import ModelConfig
 from dist_pca.errors import UserError
@@ -20,15 +21,15 @@ def noise(height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("backbone", "output_stride", "feature_size", "logit_size"),
     [
-        ("test_resnet", 8, (10, 12), (10, 12)),
-        ("test_efficientnet", 8, (10, 12), (10, 12)),
-        ("tf_efficientnet_lite0", None, (2, 3), (8, 12)),
-        ("test_convnext", 8, (9, 11), (9, 11)),
-        ("test_convnext", None, (2, 3), (8, 12)),
-        ("swin_tiny_patch4_window7_224", None, (2, 3), (8, 12)),
-        ("test_vit", 16, (5, 6), (5, 6)),
-        ("vit_small_patch14_dinov2", None, (5, 6), (5, 6)),
-        ("vit_small_patch16_dinov3", None, (5, 6), (5, 6)),
+        ("test_resnet", 8, (10, 12), (19, 23)),
+        ("test_efficientnet", 8, (10, 12), (19, 23)),
+        ("tf_efficientnet_lite0", None, (2, 3), (16, 24)),
+        ("test_convnext", 8, (9, 11), (18, 22)),
+        ("test_convnext", None, (2, 3), (16, 24)),
+        ("swin_tiny_patch4_window7_224", None, (2, 3), (16, 24)),
+        ("test_vit", 16, (5, 6), (20, 24)),
+        ("vit_small_patch14_dinov2", None, (5, 6), (20, 24)),
+        ("vit_small_patch16_dinov3", None, (5, 6), (20, 24)),
     ],
 )
 def test_every_family_segments_and_trains_on_images_of_an_odd_size(
@@ -40,6 +41,82 @@ def test_every_family_segments_and_trains_on_images_of_an_odd_size(
     assert output.features.shape == (2, segmenter.backbone.channels[-1], *feature_size)
     output.logits.square().sum().backward()
     assert [name for name, parameter in segmenter.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext", "test_vit"])
+@pytest.mark.parametrize("head", ["pyramid", "daformer", "mlp"])
+def test_every_head_and_projection_train_on_small_crops(backbone: str, head: str) -> None:
+    segmenter = build(backbone, head=head, association_features="projection", association_stride=8)
+    images = noise(112, 176)
+    logits, features = segmenter(images)
+    assert logits.shape[-1] in (44, 48)
+    assert features.shape == (2, 256, logits.shape[-2] // 2, logits.shape[-1] // 2)
+    optimizer = torch.optim.SGD(segmenter.parameters(), lr=0.01)
+    losses = []
+    for _ in range(2):
+        logits, features = segmenter(images)
+        losses.append(logits.logsumexp(1).mean() + features.square().mean())
+        optimizer.zero_grad()
+        losses[-1].backward()  # type: ignore[no-untyped-call]
+        assert [name for name, parameter in segmenter.named_parameters() if parameter.grad is None] == []
+        optimizer.step()
+    assert losses[1] < losses[0]
+
+
+def fences() -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy images of poles 3 pixels wide and 7 apart, and which pixels they cover."""
+    labels = torch.stack([(torch.arange(64) + shift) % 10 < 3 for shift in range(4)])[:, None, :].expand(-1, 48, -1)
+    dirt = torch.randint(0, 40, (4, 3, 48, 64), generator=torch.Generator().manual_seed(0))
+    return (labels[:, None] * 120 + 60 + dirt).to(torch.uint8), labels.long()
+
+
+def test_poles_of_three_pixels_are_drawn_at_stride_four_and_not_at_eight() -> None:
+    images, labels = fences()
+    overlap = {}
+    for stride in (4, 8):
+        segmenter = build("test_resnet", head_channels=32, head_stride=stride)
+        optimizer = torch.optim.AdamW(segmenter.parameters(), lr=5e-3)
+        for _ in range(50):
+            logits = F.interpolate(segmenter(images).logits, (48, 64), mode="bilinear", align_corners=False)
+            optimizer.zero_grad()
+            F.cross_entropy(logits, labels).backward()
+            optimizer.step()
+        drawn = logits.argmax(1)
+        overlap[stride] = ((drawn == 1) & (labels == 1)).sum() / ((drawn == 1) | (labels == 1)).sum()
+    assert overlap[4] > 0.6
+    assert overlap[8] < 0.3
+
+
+@pytest.mark.parametrize("stride", [4, 8, 16, 32])
+@pytest.mark.parametrize(
+    ("backbone", "keys"),
+    [
+        ("test_resnet", {"association_features": "backbone", "output_stride": 16}),
+        ("test_resnet", {"association_features": "head"}),
+        ("test_resnet", {"association_features": "head", "head": "deeplab_v2", "output_stride": 8}),
+        ("test_resnet", {"association_features": "projection"}),
+        ("test_vit", {"association_features": "head", "head_stride": 8}),
+    ],
+)
+def test_association_features_are_on_the_grid_asked_for(backbone: str, keys: dict[str, object], stride: int) -> None:
+    own, asked = (build(backbone, association_stride=value, **keys)(noise(128, 192)) for value in (None, stride))
+    assert asked.features.shape[-2:] == (128 // stride, 192 // stride)
+    assert asked.logits.shape == own.logits.shape
+
+
+def test_a_grid_of_patches_of_fourteen_pixels_covers_the_image() -> None:
+    segmenter = build("test_vit")
+    segmenter.feature_stride, segmenter.association_stride = 14, 8
+    assert segmenter(noise(112, 176)).features.shape[-2:] == (13, 20)
+
+
+def test_coarser_features_are_means_and_finer_ones_are_interpolated() -> None:
+    own, coarser, finer = (
+        build("test_resnet", output_stride=16, association_stride=stride).eval()(noise(64, 96)).features
+        for stride in (None, 32, 8)
+    )
+    torch.testing.assert_close(coarser, F.avg_pool2d(own, 2))
+    torch.testing.assert_close(finer, F.interpolate(own, scale_factor=2, mode="bilinear", align_corners=False))
 
 
 def test_resnet_features_are_those_after_relu() -> None:
@@ -85,10 +162,16 @@ def test_deeplabs_classifier_reads_the_deepest_map() -> None:
     torch.testing.assert_close(head(noise(64, 64)).features, backbone(noise(64, 64)).features)
 
 
-def test_backbone_and_head_hold_every_parameter_between_them() -> None:
-    segmenter = build("test_resnet")
-    parts = [*segmenter.backbone.parameters(), *segmenter.head.parameters()]
+def test_backbone_head_and_projection_hold_every_parameter_between_them() -> None:
+    segmenter = build("test_resnet", association_features="projection")
+    modules = (segmenter.backbone, segmenter.head, segmenter.projection)
+    parts = [parameter for module in modules for parameter in module.parameters()]
     assert {id(parameter) for parameter in parts} == {id(parameter) for parameter in segmenter.parameters()}
+
+
+@pytest.mark.parametrize("features", ["backbone", "head"])
+def test_there_is_no_projection_that_nothing_reads(features: str) -> None:
+    assert build("test_resnet", association_features=features).projection is None
 
 
 def test_saved_weights_carry_their_normalisation() -> None:
