@@ -39,8 +39,7 @@ def check_resume(config: RunConfig, resume: bool | None) -> None:
         raise UserError(
             f"{config.folder}: already holds a run; leave out --no-resume to go on, or choose another name="
         )
-    free = (*FREE_KEYS, *(POOLED_KEYS if config.training.accumulation_pool == "update" else ()))
-    differing = list(_differences(load_config(made).model_dump(mode="json"), config.model_dump(mode="json"), free))
+    differing = config_differences(load_config(made), config)
     if differing and not resume:
         raise UserError(
             f"{config.folder}: holds a run of another config ({'; '.join(differing)}); choose another name=, "
@@ -51,6 +50,12 @@ def check_resume(config: RunConfig, resume: bool | None) -> None:
     checkpoint = latest_checkpoint(config.folder / "checkpoints")
     if checkpoint is not None and (before := read_state(checkpoint).get("code")) != code_version():
         _log.info("going on with dist-pca %s; %s was made by %s", code_version(), checkpoint.name, before)
+
+
+def config_differences(made: RunConfig, wanted: RunConfig) -> list[str]:
+    """Keys that decide what is computed and differ between two runs, each as `key: made -> wanted`."""
+    free = (*FREE_KEYS, *(POOLED_KEYS if wanted.training.accumulation_pool == "update" else ()))
+    return list(_differences(made.model_dump(mode="json"), wanted.model_dump(mode="json"), free))
 
 
 def is_finished(config: RunConfig) -> bool:

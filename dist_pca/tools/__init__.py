@@ -1,0 +1,1 @@
+"""What no training imports: studies of many runs, and choices among them."""

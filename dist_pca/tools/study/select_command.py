@@ -1,0 +1,162 @@
+"""`dist-pca select`: parsing and printing."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from dist_pca.shards.manifest import Manifest
+    from dist_pca.tools.study.selection import Candidate
+
+app = typer.Typer(rich_markup_mode="rich")
+
+_SELECT_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca select studies/camvid/runs/* --target data/camvid/target
+
+dist-pca select runs/a runs/b runs/c --target data/city_train --source-validation data/gta5_val --max-images 200
+
+dist-pca select runs/mine --all-checkpoints --target data/city_train --json
+"""
+
+
+@app.command("select", epilog=_SELECT_EXAMPLES)
+def select(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of trained runs of the same classes.", show_default=False)
+    ],
+    target: Annotated[
+        str, typer.Option(metavar="SHARDS", help="Shards of the target; no labels are needed.", show_default=False)
+    ],
+    all_checkpoints: Annotated[
+        bool, typer.Option("--all-checkpoints", help="Choose among all checkpoints of each run, not the newest alone.")
+    ] = False,
+    source_validation: Annotated[
+        str | None,
+        typer.Option(metavar="SHARDS", help="Labelled source shards: keep out what forgot the source."),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Points of source mIoU that a candidate may be below the best one.")
+    ] = 2.0,
+    max_images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Target images looked at, evenly spread over the shards.", show_default="all"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Choose among runs or checkpoints without labels of the target.
+
+    The class probabilities of all candidates are averaged on the target's images, and the candidate whose predictions
+    agree most with those of the average is chosen (EnsV, NeurIPS 2024). That takes three candidates or more; of two,
+    the one with the higher soft neighbourhood density is chosen (SND, ICCV 2021), which is less sure.
+
+    Two guards keep candidates out: one whose mIoU on [bold]--source-validation[/] is more than [bold]--tolerance[/]
+    points below the best; and one that has collapsed, as it predicts at most half as many classes (on 0.1 per cent of
+    the pixels or more) as the ensemble or the median candidate, or as its predicted classes have at most half of that
+    one's entropy.
+
+    Labels of the target, where there are any, never choose: they only tell afterwards what the choice was worth. The
+    last line is the chosen run, as [bold]dist-pca evaluate[/] takes it.
+    """
+    import torch
+
+    from dist_pca.config import load_config
+    from dist_pca.data.cache import cache_settings, open_manifest
+    from dist_pca.tools.study.scoring import score_checkpoint
+    from dist_pca.tools.study.selection import (
+        choose,
+        find_candidates,
+        guard,
+        histogram_entropy,
+        measure,
+        predicted_classes,
+        spread,
+    )
+
+    candidates = find_candidates(runs, all_checkpoints=all_checkpoints)
+    cache = cache_settings(load_config(candidates[0].run / "config.yaml").data.cache)
+    images = spread(open_manifest(target, cache), max_images)
+    source = None if source_validation is None else open_manifest(source_validation, cache)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    on_source = source and [score_checkpoint(run, source, checkpoint).mean_iou for run, checkpoint in candidates]
+    columns = (TextColumn("comparing"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(candidates) * images.samples)
+        measurement = measure(
+            candidates,
+            images,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            progress=lambda done: bar.update(task, completed=done),
+        )
+    reasons = guard(measurement, on_source or None, tolerance=tolerance / 100)
+    chosen = choose(measurement, reasons)
+    true = _true_mean_iou(candidates, images)
+    score = "agreement" if measurement.rule == "EnsV" else "density"
+    rows: list[dict[str, Any]] = [
+        {
+            "run": str(candidate.run),
+            "step": candidate.step,
+            score: measured.score,
+            "classes": predicted_classes(measured.histogram),
+            "entropy": histogram_entropy(measured.histogram),
+            "source_mean_iou": on_source[place] if on_source else None,
+            "true_mean_iou": true[place] if true else None,
+            "out": reasons[place],
+        }
+        for place, (candidate, measured) in enumerate(zip(candidates, measurement.candidates, strict=True))
+    ]
+    regret = max(true) - true[chosen] if true else None
+    if as_json:
+        found = {"rule": measurement.rule, "images": images.samples, "chosen": rows[chosen], "regret": regret}
+        typer.echo(json.dumps({**found, "candidates": rows}, indent=2))
+        return
+    _print_table(rows, score, chosen, f"{measurement.rule} on {images.samples:,} images of {target}")
+    if measurement.rule == "SND":
+        console.print(
+            "two candidates have no majority: chosen by soft neighbourhood density; EnsV needs three or more",
+            style="yellow",
+            markup=False,
+        )
+    if regret is not None:
+        console.print(f"true mIoU is {100 * regret:.1f} points below the best candidate's", markup=False)
+    run, checkpoint = candidates[chosen]
+    typer.echo(f"{run} --checkpoint {checkpoint.name}" if all_checkpoints else f"{run}")
+
+
+def _true_mean_iou(candidates: "Sequence[Candidate]", images: "Manifest") -> list[float]:
+    """Mean IoU of each candidate by the target's labels; empty where it has none of the classes."""
+    from dist_pca.tools.study.scoring import score_checkpoint
+    from dist_pca.tools.study.selection import read_classes
+
+    names = {info.name for info in images.classes} & {info.name for info in read_classes(candidates[0].run)}
+    if not images.labelled or not names:
+        return []
+    return [score_checkpoint(run, images, checkpoint).mean_iou for run, checkpoint in candidates]
+
+
+def _print_table(rows: Sequence[dict[str, Any]], score: str, chosen: int, title: str) -> None:
+    from dist_pca.bench.report import rich_table
+
+    def percent(value: float | None) -> str:
+        return f"{100 * value:.1f}" if value is not None and not math.isnan(value) else ""
+
+    shown = [
+        {
+            "candidate": f"{'> ' if place == chosen else '  '}{row['run']} step {row['step']}",
+            score: percent(row[score]) if score == "agreement" else f"{row[score]:.3f}",
+            "classes": str(row["classes"]),
+            "entropy": f"{row['entropy']:.2f}",
+            "source mIoU": percent(row["source_mean_iou"]),
+            "true mIoU": percent(row["true_mean_iou"]),
+            "out": "; ".join(row["out"]),
+        }
+        for place, row in enumerate(rows)
+    ]
+    Console().print(rich_table(title, shown))

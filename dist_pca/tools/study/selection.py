@@ -1,0 +1,296 @@
+"""Choice among trained networks without target labels: agreement with the candidates' ensemble, and two guards.
+
+The class probabilities of all candidates are averaged on unlabelled target images; the candidate whose arg max agrees
+most often with that of the average is taken (EnsV: Hu et al., NeurIPS 2024). Of two candidates the one with the higher
+soft neighbourhood density is taken (SND: Saito et al., ICCV 2021), since an average of two mostly follows the more
+confident one.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+from torch.nn import functional as F
+
+from dist_pca.config import RunConfig, load_config
+from dist_pca.data.stream import evaluation_stream
+from dist_pca.data.transform import Pixels
+from dist_pca.errors import UserError
+from dist_pca.evaluation.confusion import confusion_matrix
+from dist_pca.evaluation.inference import input_size
+from dist_pca.evaluation.views import view_logits
+from dist_pca.shards.classes import ClassInfo
+from dist_pca.shards.manifest import Manifest, Shard
+from dist_pca.training.checkpoint import latest_checkpoint, read_step
+from dist_pca.training.run import load_run
+
+ENSEMBLE_CANDIDATES = 3
+"""Fewest candidates whose ensemble says more than each of them."""
+PREDICTED_SHARE = 0.001
+"""Share of pixels on which a class must be predicted to count as predicted."""
+COLLAPSED_SHARE = 0.5
+"""Share of the reference's number of classes, or entropy, at or below which a candidate has collapsed."""
+GRID_STRIDE = 4
+"""Pixels of an image to one of the common grid on which predictions are compared."""
+CHUNK_BYTES = 2**30
+"""Images, probabilities and predictions held at once."""
+SND_TEMPERATURE = 0.05
+SND_PIXELS = 4096
+"""Most pixels of an image among which neighbours are looked for, evenly spread."""
+
+
+class Candidate(NamedTuple):
+    """One checkpoint of a run."""
+
+    run: Path
+    checkpoint: Path
+
+    @property
+    def step(self) -> int:
+        """Step of the checkpoint."""
+        return read_step(self.checkpoint)
+
+
+class Measured(NamedTuple):
+    """What a candidate predicts on the target."""
+
+    score: float
+    """Agreement with the ensemble's arg max, 0..1; of two candidates the soft neighbourhood density, nats."""
+    histogram: torch.Tensor
+    """Pixels predicted as each class, int64, K."""
+
+
+class Measurement(NamedTuple):
+    """What all candidates predict on the target."""
+
+    rule: str
+    """`EnsV`, or `SND` for two candidates."""
+    candidates: list[Measured]
+    ensemble: torch.Tensor
+    """Pixels that the ensemble predicts as each class, int64, K."""
+
+
+def find_candidates(runs: Sequence[Path], *, all_checkpoints: bool) -> list[Candidate]:
+    """The newest checkpoint of each run, or all of them, known to have the same classes.
+
+    Raises:
+        UserError: a folder is not a run or has no checkpoint, classes differ, or there is nothing to choose from.
+    """
+    candidates, tables = [], {}
+    for run in dict.fromkeys(runs):
+        if not (run / "config.yaml").is_file() or not (run / "classes.json").is_file():
+            raise UserError(f"{run}: not a run folder (no config.yaml or classes.json); give folders of trained runs")
+        newest = latest_checkpoint(run / "checkpoints")
+        if newest is None:
+            raise UserError(f"{run}: has no checkpoint yet; train it first, or leave it out")
+        whole = [path for path in sorted((run / "checkpoints").glob("step-*")) if (path / "state.json").is_file()]
+        candidates += [Candidate(run, checkpoint) for checkpoint in (whole if all_checkpoints else [newest])]
+        tables[run] = read_classes(run)
+    (first, table), *others = tables.items()
+    for other, its in others:
+        names = ((info.name for info in classes) for classes in (table, its))
+        for index, (ours, theirs) in enumerate(zip_longest(*names)):
+            if ours != theirs:
+                raise UserError(
+                    f"{other}: has other classes than {first}, first at train id {index}: {theirs or 'none'} where "
+                    f"{first} has {ours or 'none'}; choose among runs of the same data.classes"
+                )
+    if len(candidates) < 2:
+        raise UserError(
+            f"{first}: there is nothing to choose from a single candidate; name more runs, or take all of its "
+            "checkpoints with --all-checkpoints"
+        )
+    return candidates
+
+
+def read_classes(run: Path) -> tuple[ClassInfo, ...]:
+    """Class table of a run folder."""
+    return TypeAdapter(tuple[ClassInfo, ...]).validate_json((run / "classes.json").read_text())
+
+
+def spread(manifest: Manifest, most: int | None) -> Manifest:
+    """At most this many samples of a shard folder, evenly spread in the manifest's order; None takes all."""
+    if most is None or most >= manifest.samples:
+        return manifest
+    wanted = {place * manifest.samples // most for place in range(most)}
+    shards, first = [], 0
+    for shard in manifest.shards:
+        here = [sample for sample in range(len(shard.keys)) if first + sample in wanted]
+        first += len(shard.keys)
+        shards.append(_samples_of(shard, here))
+    return replace(manifest, shards=tuple(shards))
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    target: Manifest,
+    *,
+    device: torch.device | str,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Measurement:
+    """Compare the candidates' predictions with those of their ensemble; labels of the target are never read.
+
+    Images pass in chunks of bounded memory and candidates one after another, so that one network is held at a time.
+
+    Args:
+        candidates: Two or more of the same classes.
+        target: The target's shards.
+        device: Where networks run.
+        progress: Told how many pairs of candidate and image are done.
+
+    Raises:
+        UserError: a run or image cannot be read, or there are no images.
+    """
+    if not target.samples:
+        raise UserError(f"--target {target.location}: holds no images; name shards that do")
+    config, classes = load_config(candidates[0].run / "config.yaml"), read_classes(candidates[0].run)
+    number, few = len(classes), len(candidates) < ENSEMBLE_CANDIDATES
+    counts = torch.zeros(len(candidates), number, number, dtype=torch.int64)
+    densities, done = [0.0] * len(candidates), 0
+    # Shards that say they have no labels are not asked for any.
+    samples = evaluation_stream(
+        replace(target, labelled=False), 0, 1, classes=classes, workers=config.data.workers, cache=config.data.cache
+    )
+    with closing(samples):
+        for images in _chunks((sample.image for sample in samples), number, len(candidates)):
+            total = [torch.zeros(number, *_grid(image)) for image in images]
+            predicted: list[list[torch.Tensor]] = []
+            for place, candidate in enumerate(candidates):
+                own_config, _, model = load_run(candidate.run, candidate.checkpoint.name)
+                model.to(device)
+                predicted.append([])
+                for image, sums in zip(images, total, strict=True):
+                    probabilities = class_probabilities(model, image, own_config, device)
+                    if few:
+                        densities[place] += soft_neighbourhood_density(probabilities) / target.samples
+                    sums += probabilities.cpu()
+                    predicted[place].append(probabilities.argmax(dim=0).to(torch.uint8).cpu())
+                    progress(done := done + 1)
+            for place, labels in enumerate(predicted):
+                for label, sums in zip(labels, total, strict=True):
+                    counts[place] += confusion_matrix(label, sums.argmax(dim=0), number)
+    pixels = int(counts[0].sum())
+    agreement = [int(count.diagonal().sum()) / pixels for count in counts]
+    measured = [
+        Measured(score, count.sum(dim=0)) for score, count in zip(densities if few else agreement, counts, strict=True)
+    ]
+    return Measurement("SND" if few else "EnsV", measured, counts[0].sum(dim=1))
+
+
+@torch.no_grad()
+def class_probabilities(model: nn.Module, image: Pixels, config: RunConfig, device: torch.device | str) -> torch.Tensor:
+    """Class probabilities of an image on the common grid, by the run's evaluation protocol, float32, K x h x w."""
+    pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 255
+    views = view_logits(model, pixels, input_size(config, *image.shape[:2]), config.evaluation)
+    total = torch.zeros((), device=device)
+    for logits in views:
+        resized = F.interpolate(logits, _grid(image), mode="bilinear", align_corners=False)
+        total = total + resized[0].softmax(dim=0)
+    return total / len(views)
+
+
+def soft_neighbourhood_density(probabilities: torch.Tensor) -> float:
+    """Mean entropy of each pixel's similarities to the image's other pixels, nats (Saito et al. 2021, section 3).
+
+    High where predictions form dense clusters. Similarities are cosines of class probabilities over a temperature.
+
+    Args:
+        probabilities: K x h x w.
+    """
+    pixels = probabilities.flatten(1).T
+    chosen = torch.linspace(0, len(pixels) - 1, min(len(pixels), SND_PIXELS), device=pixels.device).long()
+    unit = F.normalize(pixels[chosen], dim=1)
+    similarity = (unit @ unit.T / SND_TEMPERATURE).fill_diagonal_(-torch.inf)
+    return float(torch.special.entr(similarity.softmax(dim=1)).sum(dim=1).mean())
+
+
+def predicted_classes(histogram: torch.Tensor) -> int:
+    """Number of classes predicted on at least `PREDICTED_SHARE` of the pixels of a histogram, K."""
+    return int((histogram >= PREDICTED_SHARE * histogram.sum()).sum())
+
+
+def histogram_entropy(histogram: torch.Tensor) -> float:
+    """Entropy of a histogram of predicted classes, K, in nats."""
+    return float(torch.special.entr(histogram.double() / histogram.sum()).sum())
+
+
+def guard(
+    measurement: Measurement, source_mean_iou: Sequence[float] | None, *, tolerance: float = 0.02
+) -> list[list[str]]:
+    """Why each candidate may not be chosen; an empty list where it may.
+
+    Source: the mean IoU on labelled source shards is more than `tolerance` below the best candidate's.
+    Collapse: at most half as many classes are predicted as by the reference, or the entropy of the histogram of
+    predicted classes is at most half of the reference's. The reference is the ensemble or the candidates' median,
+    whichever is larger, so that neither one confident candidate nor many collapsed ones set it alone.
+
+    Args:
+        measurement: What the candidates predict.
+        source_mean_iou: By candidate, in 0..1; None where there are no labelled source shards.
+        tolerance: In 0..1.
+    """
+    reasons: list[list[str]] = [[] for _ in measurement.candidates]
+    for place, value in enumerate(source_mean_iou or ()):
+        best = max(source_mean_iou or ())
+        if value < best - tolerance:
+            reasons[place].append(f"source mIoU {100 * (best - value):.1f} below the best")
+    for value_of, form in (
+        (predicted_classes, "{:g} of {:g} classes"),
+        (histogram_entropy, "entropy {:.2f} of {:.2f}"),
+    ):
+        values = [float(value_of(each.histogram)) for each in measurement.candidates]
+        reference = max(float(value_of(measurement.ensemble)), statistics.median(values))
+        for place, value in enumerate(values):
+            if value <= COLLAPSED_SHARE * reference and value < reference:
+                reasons[place].append(f"collapsed: {form.format(value, reference)}")
+    return reasons
+
+
+def choose(measurement: Measurement, reasons: Sequence[Sequence[str]]) -> int:
+    """Place of the candidate of highest score that no guard keeps out; of equal ones the first.
+
+    Raises:
+        UserError: all are out.
+    """
+    left = [place for place, out in enumerate(reasons) if not out]
+    if not left:
+        raise UserError("every candidate is kept out by a guard; raise --tolerance, or add candidates")
+    return max(left, key=lambda place: (measurement.candidates[place].score, -place))
+
+
+def _samples_of(shard: Shard, places: Sequence[int]) -> Shard:
+    return replace(
+        shard,
+        keys=[shard.keys[place] for place in places],
+        offsets=[shard.offsets[place] for place in places],
+        lengths=[shard.lengths[place] for place in places],
+        heights=[shard.heights[place] for place in places],
+        widths=[shard.widths[place] for place in places],
+        pixel_counts=[shard.pixel_counts[place] for place in places if shard.pixel_counts],
+    )
+
+
+def _grid(image: Pixels) -> tuple[int, int]:
+    return -(-image.shape[0] // GRID_STRIDE), -(-image.shape[1] // GRID_STRIDE)
+
+
+def _chunks(images: Iterator[Pixels], classes: int, candidates: int) -> Iterator[list[Pixels]]:
+    chunk: list[Pixels] = []
+    held = 0
+    for image in images:
+        height, width = _grid(image)
+        needed = image.nbytes + height * width * (4 * classes + candidates)
+        if chunk and held + needed > CHUNK_BYTES:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(image)
+        held += needed
+    if chunk:
+        yield chunk

@@ -1,0 +1,271 @@
+import json
+import math
+import shutil
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_pca.data.stream import evaluation_stream
+from dist_pca.errors import UserError
+from dist_pca.evaluation.evaluate import evaluate
+from dist_pca.model.segmenter import Segmenter
+from dist_pca.shards.manifest import Manifest, load_manifest
+from dist_pca.tools.study import selection
+from dist_pca.tools.study.selection import (
+    Measured,
+    Measurement,
+    choose,
+    class_probabilities,
+    find_candidates,
+    guard,
+    histogram_entropy,
+    measure,
+    predicted_classes,
+    soft_neighbourhood_density,
+    spread,
+)
+from dist_pca.training.run import load_run
+from tests.data.shards import CLASSES, make_shards
+from tests.evaluation.networks import segmenter, write_run
+
+
+def shaken(amount: float, seed: int) -> Segmenter:
+    """The network of `segmenter`, with noise on its weights."""
+    network = segmenter()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.head.parameters():
+            parameter += amount * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs that nearly agree, one that does not, one of two checkpoints, and target shards."""
+    folder = tmp_path_factory.mktemp("selection")
+    write_run(folder / "other", turned())
+    write_run(folder / "near", shaken(0.02, 1))
+    write_run(folder / "middle", segmenter())
+    write_run(folder / "two", shaken(2.0, 9), segmenter())
+    make_shards(folder / "target", [2, 3], labelled=False)
+    make_shards(folder / "labelled", [2, 3])
+    return folder
+
+
+def runs(folder: Path, *names: str) -> list[Path]:
+    return [folder / name / "tiny" for name in names]
+
+
+def turned() -> Segmenter:
+    """The network of `segmenter`, which takes each class for the next one."""
+    network = segmenter()
+    with torch.no_grad():
+        for parameter in network.head.classifier.parameters():  # type: ignore[union-attr]
+            parameter.copy_(parameter.roll(1, 0))
+    return network
+
+
+def manifest_of(folder: Path, name: str) -> Manifest:
+    return load_manifest(folder / name)
+
+
+def test_the_candidate_that_agrees_with_the_majority_is_chosen(folder: Path) -> None:
+    candidates = find_candidates(runs(folder, "other", "near", "middle"), all_checkpoints=False)
+    found = measure(candidates, manifest_of(folder, "target"), device="cpu")
+    assert found.rule == "EnsV"
+    scores = [each.score for each in found.candidates]
+    assert choose(found, guard(found, None)) in (1, 2)
+    assert scores[0] < min(scores[1:])
+
+
+def test_agreement_is_that_of_whole_probability_maps_held_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = find_candidates(runs(folder, "other", "near", "middle"), all_checkpoints=False)
+    target = manifest_of(folder, "target")
+    found = measure(candidates, target, device="cpu")
+    networks = [load_run(candidate.run) for candidate in candidates]
+    samples = evaluation_stream(target, 0, 1, classes=CLASSES, workers=0)
+    agreeing, pixels = [0, 0, 0], 0
+    for sample in samples:
+        maps = [class_probabilities(model, sample.image, config, "cpu") for config, _, model in networks]
+        ensemble = torch.stack(maps).mean(dim=0).argmax(dim=0)
+        pixels += ensemble.numel()
+        agreeing = [count + int((part.argmax(0) == ensemble).sum()) for count, part in zip(agreeing, maps, strict=True)]
+    assert [each.score for each in found.candidates] == pytest.approx([count / pixels for count in agreeing], abs=1e-3)
+    assert int(found.ensemble.sum()) == pixels
+    # Chunks of a single image give the same.
+    monkeypatch.setattr(selection, "CHUNK_BYTES", 1)
+    again = measure(candidates, target, device="cpu")
+    assert [each.score for each in again.candidates] == [each.score for each in found.candidates]
+
+
+def test_probabilities_are_those_that_evaluation_labels_by(folder: Path) -> None:
+    write_run(folder / "views", segmenter(), flip=True, scales=(1.0, 1.5))
+    for name in ("middle", "views"):
+        config, _, model = load_run(folder / name / "tiny")
+        image = next(iter(evaluation_stream(manifest_of(folder, "target"), 0, 1, classes=CLASSES, workers=0))).image
+        probabilities = class_probabilities(model, image, config, "cpu")
+        assert probabilities.shape == (3, 6, 10)
+        assert torch.allclose(probabilities.sum(dim=0), torch.ones(6, 10))
+
+
+def test_labels_of_the_target_never_choose(folder: Path, tmp_path: Path) -> None:
+    candidates = find_candidates(runs(folder, "other", "near", "middle"), all_checkpoints=False)
+    bare, labelled = (measure(candidates, manifest_of(folder, name), device="cpu") for name in ("target", "labelled"))
+    # The same images under labels of which none can be read.
+    shutil.copytree(folder / "labelled", tmp_path / "labelled")
+    for shard in (tmp_path / "labelled").glob("*.tar"):
+        content = shard.read_bytes()
+        places = [place for place in range(0, len(content), 512) if b".label.png" in content[place : place + 100]]
+        assert places
+        for place in places:
+            content = content[: place + 512] + b"\0" * 512 + content[place + 1024 :]
+        shard.write_bytes(content)
+    spoilt = measure(candidates, manifest_of(tmp_path, "labelled"), device="cpu")
+    for found in (labelled, spoilt):
+        assert [each.score for each in found.candidates] == [each.score for each in bare.candidates]
+        assert all(
+            torch.equal(ours.histogram, theirs.histogram)
+            for ours, theirs in zip(found.candidates, bare.candidates, strict=True)
+        )
+
+
+def test_of_two_candidates_the_denser_one_is_chosen(folder: Path) -> None:
+    found = measure(
+        find_candidates(runs(folder, "two"), all_checkpoints=True), manifest_of(folder, "target"), device="cpu"
+    )
+    assert found.rule == "SND"
+    assert choose(found, [[], []]) == max((0, 1), key=lambda place: found.candidates[place].score)
+
+
+def test_density_is_the_entropy_of_similarities_to_other_pixels() -> None:
+    # One tight cluster of n pixels: each is as near to all n - 1 others.
+    one = torch.tensor([0.9, 0.1]).expand(30, 2).T.reshape(2, 5, 6)
+    assert soft_neighbourhood_density(one) == pytest.approx(math.log(29), rel=1e-5)
+    # Two orthogonal clusters: each pixel has the others of its own.
+    two = torch.eye(2).repeat_interleave(15, dim=1).reshape(2, 5, 6)
+    assert soft_neighbourhood_density(two) == pytest.approx(math.log(14), rel=1e-4)
+
+
+def measurement(*histograms: tuple[int, ...], scores: tuple[float, ...] | None = None) -> Measurement:
+    counts = [torch.tensor(histogram) for histogram in histograms]
+    given = scores or tuple(1.0 - 0.1 * place for place in range(len(counts)))
+    return Measurement(
+        "EnsV", [Measured(s, c) for s, c in zip(given, counts, strict=True)], torch.stack(counts).sum(dim=0)
+    )
+
+
+HEALTHY = (500, 300, 150, 50)
+
+
+def test_a_candidate_that_forgot_the_source_is_kept_out_though_it_agrees_most() -> None:
+    found = measurement(HEALTHY, HEALTHY, HEALTHY)
+    reasons = guard(found, [0.50, 0.531, 0.511], tolerance=0.02)
+    assert [bool(out) for out in reasons] == [True, False, False]
+    assert "source mIoU 3.1 below the best" in reasons[0]
+    assert choose(found, reasons) == 1
+    assert choose(found, guard(found, [0.50, 0.531, 0.511], tolerance=0.04)) == 0
+    assert choose(found, guard(found, None)) == 0
+
+
+@pytest.mark.parametrize("collapsed", [(999, 1, 0, 0), (500, 500, 0, 0), (997, 1, 1, 1), (1000, 0, 0, 0)])
+def test_a_candidate_that_has_collapsed_is_kept_out(collapsed: tuple[int, ...]) -> None:
+    reasons = guard(measurement(collapsed, HEALTHY, HEALTHY), None)
+    assert reasons[0]
+    assert reasons[0][0].startswith("collapsed")
+    assert reasons[1:] == [[], []]
+
+
+def test_one_healthy_candidate_among_collapsed_ones_is_left() -> None:
+    # The median has collapsed; the ensemble has not, quite.
+    found = measurement((1000, 0, 0, 0), (1000, 0, 0, 0), HEALTHY)
+    assert [bool(out) for out in guard(found, None)] == [True, True, False]
+
+
+def test_a_rare_class_that_is_lost_is_no_collapse() -> None:
+    assert guard(measurement((500, 300, 200, 0), HEALTHY, HEALTHY), None) == [[], [], []]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.lists(st.integers(0, 1000), min_size=4, max_size=4).filter(any), min_size=3, max_size=6))
+def test_equal_histograms_are_kept_and_the_fullest_one_is_never_out(histograms: list[list[int]]) -> None:
+    assert guard(measurement(*[tuple(histograms[0])] * 3), None) == [[], [], []]
+    even = (250, 250, 250, 250)
+    assert guard(measurement(even, *map(tuple, histograms)), None)[0] == []
+
+
+def test_no_candidate_left_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(UserError, match="--tolerance"):
+        choose(measurement(HEALTHY, HEALTHY), [["a"], ["b"]])
+
+
+def test_of_equal_scores_the_first_is_chosen() -> None:
+    assert choose(measurement(HEALTHY, HEALTHY, HEALTHY, scores=(0.5, 0.7, 0.7)), [[], [], []]) == 1
+
+
+def test_classes_count_from_a_thousandth_of_the_pixels() -> None:
+    assert predicted_classes(torch.tensor([9989, 10, 1])) == 2
+    assert histogram_entropy(torch.tensor([5, 5, 0])) == pytest.approx(math.log(2))
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(1, 8))
+def test_samples_are_spread_over_the_shards_in_their_order(most: int) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        manifest = make_shards(Path(place) / "shards", [2, 0, 3])
+        part = spread(manifest, most)
+        keys = [key for shard in manifest.shards for key in shard.keys]
+        kept = [key for shard in part.shards for key in shard.keys]
+        assert part.samples == len(kept) == min(most, 5)
+        assert kept == sorted(kept, key=keys.index)
+        gaps = [keys.index(b) - keys.index(a) for a, b in pairwise(kept)]
+        assert not gaps or max(gaps) - min(gaps) <= 1
+        # Their pixels are those that they had.
+        ours = {s.key: s for s in evaluation_stream(part, 0, 1, classes=CLASSES, workers=0)}
+        for sample in evaluation_stream(manifest, 0, 1, classes=CLASSES, workers=0):
+            if sample.key in ours:
+                assert (sample.image == ours[sample.key].image).all()
+                assert (sample.label == ours[sample.key].label).all()
+
+
+def test_a_part_of_the_shards_is_scored_as_a_whole_of_its_own(folder: Path) -> None:
+    config, classes, model = load_run(folder / "middle" / "tiny")
+    part = spread(manifest_of(folder, "labelled"), 2)
+    assert evaluate(model, part, classes, config, device="cpu", quiet=True).images == 2
+
+
+def test_runs_of_other_classes_are_refused_and_the_first_difference_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "near", tmp_path / "near")
+    table = tmp_path / "near/tiny/classes.json"
+    table.write_text(
+        json.dumps([{**info, "name": info["name"].replace("sky", "sea")} for info in json.loads(table.read_text())])
+    )
+    with pytest.raises(UserError, match=r"first at train id 1: sea where .* has sky"):
+        find_candidates([*runs(folder, "middle"), tmp_path / "near/tiny"], all_checkpoints=False)
+
+
+def test_what_cannot_be_a_candidate_is_refused(folder: Path, tmp_path: Path) -> None:
+    for wanted, message in (
+        ([tmp_path], "not a run folder"),
+        ([write_run(tmp_path)], "has no checkpoint yet"),
+        (runs(folder, "near"), "--all-checkpoints"),
+        (runs(folder, "near", "near"), "single candidate"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_candidates(wanted, all_checkpoints=False)
+
+
+def test_all_checkpoints_are_candidates_where_that_is_wanted(folder: Path) -> None:
+    newest = find_candidates(runs(folder, "two", "near"), all_checkpoints=False)
+    assert [candidate.step for candidate in newest] == [2, 1]
+    assert [candidate.step for candidate in find_candidates(runs(folder, "two", "near"), all_checkpoints=True)] == [
+        1,
+        2,
+        1,
+    ]
