@@ -98,7 +98,7 @@ def sweep(
     key: torch.Tensor,
     weighted: torch.Tensor,
     log_sum: torch.Tensor,
-    key_gradient: torch.Tensor,
+    key_gradient: torch.Tensor | None,
     *,
     deterministic: bool,
 ) -> torch.Tensor:
@@ -109,7 +109,7 @@ def sweep(
         key: [m, C].
         weighted: [n, C].
         log_sum: [n].
-        key_gradient: [m, C] in fp32 or more.
+        key_gradient: [m, C] in fp32 or more; None where keys have no gradient.
         deterministic: Same bits every time, which this always gives.
     """
     tile = scores(query, key)
@@ -117,10 +117,12 @@ def sweep(
 
 
 def pull_both(
-    probabilities: torch.Tensor, key: torch.Tensor, weighted: torch.Tensor, key_gradient: torch.Tensor
+    probabilities: torch.Tensor, key: torch.Tensor, weighted: torch.Tensor, key_gradient: torch.Tensor | None
 ) -> torch.Tensor:
-    """`P @ key`, [n, C], and `P.T @ weighted` added to key_gradient [m, C], for a tile P [n, m]."""
+    """`P @ key`, [n, C], and `P.T @ weighted` added to key_gradient [m, C] if there is one, for a tile P [n, m]."""
     probabilities = probabilities.to(key.dtype)
+    if key_gradient is None:
+        return widened(product(probabilities, key))
     if key.is_cuda and key.dtype != torch.bfloat16:
         key_gradient.addmm_(probabilities.T, weighted)
     elif key.is_cuda:

@@ -29,6 +29,9 @@ class Pool:
     """This rank within the group; 0 where the pool is local."""
     ranks: int
     """Ranks in the group; 1 where the pool is local."""
+    source_counts: list[int]
+    """Source pixels of each of its ranks."""
+    target_counts: list[int]
     wire: torch.dtype | None = None
     """Type of keys under way; None leaves theirs. Gradients that are added up on the way stay in fp32 or more."""
     sent_bytes: int = field(default=0)

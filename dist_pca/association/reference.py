@@ -4,53 +4,119 @@ from typing import NamedTuple
 
 import torch
 
+from dist_pca.association.cycles import Cycles, are_consistent, scaled
+from dist_pca.association.exchange import all_gather
+from dist_pca.association.options import Inputs, Options
+from dist_pca.association.pool import Pool
+from dist_pca.association.similarity import keys, normalised
 from dist_pca.association.statistics import temperature
 
 
-class Cycles(NamedTuple):
-    """What the cycles of one block of source rows through one pool give."""
+class Rows(NamedTuple):
+    """Queries and keys of both directions of a cycle."""
 
-    loss_sum: torch.Tensor
-    """Scalar, with a graph: minus the sum over kept rows of both log-probabilities."""
+    source_query: torch.Tensor
+    """[n, C], the source pixels that start cycles."""
+    target_key: torch.Tensor
+    """[N_t, C], candidates of the match source → target."""
+    target_query: torch.Tensor
+    """[N_t, C]"""
+    source_key: torch.Tensor
+    """[N_s, C], candidates of the match target → source."""
+
+
+class Contrast(NamedTuple):
+    """Matches of n source pixels and back, and the log-likelihood of both."""
+
     match: torch.Tensor
-    """int64 [n]: each source row's best target in the pool, j*."""
-    returned: torch.Tensor
-    """int64 [n]: that target's best source in the pool, i*."""
-    kept: torch.Tensor
-    """bool [n]: the cycle ends in the class it started from."""
+    """int64 [n]: best target pixel of each, j*."""
+    end: torch.Tensor
+    """int64 [n]: best source pixel of that one, i*."""
+    forward: torch.Tensor
+    """[n], `log p(i -> j*)`, with a graph."""
+    backward: torch.Tensor
+    """[n], `log p(j* -> i*)`, with a graph."""
 
 
-def cycles(
-    source_query: torch.Tensor,
-    target_key: torch.Tensor,
-    target_query: torch.Tensor,
-    source_key: torch.Tensor,
-    labels: torch.Tensor,
-    pool_labels: torch.Tensor,
-    ignore_index: int,
-    detach_statistics: bool,
-) -> Cycles:
-    """Associate n source rows with N_t targets and back with N_s sources (PLCA, equations 1 to 6).
+def contrast(rows: Rows, guide: Rows | None, detach_statistics: bool) -> Contrast:
+    """Associate source pixels with target pixels and back (PLCA, equations 1 to 6).
 
     Args:
-        source_query: [n, C], the rows that start cycles.
-        target_key: [N_t, C], candidates of the forward match.
-        target_query: [N_t, C], the rows that lead back.
-        source_key: [N_s, C], candidates of the backward match.
-        labels: int64 [n].
-        pool_labels: int64 [N_s].
-        ignore_index: Label that neither starts nor ends a cycle.
+        rows: Queries and keys of both softmaxes.
+        guide: Queries and keys that choose the matches in their place.
         detach_statistics: Stop the gradient through each row's standard deviation.
     """
-    forward = source_query @ target_key.T
-    match = forward.argmax(dim=1)
-    backward = target_query[match] @ source_key.T
-    returned = backward.argmax(dim=1)
-    kept = (labels == pool_labels[returned]) & (labels != ignore_index)
+    # D(i, j) and j*(i) = argmax_j D(i, j).
+    forward = rows.source_query @ rows.target_key.T
+    match = (forward if guide is None else guide.source_query @ guide.target_key.T).argmax(dim=1)
+    # D(j*, i') and i*(i) = argmax_i' D(j*, i').
+    backward = rows.target_query[match] @ rows.source_key.T
+    end = (backward if guide is None else guide.target_query[match] @ guide.source_key.T).argmax(dim=1)
+    return Contrast(
+        match,
+        end,
+        _log_likelihood(forward, match, detach_statistics),
+        _log_likelihood(backward, end, detach_statistics),
+    )
 
-    loss_sum = source_query.sum() * 0 + target_key.sum() * 0 + target_query.sum() * 0 + source_key.sum() * 0
-    for similarity, best in ((forward, match), (backward, returned)):
-        sigma = temperature(similarity.detach() if detach_statistics else similarity)
-        log_probability = torch.log_softmax(similarity / sigma, dim=1).gather(1, best[:, None])[:, 0]
-        loss_sum = loss_sum - log_probability[kept].sum()
-    return Cycles(loss_sum, match, returned, kept)
+
+def _log_likelihood(similarity: torch.Tensor, best: torch.Tensor, detach_statistics: bool) -> torch.Tensor:
+    # log p = log softmax(D / sigma) at the match; the mean that contrast normalisation subtracts drops out.
+    sigma = temperature(similarity.detach() if detach_statistics else similarity)
+    return torch.log_softmax(similarity / sigma, dim=1).gather(1, best[:, None])[:, 0]
+
+
+def find_cycles(inputs: Inputs, pool: Pool, options: Options) -> Cycles:
+    """Find the cycles of a pool, rows gathered with autograd. Collective over its ranks, as is the backward pass."""
+    source, target = (_normalised(rows, options) for rows in (inputs.source, inputs.target))
+    guide = None
+    if inputs.guide is not None:
+        guide_source, guide_target = (_normalised(x.to(source.dtype), options) for x in inputs.guide)
+        guide = _rows(guide_source, guide_target, None, pool, options)
+    rows = _rows(source, target, guide if options.guide_keys else None, pool, options)
+    found = contrast(rows, guide, options.detach_statistics)
+
+    labels = pool.gather(inputs.labels, pool.source_counts)
+    seen = weights = None
+    if inputs.target_classes is not None:
+        seen = pool.gather(inputs.target_classes, pool.target_counts)[found.match]
+    if inputs.target_weights is not None:
+        weights = pool.gather(inputs.target_weights.to(source.dtype), pool.target_counts)[found.match]
+    consistent = are_consistent(inputs.labels, labels[found.end], seen, options.ignore_index)
+
+    def loss_sum(class_scale: torch.Tensor | None) -> torch.Tensor:
+        weight = torch.ones_like(found.forward.detach()) if weights is None else weights
+        weight = scaled(weight[consistent], inputs.labels[consistent], class_scale)
+        total = sum((x.sum() * 0 for x in rows), start=weight.new_zeros(()))
+        for log_probability in (found.forward, found.backward):
+            total = total - (weight * log_probability[consistent]).sum()
+        return total
+
+    return Cycles(
+        pool.gather(found.match, pool.source_counts),
+        labels,
+        pool.gather(consistent, pool.source_counts),
+        None if weights is None else pool.gather(weights, pool.source_counts),
+        loss_sum,
+    )
+
+
+def _rows(source: torch.Tensor, target: torch.Tensor, keys_of: Rows | None, pool: Pool, options: Options) -> Rows:
+    """Queries of normalised rows, and their keys or those of others, over the pool."""
+    target_pool = _gathered(target, pool)
+    if keys_of is not None:
+        return Rows(source, keys_of.target_key, target_pool, keys_of.source_key)
+    source_pool = _gathered(source, pool)
+    return Rows(source, keys(target_pool, options.similarity), target_pool, keys(source_pool, options.similarity))
+
+
+def _gathered(rows: torch.Tensor, pool: Pool) -> torch.Tensor:
+    if pool.ranks == 1:
+        return rows
+    # Rows go out to every other rank, and where they have a gradient as many bytes come back.
+    pool.sent_bytes += (1 + rows.requires_grad) * (pool.ranks - 1) * rows.numel() * rows.element_size()
+    return all_gather(rows, pool.group)
+
+
+def _normalised(rows: torch.Tensor, options: Options) -> torch.Tensor:
+    return normalised(rows.to(torch.promote_types(rows.dtype, torch.float32)), options.similarity)

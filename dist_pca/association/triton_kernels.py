@@ -92,7 +92,7 @@ def sweep(
     key: torch.Tensor,
     weighted: torch.Tensor,
     log_sum: torch.Tensor,
-    key_gradient: torch.Tensor,
+    key_gradient: torch.Tensor | None,
     *,
     deterministic: bool,
 ) -> torch.Tensor:
@@ -105,7 +105,7 @@ def sweep(
         key: [m, C], likewise; m is 1 or more.
         weighted: [n, C] of the same type.
         log_sum: fp32 [n].
-        key_gradient: fp32 [m, C], changed in place.
+        key_gradient: fp32 [m, C], changed in place; None where keys have no gradient.
         deterministic: The same sums, bit by bit, in every process on the same kind of GPU: no atomics, and block sizes
             that are fixed, not timed.
     """
@@ -115,9 +115,11 @@ def sweep(
     query, key, weighted = _aligned(query), _aligned(key), _aligned(weighted)
     if channels > FUSED_CHANNELS[query.dtype]:
         query_sum = _sweep_wide(query, key, weighted, log_sum, key_gradient, fixed=deterministic)
-    elif deterministic or channels > ATOMIC_CHANNELS:
+    elif key_gradient is None or deterministic or channels > ATOMIC_CHANNELS:
         query_sum = _sweep_side(query, key, key, log_sum, owns_keys=False, fixed=deterministic)
-        key_gradient += _sweep_side(key, query, weighted, log_sum, owns_keys=True, fixed=deterministic)[:, :channels]
+        if key_gradient is not None:
+            key_sum = _sweep_side(key, query, weighted, log_sum, owns_keys=True, fixed=deterministic)
+            key_gradient += key_sum[:, :channels]
     else:
         query_sum, key_sum = _sweep_atomic(query, key, weighted, log_sum)
         key_gradient += key_sum[:, :channels]
@@ -192,12 +194,12 @@ def _sweep_wide(
     key: torch.Tensor,
     weighted: torch.Tensor,
     log_sum: torch.Tensor,
-    key_gradient: torch.Tensor,
+    key_gradient: torch.Tensor | None,
     *,
     fixed: bool,
 ) -> torch.Tensor:
     """`P @ key`, and `P.T @ weighted` added to `key_gradient`, one tile of P at a time in scratch memory."""
-    n, m, channels = len(query), len(key), key_gradient.shape[1]
+    n, m = len(query), len(key)
     elements = SCRATCH_BYTES // query.element_size()
     # About square, for then the products read and write the least for each probability.
     columns = _even(m, math.isqrt(elements), SCRATCH_STEP)
@@ -209,7 +211,8 @@ def _sweep_wide(
             probability = scratch[: queries.stop - queries.start, : keys.stop - keys.start]
             _probabilities(query[queries], key[keys], log_sum[queries], probability, fixed=fixed)
             query_sum[queries] += _product(probability, key[keys])
-            key_gradient[keys] += _product(probability.T, weighted[queries])[:, :channels]
+            if key_gradient is not None:
+                key_gradient[keys] += _product(probability.T, weighted[queries])[:, : key_gradient.shape[1]]
     return query_sum
 
 

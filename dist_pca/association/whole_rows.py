@@ -8,6 +8,7 @@ import math
 import torch
 
 from dist_pca.association.blockwise import product, pull_both, row_blocks, row_maximum, widened
+from dist_pca.association.cycles import are_consistent
 from dist_pca.association.direction import Direction, Matched
 from dist_pca.association.statistics import SIGMA_EPSILON
 
@@ -15,8 +16,8 @@ GROUP = 64
 """Rows come in multiples of this, where there is a choice."""
 CPU_PART_BYTES = 2 << 20
 """Memory for rows of a tile in fp32 that a CPU passes over several times."""
-LED_BACK = 128
-"""Targets that are led back at a time, beside a tile that is waiting for them."""
+RETURNED_ROWS = 128
+"""Matched targets whose match back is taken at a time, beside a tile that is waiting for them."""
 
 
 def match_whole_rows(direction: Direction, rows: torch.Tensor) -> Matched:
@@ -29,7 +30,7 @@ def match_whole_rows(direction: Direction, rows: torch.Tensor) -> Matched:
 
 
 def sweep_whole_rows(direction: Direction, rows: torch.Tensor, matched: Matched, weight: torch.Tensor) -> torch.Tensor:
-    """`-sum_i weight_i log p_i(best_i)` over some query rows [k]; its gradients are added to both sides. Collective."""
+    """`-sum_i weight_i log p_i(best_i)` over query rows [k]; adds its gradients to queries and keys. Collective."""
     total = weight.new_zeros(())
     for _, block, gradient in direction.keys.passes(direction.key_gradient):
         for part in _row_blocks(len(rows), block):
@@ -41,24 +42,29 @@ def sweep_whole_rows(direction: Direction, rows: torch.Tensor, matched: Matched,
 
 
 def close_cycles(
-    forward: Direction, backward: Direction, classes: torch.Tensor, num_classes: int
+    forward: Direction,
+    backward: Direction,
+    classes: torch.Tensor,
+    target_classes: torch.Tensor | None,
+    target_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Match all source rows [n_s] of a pool that is all here, and sweep those whose cycle closes, each tile at once.
+    """Match all source rows [n_s] of a pool that is all here, and sweep those whose cycle is consistent, tile by tile.
 
-    Targets are led back when a tile first matches them, so no forward tile has to be made twice.
+    Matched targets are matched back when a tile first meets them, so no forward tile has to be made twice.
 
     Args:
         forward: From source to target.
         backward: From target to source.
-        classes: [n_s] labels, K where there is none.
-        num_classes: K.
+        classes: int64 [n_s] labels, K where there is none.
+        target_classes: int64 [n_t], which cycles through a target must have; None where any will do.
+        target_weights: [n_t], weight of cycles through a target; None for 1.
 
     Returns:
         Best target of each source row [n_s]; best source of each matched target [n_t], -1 for others; the forward sum
-        over kept rows, as in `sweep_whole_rows`.
+        over consistent cycles, as in `sweep_whole_rows`.
     """
     match = torch.empty(len(classes), dtype=torch.int64, device=classes.device)
-    leads_to = match.new_full((len(backward.queries.x),), -1)
+    match_back = match.new_full((len(backward.queries.x),), -1)
     total = forward.queries.x.new_zeros(())
     everywhere = torch.arange(len(classes), device=classes.device)
     for _, block, gradient in forward.keys.passes(forward.key_gradient):
@@ -66,19 +72,23 @@ def close_cycles(
             rows = everywhere[part]
             query, tile = _tile(forward, rows, block)
             match[part] = best = _best_keys(tile)
-            middles = torch.unique(best)
-            middles = middles[leads_to[middles] < 0]
-            middles = middles[_in_groups(len(middles), middles.device)]
-            for few in middles.split(LED_BACK):
-                leads_to[few] = match_whole_rows(backward, few).best
-            kept = (classes[part] == classes[leads_to[best]]) & (classes[part] < num_classes)
-            chosen = _whole_groups(kept)
-            rows, best, weight = rows[chosen], best[chosen], kept[chosen].to(total.dtype)
-            if len(chosen) < len(kept):
+            targets = torch.unique(best)
+            targets = targets[match_back[targets] < 0]
+            targets = targets[_in_groups(len(targets), targets.device)]
+            for few in targets.split(RETURNED_ROWS):
+                match_back[few] = match_whole_rows(backward, few).best
+            seen = None if target_classes is None else target_classes[best]
+            consistent = are_consistent(classes[part], classes[match_back[best]], seen, forward.options.num_classes)
+            weight = consistent.to(total.dtype)
+            if target_weights is not None:
+                weight *= target_weights[best]
+            chosen = _whole_groups(weight > 0)
+            rows, best, weight = rows[chosen], best[chosen], weight[chosen]
+            if len(chosen) < len(consistent):
                 query, tile = query.index_select(0, chosen), tile.index_select(0, chosen)
             total += _sweep_tile(forward, tile, query, rows, best, weight, block, gradient)
             del query, tile
-    return match, leads_to, total
+    return match, match_back, total
 
 
 def _tile(direction: Direction, rows: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,20 +129,21 @@ def _sweep_tile(
         sigma[part] = deviation + SIGMA_EPSILON
         probabilities = torch.softmax(logits.div_(sigma[part]), dim=1, out=logits)
         at_best[part] = probabilities.gather(1, where)
-        if gradient is not None:
+        if direction.queries.gradients:
             probabilities.scatter_(1, where, at_best[part] - 1)
             if direction.keys.scale is not None:
                 probabilities *= direction.keys.scale
             if probabilities.dtype != tile.dtype:
                 tile[part] = probabilities
     loss = -(weight * at_best[:, 0].log()).sum()
-    if gradient is None:
+    if not direction.queries.gradients:
         return loss
+    # d(-log p_i) / d logits = (P - onehot) / sigma_i, so dq = (P - onehot) K / sigma and dk = (P - onehot)' Q / sigma.
     scale = weight[:, None] / sigma
-    pull = pull_both(tile, block, (query * scale).to(block.dtype), gradient)
-    if direction.slope is not None:
-        direction.slope[rows] = -((query * pull).sum(dim=1, keepdim=True) * scale / sigma)[:, 0]
-    direction.queries.add_query_gradient(rows, pull.mul_(scale))
+    dq = pull_both(tile, block, (query * scale).to(block.dtype), gradient)
+    if direction.d_sigma is not None:
+        direction.d_sigma[rows] = -((query * dq).sum(dim=1, keepdim=True) * scale / sigma)[:, 0]
+    direction.queries.add_query_gradient(rows, dq.mul_(scale))
     return loss
 
 

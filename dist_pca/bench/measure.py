@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dist_pca.association import Association, associate
-from dist_pca.association.associate import Implementation
+from dist_pca.association.options import Implementation
 from dist_pca.bench.cases import Case, Measured, inputs
 from dist_pca.bench.memory import peak_of, return_freed_memory_at_once
 

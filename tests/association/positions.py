@@ -1,5 +1,7 @@
 """Drawn positions of two domains, for the tests of this folder."""
 
+from typing import Any
+
 import torch
 
 from dist_pca.association.similarity import Similarity
@@ -17,3 +19,26 @@ def labels_of(n: int, seed: int, classes: int = CLASSES) -> torch.Tensor:
     """Labels [n], some of them 255."""
     labels = torch.randint(0, classes + 1, (n,), generator=torch.Generator().manual_seed(seed))
     return torch.where(labels == classes, 255, labels)
+
+
+def refinements(
+    n_source: int,
+    n_target: int,
+    channels: int,
+    similarity: Similarity,
+    seed: int,
+    *,
+    classes: bool = False,
+    weights: bool = False,
+    guide: bool = False,
+) -> dict[str, Any]:
+    """Optional inputs of `associate`, drawn: classes with some 255, weights with some 0, and a guide's rows."""
+    drawn: dict[str, Any] = {}
+    if classes:
+        drawn["target_classes"] = labels_of(n_target, seed + 2)
+    if weights:
+        values = torch.rand(n_target, generator=torch.Generator().manual_seed(seed + 3), dtype=torch.float64)
+        drawn["target_weights"] = (values - 0.2).clamp(min=0)
+    if guide:
+        drawn["guide"] = tuple(domain(n, channels, similarity, seed + 4 + n) for n in (n_source, n_target))
+    return drawn

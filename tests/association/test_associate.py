@@ -2,15 +2,16 @@
 
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_pca.association import associate, associate_pairs, diffuse
+from dist_pca.association import Association, associate, associate_pairs, diffuse
 from dist_pca.association.similarity import Similarity
-from tests.association.positions import CLASSES, domain, labels_of
+from tests.association.positions import CLASSES, domain, labels_of, refinements
 
 IMPLEMENTATIONS = ["reference", "blockwise"]
 both_similarities = pytest.mark.parametrize("similarity", ["cosine", "kl"])
@@ -18,8 +19,21 @@ every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS
 drawn = {"seed": st.integers(0, 1000), "similarity": st.sampled_from(["cosine", "kl"])}
 
 
-def literal(source: torch.Tensor, target: torch.Tensor, labels: list[int], similarity: Similarity) -> tuple[float, int]:
-    """METHOD as written: one similarity at a time, z-scores with the mean left in, the entropy left in."""
+def literal(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    labels: list[int],
+    similarity: Similarity,
+    *,
+    target_classes: torch.Tensor | None = None,
+    target_weights: torch.Tensor | None = None,
+    guide: tuple[torch.Tensor, torch.Tensor] | None = None,
+    class_balanced: bool = False,
+    guide_keys: bool = False,
+) -> tuple[float, int]:
+    """The formulas as written: one similarity at a time, z-scores with the mean left in, the entropy left in."""
+    guide_source, guide_target = guide or (source, target)
+    source_keys, target_keys = (guide_source, guide_target) if guide_keys else (source, target)
 
     def compare(a: torch.Tensor, b: torch.Tensor) -> float:
         if similarity == "cosine":
@@ -32,16 +46,28 @@ def literal(source: torch.Tensor, target: torch.Tensor, labels: list[int], simil
         scores = [(d - mean) / (deviation + 1e-10) for d in row]
         return scores[best] - math.log(sum(math.exp(score) for score in scores))
 
-    total, kept = 0.0, 0
+    cycles: dict[int, list[tuple[float, float]]] = {}
     for i, label in enumerate(labels):
-        forward = [compare(source[i], t) for t in target]
+        forward = [compare(guide_source[i], t) for t in guide_target]
         match = max(range(len(forward)), key=forward.__getitem__)
-        backward = [compare(target[match], s) for s in source]
+        backward = [compare(guide_target[match], s) for s in guide_source]
         returned = max(range(len(backward)), key=backward.__getitem__)
-        if label != 255 and labels[returned] == label:
-            kept += 1
-            total -= log_probability(forward, match) + log_probability(backward, returned)
-    return total / max(kept, 1), kept
+        seen = label if target_classes is None else int(target_classes[match])
+        if label != 255 and labels[returned] == label == seen:
+            weight = 1.0 if target_weights is None else float(target_weights[match])
+            loss = -log_probability([compare(source[i], t) for t in target_keys], match)
+            loss -= log_probability([compare(target[match], s) for s in source_keys], returned)
+            cycles.setdefault(label, []).append((weight, loss))
+
+    def mean(weighted: list[tuple[float, float]]) -> float:
+        return sum(w * loss for w, loss in weighted) / sum(w for w, _ in weighted)
+
+    classes = [of_class for of_class in cycles.values() if sum(w for w, _ in of_class) > 0]
+    everything = [cycle for of_class in classes for cycle in of_class]
+    kept = sum(map(len, cycles.values()))
+    if not classes:
+        return 0.0, kept
+    return sum(map(mean, classes)) / len(classes) if class_balanced else mean(everything), kept
 
 
 @both_similarities
@@ -53,6 +79,98 @@ def test_loss_is_the_papers_formula_taken_literally(similarity: Similarity, impl
     loss, kept = literal(source, target, labels.tolist(), similarity)
     assert int(found.kept) == kept > 0
     assert float(found.loss) == pytest.approx(loss, rel=1e-9)
+
+
+@both_similarities
+@every_implementation
+@pytest.mark.parametrize("class_balanced", [False, True])
+@pytest.mark.parametrize("guide_keys", [None, False, True])
+def test_refined_loss_is_its_formula_taken_literally(
+    similarity: Similarity, implementation: str, class_balanced: bool, guide_keys: bool | None
+) -> None:
+    source, target = domain(40, 7, similarity, 0), domain(30, 7, similarity, 1)
+    options = refinements(40, 30, 7, similarity, 2, weights=True, guide=guide_keys is not None)
+    options |= {"class_balanced": class_balanced, "guide_keys": bool(guide_keys)}
+    # With two classes enough cycles pass both of their tests.
+    labels, options["target_classes"] = labels_of(40, 0, 2), labels_of(30, 4, 2)
+    loss, kept = literal(source, target, labels.tolist(), similarity, **options)
+    found = associate(
+        source, target, labels, similarity=similarity, num_classes=3, implementation=implementation, **options
+    )  # type: ignore[arg-type]
+    assert int(found.kept) == kept > 2
+    assert found.kept_per_class[:2].all()
+    assert float(found.loss) == pytest.approx(loss, rel=1e-9)
+
+
+def gradients(source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+    """Loss and gradients."""
+    source, target = (x.clone().requires_grad_() for x in (source, target))
+    loss = associate(source, target, labels, num_classes=CLASSES, **options).loss
+    return [loss.detach(), *torch.autograd.grad(loss, (source, target))]
+
+
+@settings(max_examples=30, deadline=None)
+@given(**drawn, weight=st.floats(0.01, 100), class_balanced=st.booleans())
+def test_equal_weights_and_a_guide_that_is_the_input_change_nothing(
+    seed: int, similarity: Similarity, weight: float, class_balanced: bool
+) -> None:
+    source, target, labels = domain(30, 6, similarity, seed), domain(20, 6, similarity, seed + 1), labels_of(30, seed)
+    options: dict[str, Any] = {"similarity": similarity, "class_balanced": class_balanced}
+    plain = gradients(source, target, labels, **options)
+    for refinement in (
+        {"target_weights": torch.full((20,), weight, dtype=torch.float64)},
+        {"guide": (source, target)},
+    ):
+        torch.testing.assert_close(gradients(source, target, labels, **options, **refinement), plain)
+
+
+@settings(max_examples=30, deadline=None)
+@given(**drawn)
+def test_weights_of_ones_are_the_same_bits_as_none(seed: int, similarity: Similarity) -> None:
+    source, target, labels = domain(30, 6, similarity, seed), domain(20, 6, similarity, seed + 1), labels_of(30, seed)
+    plain = gradients(source, target, labels, similarity=similarity)
+    ones = gradients(source, target, labels, similarity=similarity, target_weights=torch.ones(20))
+    assert all(torch.equal(a, b) for a, b in zip(plain, ones, strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(**drawn, times=st.integers(2, 4))
+def test_more_of_one_class_does_not_move_the_class_balanced_mean(seed: int, similarity: Similarity, times: int) -> None:
+    common, rare = (
+        (domain(12, 5, similarity, seed + k), domain(9, 5, similarity, seed + 7 + k), torch.full((12,), k))
+        for k in (0, 1)
+    )
+
+    def loss(repeated: int, class_balanced: bool) -> torch.Tensor:
+        sources, targets, labels = zip(*[common] * repeated, rare, strict=True)
+        return associate_pairs(
+            sources, targets, labels, similarity=similarity, num_classes=3, class_balanced=class_balanced
+        ).loss
+
+    torch.testing.assert_close(loss(times, True), loss(1, True))
+    assert not torch.isclose(loss(times, False), loss(1, False))
+
+
+@both_similarities
+@every_implementation
+def test_keys_of_a_guide_take_no_gradient(similarity: Similarity, implementation: str) -> None:
+    source, target, labels = domain(30, 6, similarity, 0), domain(20, 6, similarity, 1), labels_of(30, 0)
+    guide_source, guide_target = (x.clone().requires_grad_() for x in (source, target))
+    options = {"similarity": similarity, "implementation": implementation, "target_labels": torch.arange(20) % CLASSES}
+    _, keys_too, _ = gradients(source, target, labels, **options)
+    source.requires_grad_()
+    target.requires_grad_()
+    found = associate(
+        source, target, labels, num_classes=CLASSES, guide=(guide_source, guide_target), guide_keys=True, **options
+    )
+    found.loss.backward()
+    assert guide_source.grad is guide_target.grad is None
+    assert source.grad is not None
+    assert target.grad is not None
+    # Only source pixels that start a consistent cycle are queries, while every one is a key.
+    assert int(source.grad.any(dim=1).sum()) == int(found.kept)
+    assert int(keys_too.any(dim=1).sum()) == 30
+    assert 0 < int(target.grad.any(dim=1).sum()) <= int(found.kept)
 
 
 @settings(max_examples=30, deadline=None)
@@ -154,6 +272,52 @@ def test_diagnostics_count_what_they_say() -> None:
     assert float(found.correct_ratio) == pytest.approx(1 / 3)
     assert float(found.nats_over_chance) == pytest.approx(math.log(3) + math.log(4) - float(found.loss))
     assert int(found.exchanged_bytes) == 0
+    assert found.confusion.tolist() == [[1, 0], [2, 0]]
+    assert found.kept_confusion.tolist() == [[1, 0], [1, 0]]
+    assert float(found.kept_correct_ratio) == pytest.approx(1 / 2)
+
+
+@every_implementation
+def test_a_teachers_class_and_weight_decide_which_cycles_count(implementation: str) -> None:
+    # Sources 0 and 1 match target 0, source 2 matches target 1, each back to itself or to source 0.
+    source = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.0, 0.1], [0.0, 1.0, 0.0]])
+    target = torch.tensor([[1.0, 0.0, 0.01], [0.0, 1.0, 0.01], [0.1, 0.1, 1.0]])
+
+    def found(classes: list[int], weights: list[float]) -> Association:
+        return associate(
+            source,
+            target,
+            torch.tensor([0, 0, 1]),
+            num_classes=2,
+            target_labels=torch.tensor([0, 0, 0]),
+            target_classes=torch.tensor(classes),
+            target_weights=torch.tensor(weights),
+            implementation=implementation,  # type: ignore[arg-type]
+        )
+
+    both, first, unsure = found([0, 1, 0], [1, 1, 1]), found([0, 0, 0], [1, 1, 1]), found([255, 1, 0], [1, 1, 1])
+    assert [one.kept_per_class.tolist() for one in (both, first, unsure)] == [[2, 1], [2, 0], [0, 1]]
+    assert [one.kept_confusion.tolist() for one in (both, unsure)] == [[[2, 0], [1, 0]], [[0, 0], [1, 0]]]
+    assert both.confusion.tolist() == unsure.confusion.tolist() == [[2, 0], [1, 0]]
+    # A weight of 0 leaves the count and takes the cycle out of the loss.
+    weightless = found([0, 1, 0], [0.3, 0, 0.5])
+    assert int(weightless.kept) == 3
+    torch.testing.assert_close(weightless.loss, first.loss)
+    weighted, second = found([0, 1, 0], [3, 1, 0]), found([0, 1, 0], [0, 1, 0])
+    torch.testing.assert_close(weighted.loss, (6 * first.loss + second.loss) / 7)
+    assert float(weighted.nats_over_chance) == pytest.approx(2 * math.log(3) - float(weighted.loss), rel=1e-6)
+    nothing = found([0, 1, 0], [0, 0, 0])
+    assert (int(nothing.kept), float(nothing.loss)) == (3, 0)
+    assert nothing.nats_over_chance.isnan()
+
+
+def test_without_target_labels_there_is_no_confusion() -> None:
+    found = associate(domain(9, 4, "cosine", 0), domain(8, 4, "cosine", 1), labels_of(9, 0), num_classes=CLASSES)
+    assert found.confusion.shape == found.kept_confusion.shape == (CLASSES, CLASSES)
+    assert not found.confusion.any()
+    assert not found.kept_confusion.any()
+    assert found.correct_ratio.isnan()
+    assert found.kept_correct_ratio.isnan()
 
 
 def test_the_value_alone_is_the_value_with_gradients() -> None:
@@ -183,12 +347,29 @@ def test_gradients_have_the_type_of_what_was_given(given_dtype: torch.dtype) -> 
         ({"source": torch.full((3, 4), torch.nan)}, "source has 12 values that are NaN or infinite"),
         ({"target": torch.full((3, 4), torch.inf)}, "target has 12 values that are NaN or infinite"),
         ({"target": torch.ones(0, 4)}, "has a pool without positions"),
+        ({"target_classes": torch.tensor([0, 1, 7])}, "target_classes range from 0 to 7"),
+        ({"target_weights": torch.ones(3, 1)}, r"target_weights \[-1\] must be \[3\]"),
+        ({"target_weights": torch.tensor([1, -1, torch.nan])}, "target_weights has 2 values that are negative, NaN or"),
+        ({"guide": (torch.ones(3, 2), torch.ones(3, 5))}, r"guide target \[3, 5\] must be \[n, C'\] with the same C'"),
+        ({"guide": (torch.ones(3), torch.ones(3, 5))}, r"must be \[n, C'\] with the same C'"),
+        ({"guide": (torch.ones(2, 5), torch.ones(3, 5))}, r"guide source \[2, 5\] must be \[3, 5\]"),
+        ({"guide_keys": True}, "guide_keys needs a guide"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, torch.Tensor], message: str) -> None:
     fitting = {"source": torch.ones(3, 4), "target": torch.ones(3, 4), "labels": torch.zeros(3)}
     with pytest.raises(ValueError, match=message):
         associate(**(fitting | change), num_classes=2)  # type: ignore[arg-type]
+
+
+def test_pools_that_do_not_fit_are_named() -> None:
+    a, b, labels = torch.ones(3, 4), torch.ones(2, 4), torch.zeros(5)
+    with pytest.raises(ValueError, match="labels must have as many rows as source in every pool"):
+        associate_pairs([a, b], [a, a], [labels[:2], labels[:3]], num_classes=2)
+    with pytest.raises(ValueError, match="source has 2 pools and target 1; they must be as many"):
+        associate_pairs([a, b], [a], [labels[:3], labels[:2]], num_classes=2)
+    with pytest.raises(ValueError, match="target_weights must have as many rows as target in every pool"):
+        associate_pairs([a, b], [a, b], [labels[:3], labels[:2]], target_weights=[torch.ones(5)], num_classes=2)
 
 
 @both_similarities
@@ -207,9 +388,9 @@ def test_autocast_around_it_changes_nothing(similarity: Similarity) -> None:
 
 def test_the_choice_of_implementation_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     source, target, labels = domain(9, 6, "cosine", 0), domain(8, 6, "cosine", 1), labels_of(9, 0)
-    from dist_pca.association.associate import _say_once
+    from dist_pca.association.associate import _log_once
 
-    _say_once.cache_clear()
+    _log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="dist_pca.association"):
         for _ in range(3):
             associate(source, target, labels, num_classes=CLASSES)

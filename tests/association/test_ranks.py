@@ -8,20 +8,35 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_pca.association import Association, associate, associate_pairs
+from dist_pca.association import Association, associate, associate_pairs, blockwise, split_rows
 from dist_pca.association.similarity import Similarity
-from tests.association.positions import CLASSES, domain, labels_of
+from tests.association.positions import CLASSES, domain, labels_of, refinements
 from tests.ranks import run_on_ranks
 
 SIZES = [(11, 7), (5, 9), (8, 4), (3, 12)]
 """Source and target positions of each rank: uneven on purpose."""
 CHANNELS = 6
-Case = tuple[Similarity, str, str, str, bool]
-"""Similarity, scope, exchange, implementation, detach_statistics."""
+Case = tuple[Similarity, str, str, str, bool, str]
+"""Similarity, scope, exchange, implementation, detach_statistics, refinement."""
+REFINEMENTS: dict[str, dict[str, bool]] = {
+    "": {},
+    "classes": {"classes": True},
+    "weights": {"weights": True},
+    "balanced": {"class_balanced": True},
+    "guide": {"guide": True},
+    "keys": {"guide": True, "guide_keys": True},
+    "all": {"classes": True, "weights": True, "class_balanced": True, "guide": True},
+    "all, keys": {"classes": True, "weights": True, "class_balanced": True, "guide": True, "guide_keys": True},
+}
+REFINED = list(REFINEMENTS)[1:]
 CASES: list[Case] = [
-    *product(("cosine", "kl"), ("node", "world"), ("gather", "ring"), ("blockwise",), (True, False)),
-    *product(("cosine", "kl"), ("node", "world"), ("gather",), ("reference",), (True,)),
-    *product(("cosine", "kl"), ("rank",), ("local",), ("blockwise", "reference"), (True,)),
+    *product(("cosine", "kl"), ("node", "world"), ("gather", "ring"), ("blockwise",), (True, False), ("",)),
+    *product(("cosine", "kl"), ("node", "world"), ("gather",), ("reference",), (True,), ("",)),
+    *product(("cosine", "kl"), ("rank",), ("local",), ("blockwise", "reference"), (True,), ("",)),
+    *product(("cosine",), ("world",), ("gather", "ring"), ("blockwise",), (False,), REFINED),
+    *product(("kl",), ("node",), ("gather", "ring"), ("blockwise", "triton"), (False,), ("all", "all, keys")),
+    *product(("cosine",), ("world",), ("gather",), ("reference", "triton"), (True,), ("all", "all, keys")),
+    *product(("cosine",), ("rank",), ("local",), ("blockwise", "reference"), (True,), REFINED),
 ]  # type: ignore[assignment]
 
 
@@ -46,16 +61,27 @@ def through(weight: torch.Tensor, rows: torch.Tensor, similarity: Similarity) ->
 
 def numbers(found: Association) -> torch.Tensor:
     ratios = [found.cover_ratio, found.consistent_ratio, found.correct_ratio, found.nats_over_chance, found.kept]
+    ratios += [found.kept_correct_ratio, *found.confusion.flatten(), *found.kept_confusion.flatten()]
     return torch.tensor([float(value) for value in ratios] + found.kept_per_class.tolist(), dtype=torch.float64)
 
 
+def refined(case: Case, rank: int) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Optional inputs of a rank, and switches that are the same on all."""
+    chosen = dict(REFINEMENTS[case[-1]])
+    switches = {name: chosen.pop(name) for name in ("class_balanced", "guide_keys") if name in chosen}
+    return refinements(*SIZES[rank], CHANNELS, case[0], 20 + rank, **chosen), switches
+
+
 def all_cases(rank: int, ranks: int) -> list[dict[str, Any]]:
+    # The way of the fused kernels, with plain PyTorch's tiles.
+    split_rows._kernels = lambda _: blockwise
     groups = [dist.new_group(members) for members in nodes(ranks)]
     return [one_rank(rank, ranks, groups[rank // 2], case) for case in CASES]
 
 
 def one_rank(rank: int, ranks: int, node: dist.ProcessGroup, case: Case) -> dict[str, Any]:
-    similarity, scope, exchange, implementation, detach = case
+    similarity, scope, exchange, implementation, detach, _ = case
+    own, switches = refined(case, rank)
     sources, targets, labels = positions(similarity, ranks)
     weight = torch.eye(CHANNELS, dtype=torch.float64, requires_grad=True)
     found = associate(
@@ -69,6 +95,8 @@ def one_rank(rank: int, ranks: int, node: dist.ProcessGroup, case: Case) -> dict
         exchange=exchange,  # type: ignore[arg-type]
         detach_statistics=detach,
         implementation=implementation,  # type: ignore[arg-type]
+        **own,
+        **switches,
     )
     found.loss.backward()
     assert weight.grad is not None
@@ -84,7 +112,7 @@ def one_rank(rank: int, ranks: int, node: dist.ProcessGroup, case: Case) -> dict
 
 
 def one_process(ranks: int, case: Case) -> dict[str, torch.Tensor]:
-    similarity, scope, _, _, detach = case
+    similarity, scope, _, _, detach, _ = case
     sources, targets, labels = positions(similarity, ranks)
     pools = {"world": [list(range(ranks))], "rank": [[rank] for rank in range(ranks)], "node": nodes(ranks)}[scope]
     weight = torch.eye(CHANNELS, dtype=torch.float64, requires_grad=True)
@@ -93,6 +121,12 @@ def one_process(ranks: int, case: Case) -> dict[str, torch.Tensor]:
     def joined(parts: list[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.cat([parts[rank] for rank in pool]) for pool in pools]
 
+    drawn = [refined(case, rank)[0] for rank in range(ranks)]
+    options: dict[str, Any] = {
+        name: joined([own[name] for own in drawn]) for name in drawn[0] if name != "guide"
+    } | refined(case, 0)[1]
+    if "guide" in drawn[0]:
+        options["guide"] = tuple(joined([own["guide"][side] for own in drawn]) for side in (0, 1))
     found = associate_pairs(
         [through(weight, rows, similarity) for rows in joined(sources)],
         [through(weight, rows, similarity) for rows in joined(targets)],
@@ -102,6 +136,7 @@ def one_process(ranks: int, case: Case) -> dict[str, torch.Tensor]:
         target_labels=joined(truth),
         detach_statistics=detach,
         implementation="reference",
+        **options,
     )
     found.loss.backward()
     assert weight.grad is not None
@@ -201,3 +236,99 @@ def test_a_wrong_tensor_on_one_rank_is_an_error_on_all_that_names_rank_and_tenso
     assert empty.startswith("rank 1: source [5, 4] or target [0, 4] has a pool without positions")
     assert argument == "rank 1: was called with other arguments than rank 0"
     assert none == ""
+
+
+def a_wrong_refinement_on_one_rank(rank: int, ranks: int) -> dict[str, str]:
+    messages = {}
+    for problem in (
+        "missing", "nan", "negative", "rows", "class", "guide rows", "guide channels", "guide keys", "guide nan",
+        "type", "none",
+    ):  # fmt: skip
+        source, target, labels = torch.eye(5, 4) + 1, torch.eye(6, 4) + 1, torch.zeros(5, dtype=torch.int64)
+        options: dict[str, Any] = {
+            "target_classes": torch.zeros(6, dtype=torch.int64),
+            "target_weights": torch.ones(6),
+            "guide": (torch.ones(5, 3), torch.ones(6, 3)),
+            "guide_keys": problem == "guide keys",
+            "class_balanced": True,
+        }
+        if rank == 1:
+            match problem:
+                case "missing":
+                    del options["target_weights"]
+                case "nan":
+                    options["target_weights"][:2] = torch.nan
+                case "negative":
+                    options["target_weights"][0] = -1
+                case "rows":
+                    options["target_classes"] = torch.zeros(5, dtype=torch.int64)
+                case "class":
+                    options["target_classes"][0] = 7
+                case "guide rows":
+                    options["guide"] = torch.ones(5, 3), torch.ones(5, 3)
+                case "guide channels":
+                    options["guide"] = torch.ones(5, 2), torch.ones(6, 2)
+                case "guide nan":
+                    options["guide"][0][0] = torch.nan
+                case "type":
+                    source, target = source.double(), target.double()
+        try:
+            associate(source, target, labels, num_classes=2, **options)
+            messages[problem] = ""
+        except ValueError as error:
+            messages[problem] = str(error)
+    return messages
+
+
+def test_a_wrong_refinement_on_one_rank_is_an_error_on_all_that_names_rank_and_tensor(tmp_path: Path) -> None:
+    found = run_on_ranks(a_wrong_refinement_on_one_rank, 2, tmp_path)
+    assert found[0] == found[1]
+    assert found[0] == {
+        "missing": "rank 1: lacks target_weights, unlike rank 0; give it on all ranks or on none",
+        "nan": "rank 1: target_weights has 2 values that are negative, NaN or infinite",
+        "negative": "rank 1: target_weights has 1 values that are negative, NaN or infinite",
+        "rows": "rank 1: target_classes [5] must be [6], one for each target row",
+        "class": "rank 1: target_classes range from 0 to 7; they must be 0 to 1, or 255",
+        "guide rows": "rank 1: guide target [5, 3] must be [6, 3], one for each target row",
+        "guide channels": "rank 1: guide source [5, 2] has other channels than rank 0, which has 3",
+        "guide keys": "; ".join(
+            f"rank {rank}: guide source [5, 3] must have the 4 channels of source to serve as keys; "
+            "give guide_keys=False"
+            for rank in (0, 1)
+        ),
+        "guide nan": "rank 1: guide source has 3 values that are NaN or infinite",
+        "type": "rank 1: source [5, 4] and target [6, 4] must both be fp64, or neither, as on rank 0",
+        "none": "",
+    }
+
+
+def without_a_kept_cycle(rank: int, ranks: int) -> list[torch.Tensor]:
+    sources, targets, labels = positions("cosine", ranks)
+    results = []
+    for weight, seen, exchange in product((0.0, 1.0), (255, None), ("gather", "ring")):
+        source, target = sources[rank].clone().requires_grad_(), targets[rank].clone().requires_grad_()
+        found = associate(
+            source,
+            target,
+            labels[rank],
+            num_classes=CLASSES,
+            target_weights=torch.full((len(target),), weight),
+            target_classes=None if seen is None else torch.full((len(target),), seen),
+            class_balanced=True,
+            guide=(source.roll(1, dims=1), target),
+            exchange=exchange,  # type: ignore[arg-type]
+        )
+        found.loss.backward()
+        assert source.grad is not None
+        assert target.grad is not None
+        results.append(torch.stack([found.loss.detach(), source.grad.abs().sum(), target.grad.abs().sum()]))
+    return results
+
+
+def test_a_world_without_a_weighted_cycle_has_a_zero_with_a_graph_on_every_rank(tmp_path: Path) -> None:
+    for found in run_on_ranks(without_a_kept_cycle, 2, tmp_path):
+        *nothing, gather, ring = found
+        assert not any(values.any() for values in nothing)
+        torch.testing.assert_close(gather, ring)
+    # The last two cases do keep cycles, of rank 0's source pixels and both ranks' target pixels.
+    assert all(values.isfinite().all() for values in (gather, ring))

@@ -1,14 +1,18 @@
 """The streamed loss equals the dense definition, in whatever blocks rows and columns come."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_pca.association import associate, blockwise, split_rows
+from dist_pca.association import associate, associate_pairs, blockwise, split_rows
 from dist_pca.association.associate import Association
 from dist_pca.association.similarity import Similarity
-from tests.association.positions import CLASSES, domain, labels_of
+from tests.association.positions import CLASSES, domain, labels_of, refinements
 
 
 def value_and_gradients(
@@ -39,6 +43,18 @@ def rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split_rows, "_kernels", lambda _: blockwise)
 
 
+@contextmanager
+def blocks_of(height: int, group: int) -> Iterator[None]:
+    """Small tiles, and for `triton` those of plain PyTorch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "CPU_TILE_BYTES", 1)
+        patch.setattr(blockwise, "MIN_ROWS", height)
+        patch.setattr(blockwise, "GROUP", group)
+        patch.setattr(split_rows, "KERNEL_ROWS", height)
+        patch.setattr(split_rows, "_kernels", lambda _: blockwise)
+        yield
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     similarity=st.sampled_from(["cosine", "kl"]),
@@ -66,12 +82,7 @@ def test_streamed_equals_reference_whatever_the_blocks(
     labels = labels_of(n_source, seed)
     options = {"similarity": similarity, "detach_statistics": detach}
     expected = value_and_gradients(source, target, labels, implementation="reference", **options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "CPU_TILE_BYTES", 1)
-        patch.setattr(blockwise, "MIN_ROWS", height)
-        patch.setattr(blockwise, "GROUP", group)
-        patch.setattr(split_rows, "KERNEL_ROWS", height)
-        patch.setattr(split_rows, "_kernels", lambda _: blockwise)
+    with blocks_of(height, group):
         implementation = "triton" if split else "blockwise"
         found = value_and_gradients(source, target, labels, implementation=implementation, **options)
     if min(n_source, n_target) > 2:
@@ -79,6 +90,98 @@ def test_streamed_equals_reference_whatever_the_blocks(
     else:
         # With one or two candidates a deviation is zero or rounding, and so are the scores it divides.
         assert int(found[0].kept) == int(expected[0].kept)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    similarity=st.sampled_from(["cosine", "kl"]),
+    sizes=st.lists(st.tuples(st.integers(3, 40), st.integers(3, 40)), min_size=1, max_size=3),
+    channels=st.integers(2, 12),
+    detach=st.booleans(),
+    classes=st.booleans(),
+    weights=st.booleans(),
+    balanced=st.booleans(),
+    guide=st.sampled_from([None, "matches", "keys"]),
+    seed=st.integers(0, 1000),
+    height=st.integers(1, 20),
+    group=st.integers(1, 8),
+    split=st.booleans(),
+)
+def test_refinements_streamed_equal_those_of_the_reference(
+    similarity: Similarity,
+    sizes: list[tuple[int, int]],
+    channels: int,
+    detach: bool,
+    classes: bool,
+    weights: bool,
+    balanced: bool,
+    guide: str | None,
+    seed: int,
+    height: int,
+    group: int,
+    split: bool,
+) -> None:
+    pools = [
+        (domain(s, channels, similarity, seed + k), domain(t, channels, similarity, seed + 9 + k))
+        for k, (s, t) in enumerate(sizes)
+    ]
+    labels = [labels_of(s, seed + k) for k, (s, _) in enumerate(sizes)]
+    # Only where its rows are keys must a guide have as many channels.
+    width = channels if guide == "keys" else channels + 1
+    drawn = [
+        refinements(s, t, width, similarity, seed + k, classes=classes, weights=weights, guide=guide is not None)
+        for k, (s, t) in enumerate(sizes)
+    ]
+    options: dict[str, Any] = {name: [one[name] for one in drawn] for name in drawn[0]}
+    if guide is not None:
+        options["guide"] = tuple(zip(*options["guide"], strict=True))
+    options |= {"similarity": similarity, "detach_statistics": detach, "class_balanced": balanced}
+    options |= {"guide_keys": guide == "keys", "target_labels": [labels_of(t, seed + 5) for _, t in sizes]}
+
+    def outcome(implementation: str) -> tuple[Any, ...]:
+        sources, targets = ([x.clone().requires_grad_() for x in rows] for rows in zip(*pools, strict=True))
+        found = associate_pairs(sources, targets, labels, num_classes=CLASSES, implementation=implementation, **options)  # type: ignore[arg-type]
+        found.loss.backward()
+        return found, *(x.grad for x in (*sources, *targets))
+
+    expected = outcome("reference")
+    with blocks_of(height, group):
+        found = outcome("triton" if split else "blockwise")
+    assert_equal(found, expected, 1e-8)
+    for name in ("confusion", "kept_confusion"):
+        assert torch.equal(getattr(found[0], name), getattr(expected[0], name))
+    for name in ("kept_correct_ratio", "nats_over_chance"):
+        torch.testing.assert_close(getattr(found[0], name), getattr(expected[0], name), equal_nan=True)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "kl"])
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "triton"])
+@pytest.mark.parametrize("guide_keys", [False, True])
+@pytest.mark.usefixtures("rows_are_split")
+def test_gradient_with_refinements_is_that_of_finite_differences(
+    similarity: Similarity, implementation: str, guide_keys: bool
+) -> None:
+    source, target = domain(9, 5, similarity, 3), domain(8, 5, similarity, 4)
+    labels = labels_of(9, 3)
+    drawn = refinements(9, 8, 5, similarity, 3, weights=True, guide=True)
+
+    def loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        found = associate(
+            s,
+            t,
+            labels,
+            similarity=similarity,
+            num_classes=CLASSES,
+            detach_statistics=False,
+            class_balanced=True,
+            guide_keys=guide_keys,
+            implementation=implementation,  # type: ignore[arg-type]
+            **drawn,
+        )
+        assert int(found.kept) > 0
+        return found.loss
+
+    assert torch.autograd.gradcheck(loss, (source.requires_grad_(), target.requires_grad_()))
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "kl"])
@@ -131,6 +234,24 @@ def test_bf16_products_move_the_loss_by_less_than_a_hundredth(implementation: st
     (source, labels), (target, _) = clustered(700, 64, 0), clustered(500, 64, 1)
     expected = value_and_gradients(source, target, labels, implementation="reference")
     found = value_and_gradients(source.float(), target.float(), labels, implementation=implementation, dtype="bf16")
+    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-2, atol=0, check_dtype=False)
+    for gradient, expected_gradient in zip(found[1:], expected[1:], strict=True):
+        assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected_gradient.flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "triton"])
+@pytest.mark.parametrize("guide_keys", [False, True])
+@pytest.mark.usefixtures("rows_are_split")
+def test_a_guide_with_bf16_products_moves_the_loss_by_less_than_a_hundredth(
+    implementation: str, guide_keys: bool
+) -> None:
+    (source, labels), (target, _) = clustered(700, 64, 0), clustered(500, 64, 1)
+    guide = clustered(700, 64, 0)[0] + source, target.roll(1, dims=1)
+    options = {"guide": guide, "guide_keys": guide_keys}
+    expected = value_and_gradients(source, target, labels, implementation="reference", **options)
+    found = value_and_gradients(
+        source.float(), target.float(), labels, implementation=implementation, dtype="bf16", **options
+    )
     torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-2, atol=0, check_dtype=False)
     for gradient, expected_gradient in zip(found[1:], expected[1:], strict=True):
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected_gradient.flatten(), dim=0) > 0.97

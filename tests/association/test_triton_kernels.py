@@ -208,6 +208,8 @@ def test_deterministic_sweeps_agree_bit_by_bit(channels: int, dtype: torch.dtype
         key_gradient = torch.zeros(70, channels, device=DEVICE)
         results.append((sweep(query, key, weighted, log_sum, key_gradient, deterministic=True), key_gradient))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    without_key_gradient = sweep(query, key, weighted, log_sum, None, deterministic=True)
+    assert torch.equal(without_key_gradient, results[0][0])
 
 
 @on_device
@@ -270,6 +272,38 @@ def test_association_through_the_kernels_is_the_definition(similarity: Any, dtyp
     if dtype == "fp32":
         for gradient, expected in zip(results[1][1:], results[0][1:], strict=True):
             assert_near(gradient, expected, 1e-4 * float(expected.abs().max()))
+
+
+@on_device
+@pytest.mark.parametrize(("similarity", "guide_keys"), [("cosine", True), ("kl", False)])
+def test_refinements_through_the_kernels_are_the_definition(similarity: Any, guide_keys: bool) -> None:
+    labels = torch.arange(40, device=DEVICE) % 3
+    centres = torch.randn(3, 19, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    domains = [(centres[labels] + rows(40, 19, torch.float32, seed, scale=4)) for seed in range(4)]
+    if similarity == "kl":
+        domains = [x.softmax(dim=1) for x in domains]
+    results = []
+    for implementation in ("reference", "triton"):
+        source, target = (x.clone().requires_grad_() for x in domains[:2])
+        options: dict[str, Any] = {"similarity": similarity, "implementation": implementation, "guide_keys": guide_keys}
+        found = associate(
+            source,
+            target,
+            labels,
+            num_classes=3,
+            target_classes=labels,
+            target_weights=torch.linspace(0, 1, 40, device=DEVICE),
+            class_balanced=True,
+            guide=(domains[2], domains[3]),
+            detach_statistics=False,
+            **options,
+        )
+        assert int(found.kept) > 0
+        found.loss.backward()
+        results.append((found.loss.detach(), source.grad, target.grad))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
+    for gradient, expected in zip(results[1][1:], results[0][1:], strict=True):
+        assert_near(gradient, expected, 1e-4 * float(expected.abs().max()))
 
 
 def test_only_a_gpu_or_the_interpreter_can_run_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
