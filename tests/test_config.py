@@ -17,8 +17,8 @@ def test_every_shipped_config_is_a_run_and_survives_being_saved(name: str, tmp_p
 
 
 def test_the_papers_recipe_is_what_the_configs_say() -> None:
-    gta5 = load_config(resource("configs", "gta5_to_cityscapes"))
-    synthia = load_config(resource("configs", "synthia_to_cityscapes"))
+    gta5 = load_config(resource("configs", "gta5_to_cityscapes_paper"))
+    synthia = load_config(resource("configs", "synthia_to_cityscapes_paper"))
     assert (gta5.training.steps, gta5.schedule.horizon) == (10416, 11160)
     assert (synthia.training.steps, synthia.schedule.horizon) == (2976, 3720)
     assert synthia.data.classes == "synthia_16"
@@ -31,6 +31,11 @@ def test_the_papers_recipe_is_what_the_configs_say() -> None:
         objective = config.objective
         assert (objective.lovasz.weight, objective.association.weight, objective.smoothness.weight) == (0.75, 0.1, 0.01)
         assert config.evaluation.input_size == (730, 1460)
+        assert (config.model.association_features, config.model.association_stride) == ("backbone", None)
+        assert (objective.association.label_share, objective.association.class_balanced) == (0, False)
+        assert not objective.uses_teacher
+        assert (objective.source_contrast.weight, objective.feature_distance.weight) == (0, 0)
+        assert not config.data.photometric.changes
 
 
 def test_later_overrides_win_and_are_typed() -> None:
@@ -51,6 +56,10 @@ def test_later_overrides_win_and_are_typed() -> None:
         ("data.target=null", "data.target: missing while objective.adapt is true"),
         ("schedule.horizon=1", "schedule.horizon: 1 is below training.steps"),
         ("model.backbone=null", "model.backbone: "),
+        ("objective.source_contrast.temperature=0", "objective.source_contrast.temperature: .*got 0"),
+        ("objective.source_contrast.anchors=0", "objective.source_contrast.anchors: .*got 0"),
+        ("objective.feature_distance.share=75", "objective.feature_distance.share: .*got 75"),
+        ("objective.feature_distance.classes=car", "objective.feature_distance.classes: .*got 'car'"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(override: str, message: str) -> None:

@@ -117,7 +117,7 @@ def bare_steps(plan: Plan, device: torch.device) -> Iterator[None]:
         for step in count():
             source, target = next(sources), next(targets)
             size = len(source.images)
-            logits, features = engine(torch.cat([source.images, target.images]))
+            logits, features, _ = engine(torch.cat([source.images, target.images]))
             loss, _ = objective(
                 config.objective,
                 Outputs(logits[:size], features[:size], source.labels),

@@ -10,17 +10,22 @@ from dist_pca.config.model import ModelConfig
 from dist_pca.config.objective import (
     AssociationConfig,
     Exchange,
+    FeatureDistanceConfig,
     Implementation,
     Level,
     LovaszConfig,
+    MaskedConsistencyConfig,
     ObjectiveConfig,
     ProductType,
     Scope,
+    SelfTrainingConfig,
     SmoothnessConfig,
+    SourceContrastConfig,
 )
 from dist_pca.config.run import RunConfig, load_config, save_config, validate_config
 from dist_pca.config.telemetry import TelemetryConfig
 from dist_pca.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
+from dist_pca.config.views import PhotometricConfig
 
 __all__ = [
     "AssociationConfig",
@@ -28,18 +33,23 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "Exchange",
+    "FeatureDistanceConfig",
     "Implementation",
     "Level",
     "LovaszConfig",
+    "MaskedConsistencyConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PhotometricConfig",
     "ProductType",
     "RunConfig",
     "SamplingConfig",
     "ScheduleConfig",
     "Scope",
+    "SelfTrainingConfig",
     "SmoothnessConfig",
+    "SourceContrastConfig",
     "TelemetryConfig",
     "TrainingConfig",
     "WeightedShards",

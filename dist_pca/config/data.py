@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from dist_pca.config.section import Fraction, NonNegative, Positive, Section
+from dist_pca.config.views import PhotometricConfig
 
 
 class WeightedShards(Section):
@@ -68,6 +69,7 @@ class DataConfig(Section):
     """Height and width of the random crop, in pixels."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
+    photometric: PhotometricConfig = PhotometricConfig()
     workers: NonNegative = 2
     """Loader processes per rank and domain; 0 decodes in the training process."""
     shuffle_window: Positive = 4

@@ -1,6 +1,9 @@
 """`model.*`: which network."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from dist_pca.config.section import Positive, Section
 
@@ -31,12 +34,15 @@ class ModelConfig(Section):
     association_features: Literal["backbone", "head", "projection"] = "backbone"
     """Which pixel features are associated: the backbone's deepest map, what the head's classifier reads, or a
     projection that is learned with them: all maps on one grid through two 1 x 1 convolutions, as in PiPa and SePiCo.
-    No other loss reaches the projection."""
+    Association and `objective.source_contrast` alone reach the projection."""
     association_stride: Literal[4, 8, 16, 32] | None = None
     """Stride of these features: the map is averaged over cells to a coarser one, or upsampled bilinearly to a finer
     one. None takes the map's own, and for the projection that of the deepest map."""
     projection_channels: Positive = 256
     """Width of the projection."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth: rate at which the backbone's last block is skipped in training; earlier ones are less often.
+    Most of timm's families take it."""
     activation_checkpointing: bool = False
     """Keep only the activations between the backbone's stages or blocks and compute the others anew in backward: less
     memory for about a third more time, with the same gradients and running statistics."""
@@ -44,4 +50,15 @@ class ModelConfig(Section):
     """Compile the backbone with torch.compile; the first steps take minutes. Needs a C++ compiler, and on GPUs Triton.
     Not under ZeRO 3, whose hooks gather parameters between the operations that a compiler would fuse."""
     joint_batch: bool = True
-    """Pass both domains through the network as one batch (shared batch-norm statistics) rather than in turn."""
+    """Pass all views through the network as one batch, which batch norm normalises as one, rather than in turn."""
+    running_statistics: Literal["all", "target"] = "all"
+    """Images that move batch norm's running statistics, by which evaluation and the teacher normalise: all of them, or
+    the target's alone (adaptive batch normalisation, Li et al. 2017). `target` needs joint_batch=false."""
+
+    @model_validator(mode="after")
+    def _check_statistics(self) -> Self:
+        if self.running_statistics == "target" and self.joint_batch:
+            raise ValueError(
+                "running_statistics: `target` needs passes of its own for the target; set model.joint_batch=false too"
+            )
+        return self

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from dist_pca.config.section import Fraction, NonNegative, Positive, Section, Weight
 
@@ -57,6 +58,55 @@ class AssociationConfig(Section):
     """First step with the term; earlier ones train on the source alone."""
     ramp_steps: NonNegative = 0
     """Steps over which the weight rises linearly from 0 after `start_step`."""
+    teacher_check: bool = False
+    """Keep a cycle only where the teacher's class of the matched target pixel is the source label."""
+    teacher_weight: bool = False
+    """Weigh each cycle by the teacher's confidence at the matched target pixel."""
+    teacher_matches: bool = False
+    """Let the teacher's features and predictions choose the matches, in place of the student's."""
+    teacher_keys: bool = False
+    """Pull the student's queries towards the teacher's pixels, as in MoCo; needs `teacher_matches`."""
+    class_balanced: bool = False
+    """Take the mean over cycles within each class, then over classes; False weighs all cycles alike."""
+    label_share: Fraction = 0.0
+    """A grid cell has a label where at least this share of its pixels agrees; 0 takes the nearest pixel's label."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher has a say in which cycles count, and how."""
+        return self.weight > 0 and (self.teacher_check or self.teacher_weight or self.teacher_matches)
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        if self.teacher_keys and not self.teacher_matches:
+            raise ValueError("teacher_keys: needs matches found on the same pixels; set teacher_matches=true too")
+        return self
+
+
+class SelfTrainingConfig(Section):
+    """Cross-entropy on target images with pasted source classes and a teacher's pseudo labels (DACS, 2021)."""
+
+    weight: Weight = 0.0
+    """Weight of the term; needs a teacher, so training.ema_decay."""
+    threshold: Fraction = 0.968
+    """Probability from which a pseudo label is confident. Every target pixel weighs the share of confident pixels."""
+    ignore_top: Fraction = 0.0
+    """Share of rows at the top of a crop without pseudo labels, such as rectification leaves (DAFormer: 0.03)."""
+    ignore_bottom: Fraction = 0.0
+    """Share of rows at the bottom of a crop without pseudo labels, such as the own car's bonnet (DAFormer: 0.23)."""
+    start_step: NonNegative = 0
+    """First step with the term, and with masked consistency."""
+
+
+class MaskedConsistencyConfig(Section):
+    """Cross-entropy on target images with hidden blocks, with the teacher's pseudo labels (MIC, Hoyer et al. 2023)."""
+
+    weight: Weight = 0.0
+    """Weight of the term; thresholds, ignored rows and start are those of self-training."""
+    block: Positive = 64
+    """Edge of a hidden block, in pixels; MIC takes 64 for crops of 1024 and 32 at half the size."""
+    ratio: Fraction = 0.7
+    """Share of blocks hidden."""
 
 
 class SmoothnessConfig(Section):
@@ -68,6 +118,28 @@ class SmoothnessConfig(Section):
     """Mean negative log-probability (nats) below which predictions are sharpened and above which they are smoothed."""
 
 
+class SourceContrastConfig(Section):
+    """InfoNCE of the source's pixels, with their labels (Wang et al. 2021; PiPa, Chen et al. 2023)."""
+
+    weight: Weight = 0.0
+    """Weight of the term, on the features that are associated; PiPa takes 0.1, on a projection."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """What cosines are divided by."""
+    anchors: Positive = 100
+    """Most pixels of each class that take part, drawn from the images of all ranks."""
+
+
+class FeatureDistanceConfig(Section):
+    """Distance of the backbone's deepest map to the pretrained one's, on the source's things (DAFormer, 2022)."""
+
+    weight: Weight = 0.0
+    """Weight of the term; DAFormer takes 0.005. Every rank then has a frozen copy of the backbone."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes whose cells count; None takes Cityscapes' thing classes, as far as the run has them."""
+    share: Fraction = 0.75
+    """A cell counts where at least this share of its pixels is of one of these classes; 0 takes the nearest pixel's."""
+
+
 class ObjectiveConfig(Section):
     """What is minimised."""
 
@@ -76,3 +148,23 @@ class ObjectiveConfig(Section):
     lovasz: LovaszConfig = LovaszConfig()
     association: AssociationConfig = AssociationConfig()
     smoothness: SmoothnessConfig = SmoothnessConfig()
+    self_training: SelfTrainingConfig = SelfTrainingConfig()
+    masked_consistency: MaskedConsistencyConfig = MaskedConsistencyConfig()
+    source_contrast: SourceContrastConfig = SourceContrastConfig()
+    feature_distance: FeatureDistanceConfig = FeatureDistanceConfig()
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether any term asks the teacher."""
+        return self.adapt and (
+            self.self_training.weight > 0 or self.masked_consistency.weight > 0 or self.association.uses_teacher
+        )
+
+    @property
+    def shows_target(self) -> bool:
+        """Whether the student sees the target's images as they are, beside mixed and masked ones."""
+        return self.adapt and (
+            self.association.weight > 0
+            or self.smoothness.weight > 0
+            or not (self.self_training.weight > 0 or self.masked_consistency.weight > 0)
+        )

@@ -60,8 +60,14 @@ class RunConfig(Section):
         if self.data.source == () or self.data.target == ():
             raise ValueError("data.source and data.target: an empty list; name at least one shard folder")
         scope = self.objective.association.scope
+        if self.objective.uses_teacher and self.training.ema_decay == 0:
+            raise ValueError(
+                "training.ema_decay: 0, and objective.* asks for a teacher, which is the average of the weights; "
+                "set it, for example to 0.999"
+            )
         pairs = {
             "objective.association.scope: `pair`": scope == "pair",
+            "objective.self_training": self.objective.self_training.weight > 0,
             "data.sampling.pairing_window": self.data.sampling.pairing_window > 0,
         }
         for key, pairing in pairs.items():

@@ -20,6 +20,9 @@ class Purpose(IntEnum):
     MIXTURE = 4
     CLASS = 5
     REPLACEMENT = 6
+    PHOTOMETRIC = 7
+    CLASS_MIX = 8
+    BLOCKS = 9
 
 
 def draw(count: int, seed: int, domain: Domain, purpose: Purpose, *index: int) -> npt.NDArray[np.uint64]:

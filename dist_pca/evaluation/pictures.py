@@ -40,7 +40,7 @@ def comparison_picture(rows: Sequence[Row], classes: Sequence[ClassInfo], titles
     width = _GAP + len(headings) * (_CELL_WIDTH + _GAP)
     heights = [round(_CELL_WIDTH * image.shape[0] / image.shape[1]) for image, _, _ in rows]
     font = ImageFont.load_default(_FONT_SIZE)
-    legend = _legend(classes, width, font)
+    legend = legend_picture(classes, width, font)
     body = _GAP + _LINE + sum(height + _GAP for height in heights)
     picture = Image.new("RGB", (width, body + legend.height), "white")
     draw = ImageDraw.Draw(picture)
@@ -61,9 +61,10 @@ def comparison_picture(rows: Sequence[Row], classes: Sequence[ClassInfo], titles
     return picture
 
 
-def _legend(
+def legend_picture(
     classes: Sequence[ClassInfo], width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
 ) -> Image.Image:
+    """Names of the classes beside their colours, in as many lines as `width` needs, and black for none of them."""
     entries = [*((info.name, info.color) for info in classes), ("none of these", (0, 0, 0))]
     places = []
     left, top = _GAP, 0

@@ -97,20 +97,27 @@ def table(scores: Scores, title: str = "IoU") -> Table:
     return compare_table([(title, scores)])
 
 
-def compare_table(runs: Sequence[tuple[str, Scores]]) -> Table:
-    """Networks' scores side by side in per cent, the best of each row in bold.
+def compare_table(
+    runs: Sequence[tuple[str, Scores]], differences: Sequence[tuple[str, int, int]] | None = None
+) -> Table:
+    """Tabulate networks' scores side by side in per cent, the best of each row in bold.
 
-    Two networks get a column with their difference in percentage points. A dash stands where there is nothing to score.
+    A dash stands where there is nothing to score.
+
+    Args:
+        runs: Title and scores of each network.
+        differences: Columns of differences in percentage points: title, index of the network that is subtracted, and of
+            the one that it is subtracted from. None compares two networks, and no more than two.
     """
+    if differences is None:
+        differences = [("difference", 0, 1)] if len(runs) == 2 else []
     result = Table("class")
-    for title, _ in runs:
+    for title in (*(title for title, _ in runs), *(title for title, _, _ in differences)):
         result.add_column(title, justify="right")
-    if len(runs) == 2:
-        result.add_column("difference", justify="right")
     by_class, summaries = ([part(scores) for _, scores in runs] for part in (_by_class, _summary))
     for part in (by_class, summaries):
         for name in dict.fromkeys(name for values in part for name in values):
-            result.add_row(name, *_cells([values.get(name, math.nan) for values in part]))
+            result.add_row(name, *_cells([values.get(name, math.nan) for values in part], differences))
         result.add_section()
     result.add_row("images", *(str(scores.images) for _, scores in runs))
     return result
@@ -125,15 +132,16 @@ def _summary(scores: Scores) -> dict[str, float]:
     return {"mIoU": scores.mean_iou, **sets, "pixel accuracy": scores.pixel_accuracy}
 
 
-def _cells(values: Sequence[float]) -> list[str]:
+def _cells(values: Sequence[float], differences: Sequence[tuple[str, int, int]]) -> list[str]:
     known = [value for value in values if not math.isnan(value)]
     differ = len(set(known)) > 1
     cells = []
     for value in values:
         text = "-" if math.isnan(value) else f"{100 * value:.1f}"
         cells.append(f"[bold]{text}[/bold]" if differ and value == max(known) else text)
-    if len(values) == 2:
-        cells.append(f"{100 * (values[1] - values[0]):+.1f}" if len(known) == 2 else "-")
+    for _, before, after in differences:
+        difference = values[after] - values[before]
+        cells.append("-" if math.isnan(difference) else f"{100 * difference:+.1f}")
     return cells
 
 

@@ -71,26 +71,35 @@ def _nearest_multiple(edge: int, multiple: int) -> int | torch.SymInt:
     return torch.sym_max(1, count - halfway * (count % 2)) * multiple
 
 
-def build_backbone(name: str, output_stride: int | None) -> Backbone:
+def build_backbone(name: str, output_stride: int | None, drop_path: float = 0.0) -> Backbone:
     """A timm network with random weights.
 
     Args:
         name: Its name in timm, with or without a tag of pretrained weights.
         output_stride: Stride of the deepest map; None leaves the family's own.
+        drop_path: Rate of stochastic depth in training.
 
     Raises:
-        UserError: timm has no such network, it gives no feature maps, or its family cannot have this stride.
+        UserError: timm has no such network, it gives no feature maps, or its family cannot have this stride or
+            stochastic depth.
     """
     if not timm.is_model(name):
         nearest = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.0))
         raise UserError(f"model.backbone: timm has no network {name!r}; the nearest are {nearest}")
+    # Not every family takes even a rate of 0.
+    depth = {"drop_path_rate": drop_path} if drop_path > 0 else {}
     if output_stride is not None:
         try:
-            return Backbone(_create(name, output_stride=output_stride), dilated=True)
+            return Backbone(_create(name, output_stride=output_stride, **depth), dilated=True)
         except (TypeError, AssertionError):
             # How timm's families say that they cannot dilate, or not to this stride; their own stride may be the one.
             pass
-    backbone = Backbone(_create(name), dilated=False)
+    try:
+        backbone = Backbone(_create(name, **depth), dilated=False)
+    except TypeError as error:
+        if not depth:
+            raise
+        raise UserError(f"model.drop_path: timm's {name} takes none ({error}); set it to 0") from error
     if output_stride not in (None, backbone.strides[-1]):
         raise UserError(
             f"model.output_stride: {name} cannot have {output_stride}; its own stride is {backbone.strides[-1]}, "
@@ -116,7 +125,7 @@ def checkpoint_activations(backbone: Backbone, name: str) -> None:
         ) from error
 
 
-def _create(name: str, **options: int) -> nn.Module:
+def _create(name: str, **options: float) -> nn.Module:
     family = timm.models.model_entrypoint(name).__module__
     try:
         body: nn.Module = timm.create_model(name, features_only=True, **_OPTIONS.get(family, {}), **options)

@@ -23,6 +23,8 @@ class Output(NamedTuple):
     """Class scores before softmax, B x K x h x w."""
     features: torch.Tensor
     """Pixel features for association, B x C x h' x w', at a stride of their own."""
+    deepest: torch.Tensor | None = None
+    """The backbone's deepest map, where `Segmenter.gives_deepest` asks for it."""
 
 
 class Segmenter(nn.Module):
@@ -44,6 +46,8 @@ class Segmenter(nn.Module):
     """Keep running statistics as they are, in training mode too."""
     projection: Projection | None
     """Gives the features, where association_features is `projection`."""
+    gives_deepest: bool
+    """Give out the backbone's deepest map too."""
 
     def __init__(
         self,
@@ -69,21 +73,20 @@ class Segmenter(nn.Module):
                 backbone.channels, backbone.strides, projection_channels, association_stride or deepest
             )
         self.frozen_batch_norm = False
+        self.gives_deepest = False
         # Saved with the weights, which mean nothing under another normalisation.
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> Output:
         """Segment RGB images B x 3 x H x W, uint8 or floating point in 0..1."""
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        # Convolutions run about 1.3 times as fast on channels-last maps, on CPU and GPU.
-        maps = self.backbone(((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
+        maps = self.backbone(normalised(images, self.mean, self.std))
         logits, read_by_classifier = self.head(maps)
+        deepest = maps[-1] if self.gives_deepest else None
         if self.projection is not None:
-            return Output(logits, self.projection(maps))
+            return Output(logits, self.projection(maps), deepest)
         features = maps[-1] if self.association_features == "backbone" else read_by_classifier
-        return Output(logits, self._on_association_grid(features))
+        return Output(logits, self._on_association_grid(features), deepest)
 
     def _on_association_grid(self, features: torch.Tensor) -> torch.Tensor:
         stride, own = self.association_stride, self.feature_stride
@@ -99,14 +102,22 @@ class Segmenter(nn.Module):
         return self
 
 
+def normalised(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Shift and scale RGB images B x 3 x H x W, uint8 or floating point in 0..1, to what a backbone expects."""
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    # Convolutions run about 1.3 times as fast on channels-last maps, on CPU and GPU.
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
 def build_segmenter(config: "ModelConfig", num_classes: int) -> Segmenter:
     """The network that a config describes, ready to train: its backbone's weights loaded and its head drawn at random.
 
     Raises:
-        UserError: timm has no such backbone, it cannot have the output stride or checkpoint activations, or its weights
-            cannot be had or do not fit.
+        UserError: timm has no such backbone, it cannot have the output stride or stochastic depth or checkpoint
+            activations, or its weights cannot be had or do not fit.
     """
-    segmenter = build_network(config, num_classes)
+    segmenter = build_network(config, num_classes, drop_path=config.drop_path)
     backbone = segmenter.backbone
     load_weights(backbone.body, config.backbone, config.weights)
     if config.batch_norm == "sync":
@@ -121,13 +132,13 @@ def build_segmenter(config: "ModelConfig", num_classes: int) -> Segmenter:
     return segmenter.train()
 
 
-def build_network(config: "ModelConfig", num_classes: int) -> Segmenter:
+def build_network(config: "ModelConfig", num_classes: int, *, drop_path: float = 0.0) -> Segmenter:
     """The network that a config describes, with random weights, to be given others and evaluated.
 
     Raises:
-        UserError: timm has no such backbone, or it cannot have the output stride.
+        UserError: timm has no such backbone, or it cannot have the output stride or stochastic depth.
     """
-    backbone = build_backbone(config.backbone, config.output_stride)
+    backbone = build_backbone(config.backbone, config.output_stride, drop_path)
     head: Head
     if config.head == "deeplab_v2":
         head = DeepLabV2Head(backbone.channels[-1], num_classes)

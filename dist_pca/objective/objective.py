@@ -1,48 +1,37 @@
-"""The full objective: `L_ce + b1 L_lov + b2 (L_fass + L_cass) + b3 L_lsr` (PLCA, equation 10)."""
+"""The full objective: `L_ce + b1 L_lov + b2 (L_fass + L_cass) + b3 L_lsr` (PLCA, equation 10), and self-training."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from dist_pca.association import Association, associate, associate_pairs, diffuse
+from dist_pca.association import Association
 from dist_pca.association.exchange import world_size
 from dist_pca.association.phases import phase
-from dist_pca.association.sampling import class_balanced, random_grid
-from dist_pca.association.similarity import Similarity
-from dist_pca.config import AssociationConfig, Level, ObjectiveConfig
-from dist_pca.errors import UserError
+from dist_pca.config import Level, ObjectiveConfig
+from dist_pca.objective.cycle_association import associate_level, association_weight
+from dist_pca.objective.domains import IGNORE_INDEX, Domain
+from dist_pca.objective.feature_distance import feature_distance
+from dist_pca.objective.grid import labels_at
 from dist_pca.objective.lovasz import lovasz_softmax
 from dist_pca.objective.reduction import world_mean
+from dist_pca.objective.self_training import pseudo_label_loss
 from dist_pca.objective.smoothness import smoothness
-
-IGNORE_INDEX = 255
-SIMILARITY: dict[Level, Similarity] = {"features": "cosine", "predictions": "kl"}
-
-
-class Domain(NamedTuple):
-    """What the network said of one domain's crops, and their labels."""
-
-    logits: torch.Tensor
-    """[B, K, h, w]"""
-    features: torch.Tensor
-    """[B, C, h', w']"""
-    labels: torch.Tensor | None
-    """Integer [B, H, W] at crop resolution, 255 ignored. The target's serve diagnosis alone."""
-    seeds: Sequence[int] = ()
-    """B seeds, one of each crop, for the positions that a budget picks."""
+from dist_pca.objective.source_contrast import source_contrast
 
 
 def objective(
     config: ObjectiveConfig,
     source: Domain,
     target: Domain | None,
+    mixed: Domain | None = None,
+    masked: Domain | None = None,
     *,
     step: int,
     accumulation: int = 1,
     node: dist.ProcessGroup | None = None,
+    things: Sequence[int] = (),
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of one micro-batch and its terms for the log.
 
@@ -52,10 +41,13 @@ def objective(
     Args:
         config: Weights and switches.
         source: Labelled domain.
-        target: Unlabelled domain, None when training on the source alone.
+        target: Unlabelled domain, None when training on the source alone, or on pseudo labels of mixed images alone.
+        mixed: Target images with pasted source classes, where self-training shows them.
+        masked: Target images with hidden blocks, where masked consistency shows them.
         step: Update, for the association's start and ramp.
         accumulation: Micro-batches per update, for the released Lovasz convention and the bytes exchanged.
         node: This node's ranks, for the association scope `node`.
+        things: Classes whose cells the feature distance is over.
     """
     if source.labels is None:
         raise ValueError("the source has no labels")
@@ -76,6 +68,23 @@ def objective(
         released = world_size() * accumulation if config.lovasz.convention == "released" else 1
         loss = loss + config.lovasz.weight * released * terms["lovasz"]
 
+    if config.source_contrast.weight > 0:
+        contrast = config.source_contrast
+        classes = labels_at(source.labels, source.features.shape[-2:], share=config.association.label_share)
+        assert classes is not None
+        terms["source_contrast"] = source_contrast(
+            source.features.float(), classes, source.seeds, temperature=contrast.temperature, anchors=contrast.anchors
+        )
+        loss = loss + contrast.weight * terms["source_contrast"]
+
+    if config.feature_distance.weight > 0:
+        assert source.deepest is not None
+        assert source.pretrained is not None
+        classes = labels_at(source.labels, source.deepest.shape[-2:], share=config.feature_distance.share)
+        assert classes is not None
+        terms["feature_distance"] = feature_distance(source.deepest.float(), source.pretrained, classes, things)
+        loss = loss + config.feature_distance.weight * terms["feature_distance"]
+
     if config.adapt and target is not None:
         if config.smoothness.weight > 0:
             terms["smoothness_source"] = smoothness(logits, config.smoothness.threshold)
@@ -85,7 +94,7 @@ def objective(
         if weight > 0:
             for level in config.association.levels:
                 with phase("association"):
-                    found = _associate_level(config.association, level, source, target, node)
+                    found = associate_level(config.association, level, source, target, node)
                 loss = loss + weight * found.loss
                 terms |= {
                     f"association_{level}": found.loss,
@@ -93,97 +102,42 @@ def objective(
                     f"cover_ratio_{level}": found.cover_ratio,
                     f"consistent_ratio_{level}": found.consistent_ratio,
                     f"correct_ratio_{level}": found.correct_ratio,
+                    f"kept_correct_ratio_{level}": found.kept_correct_ratio,
                     f"nats_over_chance_{level}": found.nats_over_chance,
                     # Per update: the log takes the mean over micro-batches.
                     f"exchanged_bytes_{level}": accumulation * found.exchanged_bytes,
                     f"kept_per_class_{level}": found.kept_per_class,
+                    **_confusions(level, target, found),
                 }
+
+    for name, weight, view in (
+        ("self_training", config.self_training.weight, mixed),
+        ("masked_consistency", config.masked_consistency.weight, masked),
+    ):
+        if view is not None and step >= config.self_training.start_step:
+            assert view.labels is not None
+            assert view.confident is not None
+            terms[name], terms["confident_share"] = pseudo_label_loss(
+                view.logits, view.labels, view.confident, view.trusted
+            )
+            terms["pseudo_label_accuracy"] = _pseudo_label_accuracy(view)
+            loss = loss + weight * terms[name]
     return loss, {"loss": loss} | terms
 
 
-def association_weight(config: AssociationConfig, step: int) -> float:
-    """Weight of the association term at a step: 0 before `start_step`, then linear over `ramp_steps`."""
-    if step < config.start_step:
-        return 0.0
-    if config.ramp_steps == 0:
-        return config.weight
-    return config.weight * min(1.0, (step - config.start_step + 1) / config.ramp_steps)
+def _confusions(level: Level, target: Domain, found: Association) -> dict[str, torch.Tensor]:
+    """Matches by source class and true class of the target pixel, where the latter is known."""
+    if target.labels is None:
+        return {}
+    return {f"confusion_{level}": found.confusion, f"kept_confusion_{level}": found.kept_confusion}
 
 
-def _associate_level(
-    config: AssociationConfig, level: Level, source: Domain, target: Domain, node: dist.ProcessGroup | None
-) -> Association:
-    similarity = SIMILARITY[level]
-    source_rows, target_rows = (
-        (domain.features.float() if level == "features" else domain.logits.float().softmax(dim=1)).flatten(2).mT
-        for domain in (source, target)
-    )
-    source_grid, target_grid = (
-        (domain.features if level == "features" else domain.logits).shape[-2:] for domain in (source, target)
-    )
-    source_labels, truth = labels_at(source.labels, source_grid), labels_at(target.labels, target_grid)
-    assert source_labels is not None
-    if config.diffusion > 0:
-        target_rows = diffuse(target_rows, config.diffusion, similarity, detach_statistics=config.detach_statistics)
-    source_pools, target_pools, label_pools = list(source_rows), list(target_rows), list(source_labels)
-    truth_pools = None if truth is None else list(truth)
-    if config.position_budget is not None:
-        picked = _picked(config, config.position_budget, source, source_grid, source_labels)
-        source_pools = [rows[at] for rows, at in zip(source_pools, picked, strict=True)]
-        label_pools = [labels[at] for labels, at in zip(label_pools, picked, strict=True)]
-        picked = _picked(config, config.position_budget, target, target_grid, None)
-        target_pools = [rows[at] for rows, at in zip(target_pools, picked, strict=True)]
-        if truth_pools is not None:
-            truth_pools = [labels[at] for labels, at in zip(truth_pools, picked, strict=True)]
-    try:
-        if config.scope == "pair":
-            return associate_pairs(
-                source_pools,
-                target_pools,
-                label_pools,
-                similarity=similarity,
-                num_classes=source.logits.shape[1],
-                target_labels=truth_pools,
-                ignore_index=IGNORE_INDEX,
-                detach_statistics=config.detach_statistics,
-                implementation=config.implementation,
-                dtype=config.dtype,
-                deterministic=config.deterministic,
-            )
-        return associate(
-            torch.cat(source_pools),
-            torch.cat(target_pools),
-            torch.cat(label_pools),
-            similarity=similarity,
-            num_classes=source.logits.shape[1],
-            target_labels=None if truth_pools is None else torch.cat(truth_pools),
-            group=node if config.scope == "node" else None,
-            exchange="local" if config.scope == "rank" else config.exchange,
-            ignore_index=IGNORE_INDEX,
-            detach_statistics=config.detach_statistics,
-            implementation=config.implementation,
-            dtype=config.dtype,
-            wire_dtype=config.wire_dtype,
-            deterministic=config.deterministic,
-        )
-    except ValueError as error:
-        raise UserError(f"objective.association, {level}: {error}") from error
-
-
-def _picked(
-    config: AssociationConfig, budget: int, domain: Domain, grid: torch.Size, labels: torch.Tensor | None
-) -> list[torch.Tensor]:
-    """Positions of each image that a budget leaves: balanced where there are labels to balance by."""
-    if labels is not None and config.position_sampling == "balanced":
-        return [
-            class_balanced(label, budget, IGNORE_INDEX, seed) for label, seed in zip(labels, domain.seeds, strict=True)
-        ]
-    device = domain.logits.device
-    return [random_grid(grid[0], grid[1], budget, seed).to(device) for seed in domain.seeds]
-
-
-def labels_at(labels: torch.Tensor | None, grid: torch.Size) -> torch.Tensor | None:
-    """Labels [B, H, W] at a grid's positions by nearest neighbour, int64 [B, h * w]."""
-    if labels is None:
-        return None
-    return F.interpolate(labels[:, None].float(), size=grid, mode="nearest").flatten(1).long()
+def _pseudo_label_accuracy(view: Domain) -> torch.Tensor:
+    """Share of pseudo labels that are the true ones, nan where true ones are not known."""
+    assert view.labels is not None
+    if view.truth is None:
+        return view.logits.new_tensor(torch.nan)
+    judged = (view.truth != IGNORE_INDEX) & (view.labels != IGNORE_INDEX)
+    if view.trusted is not None:
+        judged &= ~view.trusted
+    return ((view.labels == view.truth) & judged).sum() / judged.sum()

@@ -10,10 +10,9 @@ from typing_extensions import NamedTuple
 from dist_pca.config import RunConfig
 from dist_pca.data.order import micro_batch_size
 from dist_pca.errors import UserError
-from dist_pca.objective import Domain
+from dist_pca.objective import Domain, Domains
 
 T = TypeVar("T")
-Domains = tuple[Domain, Domain | None]
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
@@ -65,6 +64,8 @@ def separate_losses(
         batch = next_batch()
         domains = forward(batch)
         yield MicroBatch(*loss_of(domains), domains, batch)
+        # Before the next ones are made.
+        del batch, domains
 
 
 def one_loss(
@@ -74,7 +75,7 @@ def one_loss(
     count: int,
     module: torch.nn.Module,
 ) -> Iterator[MicroBatch[T]]:
-    """`count` micro-batches whose gradients add up to those of one loss over all of them.
+    """`count` micro-batches whose gradients add up to those of one loss over all of them (GradCache, Gao et al. 2021).
 
     A first pass without gradients gives what the network says of every micro-batch; the loss of all that, taken once,
     gives a gradient for each output; a second pass, one micro-batch at a time, carries it into the network. No more
@@ -95,31 +96,46 @@ def one_loss(
         said = [forward(batch) for batch in batches]
         for buffer, before in zip(module.buffers(), buffers, strict=True):
             buffer.copy_(before)
-    source = _joined([domains[0] for domains in said])
-    target = _joined([domain for _, domain in said if domain is not None])
-    assert source is not None
-    outputs = [values for domain in (source, target) if domain for values in (domain.logits, domain.features)]
-    loss, terms = loss_of((source, target))
-    gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
+    joined = Domains(*(_joined(views) for views in zip(*said, strict=True)))  # type: ignore[arg-type]
+    loss, terms = loss_of(joined)
+    gradients = torch.autograd.grad(loss, _outputs(joined), allow_unused=True)
     parts = [None if g is None else g.chunk(count) for g in gradients]
     for index, batch in enumerate(batches):
         domains = forward(batch)
-        own = [values for domain in domains if domain for values in (domain.logits, domain.features)]
         carried = [
-            (values.float() * part[index]).sum() for values, part in zip(own, parts, strict=True) if part is not None
+            (values.float() * part[index]).sum()
+            for values, part in zip(_outputs(domains), parts, strict=True)
+            if part is not None
         ]
         # Its value is no loss; its gradient is. The mean over micro-batches is made a sum.
         yield MicroBatch(count * torch.stack(carried).sum(), terms, domains, batch)
 
 
-def _joined(domains: Sequence[Domain]) -> Domain | None:
-    """Outputs of several micro-batches as those of one, in fp32 and with a gradient."""
+def _outputs(domains: Domains) -> list[torch.Tensor]:
+    """What the network has computed, one domain after the other."""
+    return [
+        values
+        for domain in domains
+        if domain is not None
+        for values in (domain.logits, domain.features, domain.deepest)
+        if values is not None
+    ]
+
+
+def _joined(views: Sequence[Domain | None]) -> Domain | None:
+    """Join one domain's micro-batches to one; outputs of the network are in fp32 and get a gradient."""
+    domains = [domain for domain in views if domain is not None]
     if not domains:
         return None
-    labels: list[Any] = [domain.labels for domain in domains]
-    return Domain(
-        torch.cat([domain.logits for domain in domains]).float().requires_grad_(),
-        torch.cat([domain.features for domain in domains]).float().requires_grad_(),
-        None if labels[0] is None else torch.cat(labels),
-        [seed for domain in domains for seed in domain.seeds],
+    joined = Domain(*(_concatenated(values) for values in zip(*domains, strict=True)))
+    return joined._replace(
+        logits=joined.logits.float().requires_grad_(),
+        features=joined.features.float().requires_grad_(),
+        deepest=None if joined.deepest is None else joined.deepest.float().requires_grad_(),
     )
+
+
+def _concatenated(values: Sequence[Any]) -> Any:
+    if torch.is_tensor(values[0]):
+        return torch.cat(list(values))
+    return None if values[0] is None else [item for part in values for item in part]

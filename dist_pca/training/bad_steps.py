@@ -12,11 +12,14 @@ import torch.distributed as dist
 
 from dist_pca.data.batch import Batch
 from dist_pca.errors import UserError
-from dist_pca.objective import Domain
+from dist_pca.objective import Domain, Domains
 from dist_pca.training.outcome import ExitCode
 
 _log = logging.getLogger("dist_pca.training")
-TERMS = ("ce", "lovasz", "smoothness_source", "smoothness_target", "association_features", "association_predictions")
+TERMS = (
+    *("ce", "lovasz", "smoothness_source", "smoothness_target", "association_features", "association_predictions"),
+    *("self_training", "masked_consistency", "source_contrast", "feature_distance"),
+)
 """What a loss is the sum of; other values that are told may be undefined."""
 
 
@@ -36,7 +39,12 @@ class Watched(NamedTuple):
 
 def finite(domain: Domain) -> Domain:
     """The domain with zeros for values that are not finite, which association refuses on all ranks."""
-    return domain._replace(logits=_zeroed(domain.logits), features=_zeroed(domain.features))
+    return domain._replace(
+        logits=_zeroed(domain.logits),
+        features=_zeroed(domain.features),
+        teacher_logits=None if domain.teacher_logits is None else _zeroed(domain.teacher_logits),
+        teacher_features=None if domain.teacher_features is None else _zeroed(domain.teacher_features),
+    )
 
 
 class BadSteps:
@@ -77,15 +85,16 @@ class BadSteps:
         Args:
             loss: Scalar.
             terms: What it is the sum of, by name.
-            domains: Outputs of the network for source and target.
-            batches: What they are outputs for.
+            domains: Outputs of the network, in the order of `Domains`.
+            batches: The source's and the target's, which they are outputs for.
         """
         values = {name: terms[name] for name in TERMS if name in terms}
-        keys = {}
-        for name, domain, batch in zip(("source", "target"), domains, batches, strict=True):
-            if domain is not None and batch is not None:
+        for name, domain in zip(Domains._fields, domains, strict=False):
+            if domain is not None:
                 values |= {f"{name} logits": domain.logits, f"{name} features": domain.features}
-                keys[name] = batch.keys
+        keys = {
+            name: batch.keys for name, batch in zip(("source", "target"), batches, strict=True) if batch is not None
+        }
         # A sum is finite only if all of it is, and reads each value once.
         sums = [value.detach().sum(dtype=torch.float32) for value in (loss, *values.values())]
         sound = torch.stack(sums).isfinite()

@@ -11,6 +11,7 @@ from dist_pca.data.order import micro_batch_size
 from dist_pca.data.sampling import build_sampler
 from dist_pca.data.transform import check_crop
 from dist_pca.model.segmenter import Segmenter, build_segmenter
+from dist_pca.objective.feature_distance import thing_classes
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import fit_accumulation
@@ -31,6 +32,8 @@ class Plan(NamedTuple):
     validation: Manifest | None
     classes: tuple[ClassInfo, ...]
     model: Segmenter
+    things: tuple[int, ...] = ()
+    """Classes whose cells the feature distance is over."""
 
 
 def check(config: RunConfig, *, world_size: int, resume: bool | None) -> Plan:
@@ -54,7 +57,9 @@ def check(config: RunConfig, *, world_size: int, resume: bool | None) -> Plan:
     check_trackers(config)
     validation = open_validation(config, classes)
     torch.manual_seed(config.seed)
+    things = thing_classes(config.objective.feature_distance, classes)
     model = build_segmenter(config.model, len(classes))
+    model.gives_deepest = config.objective.feature_distance.weight > 0
     # Only for what it refuses: the run's own optimiser is built with the process group.
     build_optimizer(config.optimizer, model)
-    return Plan(config, sources, targets, validation, classes, model)
+    return Plan(config, sources, targets, validation, classes, model, things)

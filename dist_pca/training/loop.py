@@ -2,16 +2,16 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from dist_pca.data.batch import Batch
-from dist_pca.data.randomness import Domain as DomainName
-from dist_pca.data.randomness import Purpose, draw
-from dist_pca.objective import Domain, objective
-from dist_pca.training.accumulation import Domains, Loss, MicroBatch, one_loss, separate_losses
+from dist_pca.model.batch_norm import kept_statistics
+from dist_pca.objective import Domains, objective
+from dist_pca.training.accumulation import Loss, MicroBatch, one_loss, separate_losses
 from dist_pca.training.bad_steps import finite
 from dist_pca.training.check import Plan
 from dist_pca.training.ema import update_average
@@ -19,7 +19,17 @@ from dist_pca.training.outcome import ExitCode
 from dist_pca.training.schedule import learning_rate_factor
 from dist_pca.training.session import Session, open_session
 from dist_pca.training.signals import StopRequest
+from dist_pca.training.teacher import teacher_weights
 from dist_pca.training.validation import validate
+from dist_pca.training.views import Views, see, student_views
+
+
+class Shown(NamedTuple):
+    """A micro-batch as it was read, and as the student is shown it."""
+
+    batches: tuple[Batch, Batch | None]
+    """The source's and the target's."""
+    views: Views
 
 
 def train(plan: Plan, stop: StopRequest) -> ExitCode:
@@ -43,10 +53,12 @@ def train(plan: Plan, stop: StopRequest) -> ExitCode:
             session.bad_steps.begin()
             for micro in micro_batches(session, plan, step):
                 clock.enter("backward")
-                engine.backward(session.bad_steps.watch(micro.loss, micro.terms, micro.domains, micro.batch))
+                engine.backward(session.bad_steps.watch(micro.loss, micro.terms, micro.domains, micro.batch.batches))
                 clock.enter("optimizer")
                 engine.step()
-                telemetry.collect(micro.terms, micro.batch)
+                telemetry.collect(micro.terms, micro.batch.batches)
+                # Before the next one is made.
+                del micro
             norm = float(engine.get_global_grad_norm() or 0.0)
             skipped = session.bad_steps.end(step + 1, norm, excused=session.loss_scale.update(norm))
             if session.average is not None and not skipped:
@@ -78,33 +90,43 @@ def train(plan: Plan, stop: StopRequest) -> ExitCode:
     return ExitCode.DONE
 
 
-def micro_batches(session: Session, plan: Plan, step: int) -> Iterator[MicroBatch[tuple[Batch, Batch | None]]]:
+def micro_batches(session: Session, plan: Plan, step: int) -> Iterator[MicroBatch[Shown]]:
     """The micro-batches of a step (from 0), through the network and ready for backward."""
     config, training = plan.config, plan.config.training
     pooled = training.accumulation_pool == "update" and training.accumulation > 1
+    adaptive = config.model.running_statistics == "target"
+    keep = partial(kept_statistics, session.engine.module) if adaptive else nullcontext
 
-    def next_batch() -> tuple[Batch, Batch | None]:
+    def next_batch() -> Shown:
         session.clock.enter("data", step + 1)
-        return next(session.sources), next(session.targets)
+        source, target = next(session.sources), next(session.targets)
+        session.clock.enter("teacher")
+        views = student_views(config, source, target, session.engine, partial(as_teacher, session), session.pretrained)
+        return Shown((source, target), views)
 
-    def forward_batch(batch: tuple[Batch, Batch | None]) -> Domains:
+    def forward(shown: Shown) -> Domains:
         session.clock.enter("forward")
-        return forward(session.engine, *batch, joint=config.model.joint_batch, seed=config.seed)
+        return see(session.engine, shown.views, joint=config.model.joint_batch, keep_statistics=keep)
 
     def loss_of(domains: Domains) -> Loss:
-        source, target = domains
         return objective(
             config.objective,
-            finite(source),
-            None if target is None else finite(target),
+            *(None if domain is None else finite(domain) for domain in domains),  # type: ignore[arg-type]
             step=step,
             accumulation=1 if pooled else training.accumulation,
             node=session.world.node,
+            things=plan.things,
         )
 
     if pooled:
-        return one_loss(next_batch, forward_batch, loss_of, training.accumulation, session.engine.module)
-    return separate_losses(next_batch, forward_batch, loss_of, training.accumulation)
+        return one_loss(next_batch, forward, loss_of, training.accumulation, session.engine.module)
+    return separate_losses(next_batch, forward, loss_of, training.accumulation)
+
+
+def as_teacher(session: Session) -> AbstractContextManager[None]:
+    """Turn the engine's network into the teacher while the context is open. Collective."""
+    assert session.average is not None
+    return teacher_weights(session.engine, session.average)
 
 
 def score(session: Session, plan: Plan, step: int, *, last: bool) -> float | None:
@@ -125,29 +147,3 @@ def score(session: Session, plan: Plan, step: int, *, last: bool) -> float | Non
     )
     session.telemetry.collect({"validation_mean_iou": torch.tensor(mean_iou, device=session.world.device)}, ())
     return mean_iou
-
-
-def forward(
-    engine: Any, source: Batch, target: Batch | None, *, joint: bool, seed: int
-) -> tuple[Domain, Domain | None]:
-    """Both domains through the network, as one batch or in turn."""
-    seeds = _seeds(source, seed, "source")
-    if target is None:
-        logits, features = engine(source.images)
-        return Domain(logits, features, source.labels, seeds), None
-    target_seeds = _seeds(target, seed, "target")
-    if joint:
-        n = len(source.images)
-        logits, features = engine(torch.cat([source.images, target.images]))
-        (logits, target_logits), (features, target_features) = ((x[:n], x[n:]) for x in (logits, features))
-    else:
-        (logits, features), (target_logits, target_features) = engine(source.images), engine(target.images)
-    return (
-        Domain(logits, features, source.labels, seeds),
-        Domain(target_logits, target_features, target.labels, target_seeds),
-    )
-
-
-def _seeds(batch: Batch, seed: int, domain: DomainName) -> list[int]:
-    # A function of each crop's place in the stream, so that every number of ranks picks the same positions.
-    return [int(draw(1, seed, domain, Purpose.POSITIONS, place)[0] >> 1) for place in batch.positions]

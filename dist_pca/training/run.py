@@ -40,6 +40,20 @@ def create_run(config: RunConfig, classes: tuple[ClassInfo, ...], world_size: in
     record_start(config.folder, start_step, world_size, os.environ)
 
 
+def read_run(folder: Path) -> tuple[RunConfig, tuple[ClassInfo, ...]]:
+    """Config and class table of a run folder.
+
+    Raises:
+        UserError: the folder is not a run.
+    """
+    if not (folder / "config.yaml").is_file() or not (folder / "classes.json").is_file():
+        raise UserError(
+            f"{folder}: not a run folder (no config.yaml or classes.json); give the folder that training wrote"
+        )
+    classes = _CLASSES.validate_json((folder / "classes.json").read_text())
+    return load_config(folder / "config.yaml"), classes
+
+
 def load_run(
     folder: Path, checkpoint: str | None = None, *, weights: Weights | None = None
 ) -> tuple[RunConfig, tuple[ClassInfo, ...], Segmenter]:
@@ -53,21 +67,23 @@ def load_run(
     Raises:
         UserError: the folder is not a run, has no checkpoint or not this one, or no such weights.
     """
-    if not (folder / "config.yaml").is_file() or not (folder / "classes.json").is_file():
-        raise UserError(
-            f"{folder}: not a run folder (no config.yaml or classes.json); give the folder that training wrote"
-        )
-    config = load_config(folder / "config.yaml")
-    classes = _CLASSES.validate_json((folder / "classes.json").read_text())
-    chosen = latest_checkpoint(folder / "checkpoints") if checkpoint is None else _checkpoint(folder, checkpoint)
-    if chosen is None:
-        raise UserError(f"{folder}: has no checkpoint yet; train it first, or lower training.checkpoint_every")
+    config, classes = read_run(folder)
+    chosen = find_checkpoint(folder, checkpoint)
     model = build_network(config.model, len(classes))
     load_model(model, chosen, ema=weights == "ema" or (weights is None and has_average(chosen)))
     return config, classes, model.eval()
 
 
-def _checkpoint(folder: Path, wanted: str) -> Path:
+def find_checkpoint(folder: Path, wanted: str | None = None) -> Path:
+    """Find a checkpoint of a run folder by its step, its name or `best`; None takes the newest.
+
+    Raises:
+        UserError: there is none, or not this one.
+    """
+    if wanted is None:
+        if (newest := latest_checkpoint(folder / "checkpoints")) is not None:
+            return newest
+        raise UserError(f"{folder}: has no checkpoint yet; train it first, or lower training.checkpoint_every")
     if wanted == "best" and (best := pointed_at(folder / "checkpoints", "best")) is not None:
         return best
     name = f"step-{int(wanted):08d}" if wanted.isdecimal() else wanted

@@ -13,6 +13,7 @@ from dist_pca.data.batch import Batch
 from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.stream import stream
 from dist_pca.data.transfer import to_device
+from dist_pca.model.frozen import FrozenBackbone
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.bad_steps import BadSteps
 from dist_pca.training.check import Plan
@@ -43,6 +44,8 @@ class Session(NamedTuple):
     """Learning rate of each of its groups before the schedule."""
     average: Average | None
     """Moving average of the weights, if the run keeps one."""
+    pretrained: FrozenBackbone | None
+    """The backbone before the first step, where the feature distance asks for it."""
     start_step: int
     """Steps already made."""
     sources: Iterator[Batch]
@@ -72,6 +75,8 @@ def open_session(plan: Plan) -> Iterator[Session]:
         again = any(int(os.environ.get(f"{name}_RESTART_COUNT", 0)) for name in ("SLURM", "TORCHELASTIC"))
         stack.enter_context(run_lock(config.folder, patience=training.stall_timeout / 2 if again else 0.0))
         flops = network_flops(plan.model, *config.data.crop)
+        # Before a checkpoint's weights take the place of those that the run began with.
+        pretrained = _pretrained_backbone(plan, world)
         engine, optimizer, average, state = _start_engine(plan, world)
         start_step = int(state["step"])
         if world.rank == 0:
@@ -100,6 +105,7 @@ def open_session(plan: Plan) -> Iterator[Session]:
             optimizer,
             base_rates=[group["lr"] for group in optimizer.param_groups],
             average=average,
+            pretrained=pretrained,
             start_step=start_step,
             sources=batches(plan.sources, "source", training.source_batch),
             targets=batches(plan.targets, "target", training.target_batch) if plan.targets else repeat(None),
@@ -111,6 +117,13 @@ def open_session(plan: Plan) -> Iterator[Session]:
                 CheckpointWriter(config.folder / "checkpoints", config, device=world.device)
             ),
         )
+
+
+def _pretrained_backbone(plan: Plan, world: World) -> FrozenBackbone | None:
+    if plan.config.objective.feature_distance.weight == 0:
+        return None
+    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.config.training.precision]
+    return FrozenBackbone(plan.model, autocast=autocast).to(world.device)
 
 
 def _start_engine(plan: Plan, world: World) -> tuple[Any, torch.optim.Optimizer, Average | None, dict[str, Any]]:

@@ -24,7 +24,7 @@ from dist_pca.training.lines import append_line, drop_lines_after
 from dist_pca.training.phases import PhaseClock
 from dist_pca.training.profile import Profile
 from dist_pca.training.sample_log import SampleLog
-from dist_pca.training.throughput import peak_flops, peak_memory
+from dist_pca.training.throughput import network_passes, peak_flops, peak_memory
 from dist_pca.training.trackers import Trackers
 
 METRICS = {
@@ -36,7 +36,13 @@ METRICS = {
     "loss": "what is minimised",
     "ce": "cross-entropy of the source, nats",
     "lovasz": "Lovasz-Softmax of the source",
+    "source_contrast": "InfoNCE of the source's pixels, nats",
+    "feature_distance": "distance of the source's things to the pretrained backbone's features",
     "smoothness_source, smoothness_target": "label smoothness of each domain",
+    "self_training": "cross-entropy of mixed images with pseudo labels, weighted by `confident_share`",
+    "masked_consistency": "likewise of target images with hidden blocks",
+    "confident_share": "share of target pixels whose pseudo label reaches `objective.self_training.threshold`",
+    "pseudo_label_accuracy": "share of pseudo labels that are true; only where target shards have labels",
     "association_LEVEL": "association loss at `features` or `predictions`, nats",
     "kept_LEVEL": "cycles kept",
     "kept_per_class_LEVEL": "the same by class name",
@@ -44,12 +50,16 @@ METRICS = {
     "consistent_ratio_LEVEL": "share of labelled source positions whose cycle ends in their own class",
     "correct_ratio_LEVEL": "share of matches whose target truly has the source's class; only where target shards have "
     "labels, which never reach the loss",
+    "kept_correct_ratio_LEVEL": "the same of kept cycles alone",
+    "confusion_LEVEL": "matches by class: `source class → true class of the matched target pixel`; where that is known",
+    "kept_confusion_LEVEL": "the same of kept cycles alone",
     "nats_over_chance_LEVEL": "`ln N_source + ln N_target - loss`; the loss itself grows with the pool and compares "
     "only at equal pools",
     "exchanged_bytes_LEVEL": "bytes of keys, matches and gradients that a rank sends to others in one update",
     "validation_mean_iou": "mIoU on `data.validation`, in the steps that are validated",
     "seconds_per_step": "wall time",
-    "seconds": "the same by phase: `data` (waiting for it), `forward`, `association`, of it `exchange` (waiting for "
+    "seconds": "the same by phase: `data` (waiting for it), `teacher` (its forward pass, and making "
+    "views), `forward`, `association`, of it `exchange` (waiting for "
     "other ranks), `backward`, `optimizer`, `validation`, `checkpoint`, `log`; mean over ranks",
     "data_wait_share": "share of the time that waits for data",
     "images_per_second": "of both domains, over all ranks",
@@ -63,8 +73,15 @@ TIMING = (
     *("flops_per_second", "flop_utilisation", "peak_memory_bytes"),
 )
 """Fields that differ between two runs of the same computation."""
-PHASES = ("data", "forward", "association", "exchange", "backward", "optimizer", "validation", "checkpoint", "log")
-SHOWN = ("loss", "ce", "lovasz", "association_features", "association_predictions")
+PHASES = (
+    *("data", "teacher", "forward", "association", "exchange", "backward"),
+    *("optimizer", "validation", "checkpoint", "log"),
+)
+CONFUSIONS = tuple(
+    f"{kind}_{level}" for kind in ("confusion", "kept_confusion") for level in ("features", "predictions")
+)
+"""Terms with a value for each pair of classes, too many for trackers."""
+SHOWN = ("loss", "ce", "lovasz", "self_training", "association_features", "association_predictions")
 FOLD_AFTER = 64
 """Micro-batches whose terms are kept on the device before they are added up."""
 
@@ -103,6 +120,7 @@ class Telemetry:
         self._classes, self._clock, self._device = classes, clock, device
         self._steps, self._start_step, self._log_every = config.training.steps, start_step, config.training.log_every
         self._images = config.training.source_batch + (config.training.target_batch if config.objective.adapt else 0)
+        self._passes = network_passes(config)
         self._flops, self._peak_flops = flops, peak_flops(device, config.training.precision)
         self._window = _resumed(windows)
         self._pending: list[dict[str, torch.Tensor]] = []
@@ -203,15 +221,20 @@ class Telemetry:
         values = iter(torch.cat([v.reshape(-1) for terms in self._pending for v in terms.values()]).tolist())
         for terms in self._pending:
             for name, term in terms.items():
-                # One value of each class where a term is not a single number.
-                names = [f"{name}/{info.name}" for info in self._classes] if term.ndim else [name]
-                for one in names:
+                for one in self._names(name, term.ndim):
                     value = next(values)
                     if math.isfinite(value):
                         self._add(one, value)
                     else:
                         self._window.setdefault(one, (0.0, 0))
         self._pending = []
+
+    def _names(self, name: str, dimensions: int) -> list[str]:
+        """Names of a term's values: one number, one for each class, or a row for each class."""
+        classes = [info.name for info in self._classes]
+        if dimensions == 2:
+            return [f"{name}/{row} → {column}" for row in classes for column in classes]
+        return [f"{name}/{of_class}" for of_class in classes] if dimensions else [name]
 
     def _means(self) -> dict[str, Any]:
         """Means over the window and ranks. A term is a rank's share of a mean over ranks or the same everywhere; the
@@ -223,7 +246,10 @@ class Telemetry:
             outer, _, inner = name.partition("/")
             mean = total / count if count else None
             if inner:
-                means.setdefault(outer, {})[inner] = mean
+                values = means.setdefault(outer, {})
+                # Most pairs of classes never meet.
+                if outer not in CONFUSIONS or mean:
+                    values[inner] = mean
             else:
                 means[name] = mean
         self._window = {}
@@ -241,7 +267,7 @@ class Telemetry:
         peak = torch.tensor(peak_memory(self._device), device=self._device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         rate = self._images * steps / elapsed
-        flops = self._flops * rate / ranks
+        flops = self._flops * self._passes * steps / elapsed / ranks
         return {
             "seconds_per_step": elapsed / steps,
             "seconds": seconds,
@@ -268,7 +294,8 @@ class Telemetry:
 
     def _tell(self, step: int, record: dict[str, Any]) -> None:
         append_line(self._file, json.dumps(record))
-        self._trackers.log({name: value for name, value in _flat(record) if name != "step"}, step)
+        shown = {name: value for name, value in record.items() if name != "step" and name not in CONFUSIONS}
+        self._trackers.log(dict(_flat(shown)), step)
         summary = self._summary(record)
         if self._progress:
             self._progress.update(self._task, summary=summary)

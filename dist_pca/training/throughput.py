@@ -2,9 +2,12 @@
 
 import resource
 import sys
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from dist_pca.config import RunConfig
 
 PEAK_TERAFLOPS = {
     "B200": (2250.0, 1100.0),
@@ -34,7 +37,8 @@ of fp32 as PyTorch convolves it by default, which is TF32 where the device has i
 def network_flops(model: torch.nn.Module, height: int, width: int) -> int:
     """Floating-point operations of a forward and backward pass over one image: convolutions and matrix products.
 
-    Counted on tensors without values, so that it takes no memory and a fraction of a second.
+    Counted on tensors without values, so that it takes no memory and a fraction of a second. What activation
+    checkpointing computes anew does not count.
     """
     meta = {
         name: torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
@@ -44,13 +48,34 @@ def network_flops(model: torch.nn.Module, height: int, width: int) -> int:
     # In evaluation mode, because shared batch-norm statistics ask other ranks.
     training = model.training
     model.eval()
+    # Computing anew would happen in backward, where the module has its own tensors again.
+    checkpointed: list[Any] = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
+    for module in checkpointed:
+        module.grad_checkpointing = False
     try:
         with FlopCounterMode(display=False) as counter:
             output = torch.func.functional_call(model, meta, (image,))
             output.logits.sum().backward()
     finally:
         model.train(training)
+        for module in checkpointed:
+            module.grad_checkpointing = True
     return int(counter.get_total_flops())
+
+
+def network_passes(config: RunConfig) -> float:
+    """Images that pass the network forward and backward in one update, over all ranks.
+
+    The student's views count each; an image that the teacher sees counts a third, as its pass is forward alone.
+    """
+    objective, training = config.objective, config.training
+    if not objective.adapt:
+        return training.source_batch
+    views = objective.shows_target + (objective.self_training.weight > 0) + (objective.masked_consistency.weight > 0)
+    taught = training.target_batch if objective.uses_teacher else 0
+    if objective.association.uses_teacher and objective.association.teacher_matches:
+        taught += training.source_batch
+    return training.source_batch + views * training.target_batch + taught / 3
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -27,6 +27,7 @@ from dist_pca.training.outcome import ExitCode, leave, record_outcome, say_error
 Phase = Literal[
     "start",
     "data",
+    "teacher",
     "forward",
     "association",
     "exchange",

@@ -94,6 +94,37 @@ def scatter(engine: Any, whole: Mapping[str, torch.Tensor], values: Sequence[tor
         own.copy_(whole[fragment.name].flatten()[fragment.start :][: fragment.size])
 
 
+@contextmanager
+def swapped_parameters(engine: Any, values: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Let the network compute with other values of its trained parameters while the context is open. Collective.
+
+    Stage 3 exchanges every rank's shards with `values`, which adds no memory; stages 1 and 2, where every rank has the
+    whole network, gather the values into a second copy of its weights that lives as long as the context.
+
+    Args:
+        engine: DeepSpeed's.
+        values: fp32, in the layout of `partitions`; unchanged when the context is over.
+    """
+    if engine.zero_optimization_stage() == 3:
+        _exchange_shards(engine, values)
+        yield
+        _exchange_shards(engine, values)
+        return
+    own = []
+    optimizer = engine.optimizer
+    for group, flat, value in zip(optimizer.bit16_groups, optimizer.bit16_groups_flat, values, strict=True):
+        # Each rank's partition is an equal part of the flat group, in rank order.
+        gathered = torch.empty_like(flat)
+        dist.all_gather(list(gathered.chunk(dist.get_world_size())), value.to(flat.device, flat.dtype))
+        for parameter in group:
+            offset = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+            own.append((parameter, parameter.data))
+            parameter.data = gathered[offset : offset + parameter.numel()].view_as(parameter)
+    yield
+    for parameter, data in own:
+        parameter.data = data
+
+
 def fragments(engine: Any) -> list[Fragment]:
     """What this rank holds of each trained parameter, in the order of names, which all ranks share."""
     return [_fragment(engine, name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
@@ -135,6 +166,22 @@ def _all_held(engine: Any) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tenso
                 yield flat.detach().clone(), {key: value.clone() for key, value in held.items()}
             else:
                 yield flat, held
+
+
+def _exchange_shards(engine: Any, values: Sequence[torch.Tensor]) -> None:
+    """Exchange this rank's stage 3 shards of all trained parameters with `values`. Collective."""
+    engine.optimizer._partition_all_parameters()
+    parameters = dict(engine.module.named_parameters())
+    for fragment in fragments(engine):
+        shard = parameters[fragment.name].ds_tensor.view(-1)[: fragment.size]
+        own = values[fragment.partition][fragment.offset :][: fragment.size]
+        before = shard.to(own.device, copy=True)
+        shard.copy_(own)
+        own.copy_(before)
+    # Small parameters stay whole on every rank between steps; they are made anew from the shards.
+    persistent = engine.optimizer.persistent_parameters
+    if persistent:
+        persistent[0].all_gather(persistent)
 
 
 def _present(parameter: Any) -> AbstractContextManager[None]:

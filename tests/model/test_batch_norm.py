@@ -8,7 +8,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from dist_pca.config import ModelConfig
-from dist_pca.model.batch_norm import average_over_ranks, running_statistics, synchronise
+from dist_pca.model.batch_norm import average_over_ranks, kept_statistics, running_statistics, synchronise
 from dist_pca.model.segmenter import build_segmenter
 from tests.ranks import run_on_ranks
 
@@ -140,3 +140,17 @@ def test_local_statistics_move_in_training() -> None:
     before = segmenter.get_buffer("backbone.body.bn1.running_mean").clone()
     segmenter(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
     assert not torch.equal(segmenter.get_buffer("backbone.body.bn1.running_mean"), before)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_kept_statistics_stay_while_batches_normalise_themselves(shared: bool) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    if shared:
+        synchronise(network)
+    x = 5 + torch.randn(6, 3, 4, 4)
+    before = {name: value.clone() for name, value in running_statistics(network).items()}
+    with kept_statistics(network):
+        kept = network(x)
+    assert all(torch.equal(value, before[name]) for name, value in running_statistics(network).items())
+    assert torch.equal(network(x), kept)
+    assert all(not torch.equal(value, before[name]) for name, value in running_statistics(network).items())

@@ -48,13 +48,13 @@ def test_every_family_segments_and_trains_on_images_of_an_odd_size(
 def test_every_head_and_projection_train_on_small_crops(backbone: str, head: str) -> None:
     segmenter = build(backbone, head=head, association_features="projection", association_stride=8)
     images = noise(112, 176)
-    logits, features = segmenter(images)
+    logits, features, _ = segmenter(images)
     assert logits.shape[-1] in (44, 48)
     assert features.shape == (2, 256, logits.shape[-2] // 2, logits.shape[-1] // 2)
     optimizer = torch.optim.SGD(segmenter.parameters(), lr=0.01)
     losses = []
     for _ in range(2):
-        logits, features = segmenter(images)
+        logits, features, _ = segmenter(images)
         losses.append(logits.logsumexp(1).mean() + features.square().mean())
         optimizer.zero_grad()
         losses[-1].backward()  # type: ignore[no-untyped-call]
@@ -205,3 +205,15 @@ def test_an_unknown_backbone_is_refused_with_the_nearest_names() -> None:
 def test_an_unknown_tag_of_weights_is_refused(output_stride: int | None) -> None:
     with pytest.raises(UserError, match=r"^model\.backbone: resnet18\.nowhere"):
         build("resnet18.nowhere", output_stride=output_stride)
+
+
+def test_stochastic_depth_drops_in_training_alone_and_is_refused_where_timm_has_none() -> None:
+    torch.manual_seed(0)
+    values = {"weights": "scratch", "output_stride": None, "head": "pyramid", "drop_path": 0.5}
+    segmenter = build_segmenter(ModelConfig.model_validate({"backbone": "test_vit", **values}), 5)
+    images = noise(64, 64)
+    assert not torch.equal(segmenter(images).logits, segmenter(images).logits)
+    segmenter.eval()
+    assert torch.equal(segmenter(images).logits, segmenter(images).logits)
+    with torch.device("meta"), pytest.raises(UserError, match=r"model\.drop_path: timm's vgg11 takes none"):
+        build_segmenter(ModelConfig.model_validate({"backbone": "vgg11", **values}), 5)

@@ -13,7 +13,7 @@ from torch import nn
 from dist_pca.config import AssociationConfig, LovaszConfig, ObjectiveConfig, SmoothnessConfig
 from dist_pca.errors import UserError
 from dist_pca.objective import Domain, objective
-from dist_pca.objective.objective import association_weight
+from dist_pca.objective.cycle_association import association_weight
 from dist_pca.objective.smoothness import smoothness
 from tests.ranks import run_on_ranks
 

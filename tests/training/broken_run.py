@@ -8,16 +8,18 @@ import torch
 import typer
 
 from dist_pca import train
-from dist_pca.objective import Domain
+from dist_pca.objective import Domains
 from dist_pca.training import loop
 
 steps = count(1)
-sound_forward, sound_objective = loop.forward, loop.objective
+sound_see, sound_objective = loop.see, loop.objective
 
 
-def forward(*arguments: Any, **options: Any) -> tuple[Domain, Domain | None]:
-    source, target = sound_forward(*arguments, **options)
-    return (source._replace(logits=source.logits * torch.nan) if next(steps) == 3 else source), target
+def see(*arguments: Any, **options: Any) -> Domains:
+    domains = sound_see(*arguments, **options)
+    if next(steps) != 3:
+        return domains
+    return domains._replace(source=domains.source._replace(logits=domains.source.logits * torch.nan))
 
 
 def objective(*arguments: Any, step: int, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -29,5 +31,5 @@ def objective(*arguments: Any, step: int, **options: Any) -> tuple[torch.Tensor,
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
-        loop.forward, loop.objective = forward, objective  # type: ignore[assignment]
+        loop.see, loop.objective = see, objective  # type: ignore[assignment]
     typer.run(train.main)

@@ -6,7 +6,7 @@ from dist_pca.training.schedule import learning_rate_factor
 
 
 def factor(step: int, *overrides: str) -> float:
-    return learning_rate_factor(load_config(resource("configs", "gta5_to_cityscapes"), overrides), step)
+    return learning_rate_factor(load_config(resource("configs", "gta5_to_cityscapes_paper"), overrides), step)
 
 
 def test_poly_falls_to_zero_at_its_horizon_not_at_the_last_step() -> None:

@@ -63,6 +63,15 @@ def test_a_line_has_means_over_all_micro_batches_of_what_is_finite(tmp_path: Pat
     assert (last["step"], last["loss"], last["skipped_share"]) == (3, None, 0)
 
 
+def test_a_value_for_each_pair_of_classes_is_named_by_both_and_zeros_are_left_out(tmp_path: Path) -> None:
+    with alone(), started(tmp_path, "training.steps=2", "training.log_every=2") as run:
+        for step in (1, 2):
+            run.collect({"confusion_features": torch.tensor([[step, 0], [3, 0]])}, ())
+            run.step(step, {}, skipped=False)
+    (line,) = lines(tmp_path)
+    assert line["confusion_features"] == {"road → road": 1.5, "sky → road": 3}
+
+
 finite = st.floats(-(2.0**40), 2.0**40, allow_subnormal=False)
 
 
@@ -144,7 +153,8 @@ def test_a_log_file_ends_with_where_the_time_went(tmp_path: Path, capfd: pytest.
     said = capfd.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in said[:2]] == ["step 2/3", "step 3/3"]
     assert re.fullmatch(
-        r"steps 1 to 3 in 0\.0 min, \S+ s each, \S+ images/s: data 0%, forward 0%, .*, of it exchange 0%, .*log \d+%",
+        r"steps 1 to 3 in 0\.0 min, \S+ s each, \S+ images/s: data 0%, teacher 0%, forward 0%, .*, "
+        r"of it exchange 0%, .*log \d+%",
         said[2],
     )
     assert len(said) == 3

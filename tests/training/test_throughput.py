@@ -7,7 +7,7 @@ from torch import nn
 from dist_pca.config import load_config
 from dist_pca.model.segmenter import Output, build_segmenter
 from dist_pca.resources import resource
-from dist_pca.training.throughput import network_flops, peak_flops, peak_memory
+from dist_pca.training.throughput import network_flops, network_passes, peak_flops, peak_memory
 
 
 class OneConvolution(nn.Module):
@@ -40,6 +40,21 @@ def test_counting_leaves_the_network_as_it_was(batch_norm: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+def test_what_checkpointing_computes_anew_does_not_count(backbone: str) -> None:
+    counts = []
+    for checkpointing in (False, True):
+        settings = ["model.weights=scratch", "model.output_stride=null", f"model.backbone={backbone}"]
+        config = load_config(
+            resource("configs", "demo"), [*settings, f"model.activation_checkpointing={checkpointing}"]
+        )
+        model = build_segmenter(config.model, 5)
+        counts.append(network_flops(model, 64, 64))
+        on = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
+        assert bool(on) is checkpointing
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize(
     ("name", "half", "fp32"),
     [
@@ -68,3 +83,37 @@ def test_a_peak_that_is_not_known_is_none(monkeypatch: pytest.MonkeyPatch) -> No
 def test_peak_memory_covers_what_was_held() -> None:
     held = torch.ones(64 << 20, dtype=torch.uint8)
     assert peak_memory(torch.device("cpu")) > held.nbytes
+
+
+TEACHER = ("training.ema_decay=0.9", "objective.self_training.weight=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        (("objective.adapt=false",), 6),
+        (("objective.smoothness.weight=0.01",), 6 + 6),
+        # The source, the target as it is and mixed, and the teacher's forward pass.
+        ((*TEACHER, "objective.association.weight=0.1"), 6 + 2 * 6 + 6 / 3),
+        (
+            (*TEACHER, "objective.association.weight=0", "objective.smoothness.weight=0"),
+            6 + 6 + 6 / 3,
+        ),
+        (
+            (*TEACHER, "objective.association.weight=0.1", "objective.masked_consistency.weight=1"),
+            6 + 3 * 6 + 6 / 3,
+        ),
+    ],
+)
+def test_every_view_and_a_third_of_what_the_teacher_sees_pass_the_network(
+    overrides: tuple[str, ...], passes: float
+) -> None:
+    config = load_config(
+        resource("configs", "gta5_to_cityscapes_paper"),
+        [
+            *("training.source_batch=6", "training.target_batch=6", "objective.masked_consistency.weight=0"),
+            *("objective.association.teacher_matches=false", "objective.self_training.weight=0"),
+            *overrides,
+        ],
+    )
+    assert network_passes(config) == pytest.approx(passes)

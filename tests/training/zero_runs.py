@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dist_pca.config import RunConfig, load_config
 from dist_pca.model.segmenter import Segmenter, build_segmenter
-from dist_pca.objective import Domain, objective
+from dist_pca.objective import Domain, Domains, objective
 from dist_pca.resources import resource
 from dist_pca.training.accumulation import MicroBatch, one_loss, separate_losses
 from dist_pca.training.checkpoint import latest_checkpoint
@@ -81,16 +81,16 @@ def micro_batches(model: Any, config: RunConfig, step: int, rank: int, ranks: in
         first = next(places)
         return slice(first, first + size)
 
-    def forward(own: slice) -> tuple[Domain, Domain]:
+    def forward(own: slice) -> Domains:
         source, target = images.split(training.source_batch)
-        logits, features = model(torch.cat([source[own], target[own]]))
+        logits, features, _ = model(torch.cat([source[own], target[own]]))
         seeds = range(own.start, own.stop)
-        return (
+        return Domains(
             Domain(logits[:size], features[:size], labels[own], seeds),
             Domain(logits[size:], features[size:], None, seeds),
         )
 
-    def loss_of(domains: tuple[Domain, Domain | None]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss_of(domains: Domains) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return objective(config.objective, *domains, step=step)
 
     if training.accumulation_pool == "update":

@@ -1,0 +1,130 @@
+"""Views of a batch for training with a teacher: colours changed, domains mixed, blocks hidden.
+
+Every random choice is drawn from the run's seed and the sample's index in the endless stream, so views are the same on
+any number of ranks, with any number of loader processes, and after every restart. Images are on the training device.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchvision.transforms.v2 import functional as tv
+
+from dist_pca.config import PhotometricConfig
+from dist_pca.data.randomness import Domain, Purpose, draw
+
+Uniform = npt.NDArray[np.float64]
+_LABELS = 256
+"""Values of a uint8 label."""
+_LAST = 2**63 - 1
+"""Priority of classes that an image does not show."""
+
+
+def photometric_view(
+    images: torch.Tensor, indices: Sequence[int], config: PhotometricConfig, *, seed: int, domain: Domain
+) -> torch.Tensor:
+    """Change brightness, contrast, saturation, hue and sharpness of each image (DACS, Tranheden et al. 2021).
+
+    Args:
+        images: [B, 3, H, W] RGB, uint8 or floating point in 0..1.
+        indices: B sample indices.
+        config: Which changes, how strong and how often.
+        seed: Seed of the run.
+        domain: Each domain draws for itself.
+
+    Returns:
+        [B, 3, H, W] floating point in 0..1; the images themselves where nothing changes them.
+    """
+    if not config.changes or domain not in config.domains:
+        return images
+    views = images.float() / 255 if images.dtype == torch.uint8 else images
+    return torch.stack(
+        [
+            _change(view, config, _uniform(12, seed, domain, Purpose.PHOTOMETRIC, index))
+            for view, index in zip(views, indices, strict=True)
+        ]
+    )
+
+
+def class_mask(labels: torch.Tensor, indices: Sequence[int], *, seed: int, ignore_index: int = 255) -> torch.Tensor:
+    """Choose the pixels that ClassMix pastes: half of the classes of each label, rounded up (Olsson et al. 2021).
+
+    Args:
+        labels: [B, H, W] class indices of the source, 0 to 255.
+        indices: B sample indices of the target images that are pasted on.
+        seed: Seed of the run.
+        ignore_index: Label of pixels that are never pasted.
+
+    Returns:
+        bool [B, H, W].
+    """
+    masks = []
+    for label, index in zip(labels, indices, strict=True):
+        # Neither shapes nor the host depend on which classes are present, so that a GPU is not waited for.
+        present = torch.zeros(_LABELS, dtype=torch.bool, device=label.device)
+        present[label.long()] = True
+        present[ignore_index] = False
+        priorities = torch.from_numpy((draw(_LABELS, seed, "target", Purpose.CLASS_MIX, index) >> 1).astype(np.int64))
+        places = torch.where(present, priorities.to(label.device), _LAST).argsort().argsort()
+        chosen = present & (places < (present.sum() + 1) // 2)
+        masks.append(chosen[label.long()])
+    return torch.stack(masks)
+
+
+def block_mask(images: torch.Tensor, indices: Sequence[int], *, seed: int, block: int, ratio: float) -> torch.Tensor:
+    """Choose the pixels that masked consistency leaves visible: whole blocks, each hidden with probability `ratio`.
+
+    Masked Image Consistency, Hoyer et al. 2023, equation 3.
+
+    Args:
+        images: [B, 3, H, W].
+        indices: B sample indices.
+        seed: Seed of the run.
+        block: Edge of a block, in pixels.
+        ratio: Share of blocks hidden.
+
+    Returns:
+        bool [B, 1, H, W], true where the image is visible.
+    """
+    height, width = images.shape[-2:]
+    rows, columns = -(-height // block), -(-width // block)
+    visible = np.stack([_uniform(rows * columns, seed, "target", Purpose.BLOCKS, index) >= ratio for index in indices])
+    blocks = torch.from_numpy(visible.reshape(-1, 1, rows, columns)).to(images.device)
+    return blocks.repeat_interleave(block, dim=2).repeat_interleave(block, dim=3)[..., :height, :width]
+
+
+def _change(view: torch.Tensor, config: PhotometricConfig, chance: Uniform) -> torch.Tensor:
+    """One image [3, H, W] in 0..1 under twelve uniform numbers."""
+    if chance[0] < config.probability:
+        factors = [1 + spread * (2 * u - 1) for spread, u in zip(_spreads(config), chance[1:4], strict=True)]
+        changes = [
+            lambda image: tv.adjust_brightness(image, factors[0]),
+            lambda image: tv.adjust_contrast(image, factors[1]),
+            lambda image: tv.adjust_saturation(image, factors[2]),
+            lambda image: tv.adjust_hue(image, config.hue * (2 * chance[4] - 1)),
+        ]
+        # The order matters to the result, so it is drawn too.
+        for turn in np.argsort(chance[5:9]):
+            view = changes[turn](view)
+    if chance[9] < config.grey_probability:
+        view = tv.rgb_to_grayscale(view, num_output_channels=3)
+    if chance[10] < config.blur_probability:
+        low, high = config.blur_sigma
+        sigma = low + (high - low) * float(chance[11])
+        # Three standard deviations each way hold all but 0.3 % of a Gaussian.
+        radius = min(max(1, math.ceil(3 * sigma)), min(view.shape[-2:]) - 1)
+        view = tv.gaussian_blur(view, [2 * radius + 1, 2 * radius + 1], [sigma, sigma])
+    return view
+
+
+def _spreads(config: PhotometricConfig) -> tuple[float, float, float]:
+    return config.brightness, config.contrast, config.saturation
+
+
+def _uniform(count: int, seed: int, domain: Domain, purpose: Purpose, index: int) -> Uniform:
+    """Draw numbers in [0, 1)."""
+    # The upper 53 bits fill the mantissa of a double.
+    bits: Uniform = (draw(count, seed, domain, purpose, index) >> np.uint64(11)).astype(np.float64)
+    return bits / 2.0**53

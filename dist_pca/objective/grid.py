@@ -1,0 +1,36 @@
+"""Pixels and labels on the grid that association compares."""
+
+import torch
+import torch.nn.functional as F
+
+from dist_pca.config import Level
+from dist_pca.objective.domains import IGNORE_INDEX
+
+
+def pixels_at(level: Level, features: torch.Tensor, logits: torch.Tensor, grid: torch.Size) -> torch.Tensor:
+    """Pixels of each image on a grid, [B, h * w, C]: features, or class probabilities averaged over each cell."""
+    values = features.float() if level == "features" else logits.float().softmax(dim=1)
+    if values.shape[-2:] != grid:
+        values = F.interpolate(values, grid, mode="area")
+    return values.flatten(2).mT
+
+
+def labels_at(labels: torch.Tensor | None, grid: torch.Size, *, share: float = 0.0) -> torch.Tensor | None:
+    """Labels of a grid's cells, int64 [B, h * w].
+
+    Args:
+        labels: [B, H, W], 255 ignored.
+        grid: h and w.
+        share: A cell has the class that at least this share of its pixels have, and else none; 0 takes the label of the
+            nearest pixel.
+    """
+    if labels is None:
+        return None
+    if share == 0:
+        return F.interpolate(labels[:, None].float(), size=grid, mode="nearest").flatten(1).long()
+    known = labels != IGNORE_INDEX
+    classes = int(labels[known].max()) + 1 if bool(known.any()) else 1
+    one_hot = F.one_hot(torch.where(known, labels.long(), classes), classes + 1).permute(0, 3, 1, 2).float()
+    shares, majority = F.interpolate(one_hot, size=grid, mode="area")[:, :classes].max(dim=1)
+    # Half of a cell's pixels is a share of 0.5 whatever rounding does to it.
+    return torch.where(shares >= share - 1e-6, majority, IGNORE_INDEX).flatten(1)

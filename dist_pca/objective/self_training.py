@@ -1,0 +1,70 @@
+"""Self-training: cross-entropy with a teacher's pseudo labels, weighted by how sure the teacher is.
+
+DACS (Tranheden et al., WACV 2021) on images mixed by ClassMix (Olsson et al., WACV 2021); Masked Image Consistency
+(Hoyer et al., CVPR 2023) on images with hidden blocks.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from dist_pca.association.exchange import all_reduce_sum, world_size
+from dist_pca.objective.domains import IGNORE_INDEX
+
+
+class PseudoLabels(NamedTuple):
+    """What a teacher says of B target images."""
+
+    labels: torch.Tensor
+    """int64 [B, H, W], the most probable class; ignored rows are 255."""
+    confident: torch.Tensor
+    """bool [B, H, W], its probability reaches the threshold; in ignored rows too."""
+
+
+def pseudo_labels(
+    logits: torch.Tensor, size: torch.Size, *, threshold: float, ignore_top: float = 0.0, ignore_bottom: float = 0.0
+) -> PseudoLabels:
+    """Label images by a teacher's logits.
+
+    Args:
+        logits: [B, K, h, w].
+        size: H and W of the images; logits are upsampled bilinearly, corners not aligned.
+        threshold: Probability from which a label is confident.
+        ignore_top: Share of rows at the top that get no label.
+        ignore_bottom: Share of rows at the bottom that get no label.
+    """
+    full = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    probability, labels = full.softmax(dim=1).max(dim=1)
+    height = labels.shape[1]
+    labels[:, : round(ignore_top * height)] = IGNORE_INDEX
+    labels[:, height - round(ignore_bottom * height) :] = IGNORE_INDEX
+    return PseudoLabels(labels, probability >= threshold)
+
+
+def pseudo_label_loss(
+    logits: torch.Tensor, labels: torch.Tensor, confident: torch.Tensor, trusted: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy with pseudo labels, each pixel weighing the share of confident ones.
+
+    `(1 / N) sum_i w_i CE_i` over all N pixels of all ranks, ignored ones included, with `w_i = 1` where a label is
+    trusted and `w_i = q` elsewhere; `q` is the share of confident pixels over all ranks, so that it does not depend on
+    how images are spread over them. Collective.
+
+    Args:
+        logits: [B, K, h, w], upsampled bilinearly to the labels' size.
+        labels: int64 [B, H, W], 255 for pixels that are left out.
+        confident: bool [B, H, W], whether the teacher is sure of its target image there.
+        trusted: bool [B, H, W], pixels that were pasted from the source with its label; None trusts no pixel.
+
+    Returns:
+        The loss, scaled so that gradients averaged over ranks are those of the mean over all ranks' pixels; and q.
+    """
+    full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    counts = torch.stack([confident.sum(), torch.tensor(confident.numel(), device=confident.device)])
+    # Counts of pixels pass the precision of fp32 on large machines.
+    sure, pixels = all_reduce_sum(counts.double())
+    share = (sure / pixels).to(full.dtype)
+    weight = share if trusted is None else torch.where(trusted, 1.0, share)
+    entropy = F.cross_entropy(full, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    return world_size() * (weight * entropy).sum() / pixels.to(full.dtype), share

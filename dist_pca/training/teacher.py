@@ -1,0 +1,34 @@
+"""A teacher: the moving average of the student's weights, used for a forward pass without a network of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dist_pca.model.batch_norm import running_statistics
+from dist_pca.training.ema import Average
+from dist_pca.training.zero import swapped_parameters
+
+
+@contextmanager
+def teacher_weights(engine: Any, average: Average) -> Iterator[None]:
+    """Turn the engine's network into the teacher while the context is open (Tarvainen and Valpola, 2017). Collective.
+
+    The network is in evaluation mode with the averaged weights and running statistics: no dropout and no drop path, and
+    what it says of an image does not depend on the other images. No gradients are recorded.
+
+    Args:
+        engine: DeepSpeed's, in training mode.
+        average: The moving average of its weights.
+    """
+    statistics = running_statistics(engine.module)
+    own = {name: value.clone() for name, value in statistics.items()}
+    with torch.no_grad(), swapped_parameters(engine, average.partitions):
+        for name, value in statistics.items():
+            value.copy_(average.statistics[name])
+        engine.eval()
+        yield
+        engine.train()
+        for name, value in statistics.items():
+            value.copy_(own[name])

@@ -1,0 +1,165 @@
+"""What the student is shown of a micro-batch, once the teacher has labelled its target images."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from dist_pca.config import RunConfig
+from dist_pca.data.batch import Batch
+from dist_pca.data.randomness import Domain as DomainName
+from dist_pca.data.randomness import Purpose, draw
+from dist_pca.data.views import block_mask, class_mask, photometric_view
+from dist_pca.model.segmenter import Output
+from dist_pca.objective import Domain, Domains
+from dist_pca.objective.self_training import pseudo_labels
+
+Network = Callable[[torch.Tensor], Output]
+
+
+class View(NamedTuple):
+    """Images of one domain."""
+
+    images: torch.Tensor
+    """[B, 3, H, W], uint8 or floating point in 0..1."""
+    to_domain: Callable[..., Domain]
+    """Joins the network's logits, features and deepest map for them with what is known of them."""
+
+
+class Views(NamedTuple):
+    """All that the student is shown of a micro-batch."""
+
+    source: View
+    target: View | None = None
+    mixed: View | None = None
+    masked: View | None = None
+
+
+def student_views(
+    config: RunConfig,
+    source: Batch,
+    target: Batch | None,
+    network: Network,
+    as_teacher: Callable[[], AbstractContextManager[None]],
+    pretrained: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Views:
+    """Let the teacher see the clean images, then change, mix and mask them for the student.
+
+    Collective where the objective asks a teacher. Everything random is a function of the seed and sample indices.
+
+    Args:
+        config: The run.
+        source: Labelled crops.
+        target: Unlabelled crops, None where the run trains on the source alone.
+        network: Gives logits and features for images.
+        as_teacher: Opens a context in which `network` is the teacher.
+        pretrained: Gives the frozen backbone's deepest map of what the student sees of the source, where the feature
+            distance asks for it.
+    """
+    objective = config.objective
+    change = partial(photometric_view, config=config.data.photometric, seed=config.seed)
+    source_images = change(source.images, source.positions, domain="source")
+    source_view = partial(Domain, labels=source.labels, seeds=_seeds(source, config.seed, "source"))
+    if pretrained is not None:
+        source_view = partial(source_view, pretrained=pretrained(source_images))
+    if target is None:
+        return Views(View(source_images, source_view))
+    target_view = partial(Domain, labels=target.labels, seeds=_seeds(target, config.seed, "target"))
+    mixed = masked = None
+    if objective.uses_teacher:
+        with as_teacher():
+            taught = network(target.images)
+            if objective.association.uses_teacher:
+                target_view = partial(target_view, teacher_logits=taught.logits, teacher_features=taught.features)
+            if objective.association.teacher_matches and objective.association.uses_teacher:
+                of_source = network(source.images)
+                source_view = partial(source_view, teacher_logits=of_source.logits, teacher_features=of_source.features)
+        self_training = objective.self_training
+        labels, confident = pseudo_labels(
+            taught.logits,
+            target.images.shape[-2:],
+            threshold=self_training.threshold,
+            ignore_top=self_training.ignore_top,
+            ignore_bottom=self_training.ignore_bottom,
+        )
+        labelled = partial(Domain, confident=confident, truth=target.labels)
+        if self_training.weight > 0:
+            assert source.labels is not None
+            pasted = class_mask(source.labels, target.positions, seed=config.seed)
+            images = torch.where(pasted[:, None], source.images, target.images)
+            mixed = View(
+                change(images, target.positions, domain="target"),
+                partial(labelled, labels=torch.where(pasted, source.labels.long(), labels), trusted=pasted),
+            )
+        if objective.masked_consistency.weight > 0:
+            visible = block_mask(
+                target.images,
+                target.positions,
+                seed=config.seed,
+                block=objective.masked_consistency.block,
+                ratio=objective.masked_consistency.ratio,
+            )
+            masked = View(
+                change(target.images, target.positions, domain="target") * visible, partial(labelled, labels=labels)
+            )
+    target_images = change(target.images, target.positions, domain="target") if objective.shows_target else None
+    return Views(
+        View(source_images, source_view),
+        None if target_images is None else View(target_images, target_view),
+        mixed,
+        masked,
+    )
+
+
+def see(
+    network: Network,
+    views: Views,
+    *,
+    joint: bool,
+    keep_statistics: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Domains:
+    """Pass all views through the network.
+
+    Args:
+        network: Gives logits and features for images.
+        views: What is shown.
+        joint: As one batch, rather than in turn.
+        keep_statistics: Opens a context in which batch norm's running statistics stay as they are, for passes in turn
+            over all views but the one that shows most of the target.
+    """
+    shown = [view for view in views if view is not None]
+    tracked = views.target or views.mixed or views.masked or views.source
+    if joint and len(shown) > 1:
+        sizes = [len(view.images) for view in shown]
+        # Images in their own colours travel as bytes; changed ones do not.
+        bytes_alone = all(view.images.dtype == torch.uint8 for view in shown)
+        images = [view.images if bytes_alone else _unit(view.images) for view in shown]
+        outputs = _split(network(torch.cat(images)), sizes)
+    else:
+        outputs = []
+        for view in shown:
+            with nullcontext() if view is tracked else keep_statistics():
+                outputs.append(network(view.images))
+    # The feature distance is over the source alone.
+    outputs[1:] = [output._replace(deepest=None) for output in outputs[1:]]
+    domains = iter(
+        view.to_domain(output.logits, output.features, deepest=output.deepest)
+        for view, output in zip(shown, outputs, strict=True)
+    )
+    return Domains(*(None if view is None else next(domains) for view in views))  # type: ignore[arg-type]
+
+
+def _split(output: Output, sizes: list[int]) -> list[Output]:
+    parts = [[None] * len(sizes) if values is None else torch.split(values, sizes) for values in output]
+    return [Output(*part) for part in zip(*parts, strict=True)]
+
+
+def _unit(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def _seeds(batch: Batch, seed: int, domain: DomainName) -> list[int]:
+    # A function of each crop's sample index, so that every number of ranks picks the same pixels.
+    return [int(draw(1, seed, domain, Purpose.POSITIONS, index)[0] >> 1) for index in batch.positions]

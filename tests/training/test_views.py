@@ -1,0 +1,132 @@
+"""What the student is shown follows from the config, and the teacher sees clean images."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from dist_pca.config import RunConfig, load_config
+from dist_pca.data.batch import Batch
+from dist_pca.data.views import class_mask
+from dist_pca.model.segmenter import Output
+from dist_pca.resources import resource
+from dist_pca.training.views import see, student_views
+
+CLASSES = 3
+
+
+class Network:
+    """Logits that tell each pixel's brightness, and a record of what was seen, and as whom."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, torch.Tensor]] = []
+        self.role = "student"
+
+    @contextmanager
+    def as_teacher(self) -> Iterator[None]:
+        self.role = "teacher"
+        yield
+        self.role = "student"
+
+    def __call__(self, images: torch.Tensor) -> Output:
+        self.seen.append((self.role, images))
+        brightness = (images.float() / 255 if images.dtype == torch.uint8 else images).mean(dim=1, keepdim=True)
+        logits = torch.cat([4 * brightness, 2 + 0 * brightness, 0 * brightness], dim=1)
+        return Output(logits, brightness)
+
+
+def batch(seed: int, first: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, CLASSES, (2, 8, 12), dtype=torch.uint8, generator=generator)
+    return Batch(images, labels, ["a", "b"], [first, first + 1], [])
+
+
+def run_config(*overrides: str) -> RunConfig:
+    settings = (
+        *("objective.association.weight=0", "objective.smoothness.weight=0", "objective.self_training.weight=0"),
+        *("objective.masked_consistency.weight=0", "training.ema_decay=0.9"),
+    )
+    return load_config(resource("configs", "demo"), [*settings, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shown", "taught"),
+    [
+        (("objective.smoothness.weight=0.01",), {"source", "target"}, 0),
+        (("objective.self_training.weight=1",), {"source", "mixed"}, 1),
+        (("objective.self_training.weight=1", "objective.smoothness.weight=0.01"), {"source", "target", "mixed"}, 1),
+        (("objective.masked_consistency.weight=1",), {"source", "masked"}, 1),
+        (("objective.association.weight=0.1", "objective.association.teacher_check=true"), {"source", "target"}, 1),
+        (("objective.association.weight=0.1", "objective.association.teacher_matches=true"), {"source", "target"}, 2),
+    ],
+)
+def test_only_what_a_term_needs_is_shown(overrides: tuple[str, ...], shown: set[str], taught: int) -> None:
+    network = Network()
+    views = student_views(run_config(*overrides), batch(0, 0), batch(1, 5), network, network.as_teacher)
+    assert {name for name, view in zip(views._fields, views, strict=True) if view is not None} == shown
+    assert [role for role, _ in network.seen] == ["teacher"] * taught
+    domains = see(network, views, joint=True)
+    assert {name for name, domain in zip(domains._fields, domains, strict=True) if domain is not None} == shown
+
+
+def test_the_teacher_sees_the_target_in_its_own_colours_and_the_student_changed_ones() -> None:
+    network, target = Network(), batch(1, 5)
+    config = run_config("objective.masked_consistency.weight=1", "data.photometric.probability=1.0")
+    views = student_views(config, batch(0, 0), target, network, network.as_teacher)
+    assert network.seen[0][1] is target.images
+    assert views.masked is not None
+    visible = views.masked.images.sum(dim=1) > 0
+    assert (views.masked.images - target.images / 255).abs().amax(dim=1)[visible].max() > 0.01
+
+
+def test_mixed_images_show_pasted_source_classes_with_their_labels_and_else_the_target_with_pseudo_labels() -> None:
+    network, source, target = Network(), batch(0, 0), batch(1, 5)
+    config = run_config("objective.self_training.weight=1", "objective.self_training.threshold=0.9")
+    mixed = see(network, student_views(config, source, target, network, network.as_teacher), joint=False).mixed
+    assert mixed is not None
+    assert source.labels is not None
+    pasted = class_mask(source.labels, target.positions, seed=config.seed)
+    taught = Network()(target.images).logits.softmax(dim=1)
+    assert torch.equal(mixed.trusted, pasted)  # type: ignore[arg-type]
+    assert torch.equal(mixed.labels, torch.where(pasted, source.labels.long(), taught.argmax(dim=1)))  # type: ignore[arg-type]
+    assert torch.equal(mixed.confident, taught.amax(dim=1) >= 0.9)  # type: ignore[arg-type]
+    assert torch.equal(mixed.truth, target.labels)  # type: ignore[arg-type]
+    expected = torch.where(pasted[:, None], source.images, target.images)
+    assert torch.equal(network.seen[-1][1], expected)
+
+
+def test_one_batch_and_passes_in_turn_give_every_view_the_same_outputs() -> None:
+    network = Network()
+    config = run_config("objective.self_training.weight=1", "objective.smoothness.weight=0.1")
+    views = student_views(config, batch(0, 0), batch(1, 5), network, network.as_teacher)
+    for together, alone in zip(see(network, views, joint=True), see(network, views, joint=False), strict=True):
+        assert (together is None) == (alone is None)
+        if together is not None and alone is not None:
+            assert torch.equal(together.logits, alone.logits)
+            assert torch.equal(together.features, alone.features)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tracked"),
+    [
+        (("objective.self_training.weight=1", "objective.smoothness.weight=0.1"), 1),
+        (("objective.self_training.weight=1", "objective.masked_consistency.weight=1"), 1),
+        (("objective.smoothness.weight=0.1",), 1),
+    ],
+)
+def test_statistics_move_in_the_pass_alone_that_shows_most_of_the_target(
+    overrides: tuple[str, ...], tracked: int
+) -> None:
+    network, kept = Network(), []
+
+    @contextmanager
+    def keep() -> Iterator[None]:
+        kept.append(len(network.seen))
+        yield
+
+    views = student_views(run_config(*overrides), batch(0, 0), batch(1, 5), network, network.as_teacher)
+    network.seen.clear()
+    see(network, views, joint=False, keep_statistics=keep)
+    assert kept == [index for index in range(len(network.seen)) if index != tracked]
