@@ -24,7 +24,7 @@ from tests.shards.trees import Ids, make_cityscapes, make_gta5, make_synthia, ra
 SIZE = (64, 96)
 KEYS = (
     "training.steps=2 data.workers=1 data.shorter_edge=[64,72] data.crop=[64,64] evaluation.input_size=[64,96] "
-    "model.backbone=test_resnet model.weights=scratch model.output_stride=null"
+    "model.backbone=test_resnet model.weights=scratch model.output_stride=null data.sampling.min_pixels=1"
 )
 WRITES = ("--out", "--grid", "--plot", "--write-predictions")
 """Options that name what a line leaves."""
@@ -104,7 +104,7 @@ def link_what_heads_name(folder: Path) -> None:
         "raw": ".",
         "data/city_val": "cityscapes_val",
         "runs/demo/data/day_train": "../../../data/gta5",
-        "runs/demo/data/dusk_train": "../../../data/cityscapes_train",
+        "runs/demo/data/night_train": "../../../data/cityscapes_train",
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(there)
