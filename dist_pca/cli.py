@@ -20,6 +20,7 @@ from dist_pca.options import Resume
 from dist_pca.planning.commands import app as planning_app
 from dist_pca.resources import names
 from dist_pca.shards.commands import app as shards_app
+from dist_pca.tools.matches.commands import app as matches_app
 from dist_pca.tools.study.commands import app as study_app
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.add_typer(evaluation_app)
 app.add_typer(cluster_app)
 app.add_typer(study_app)
+app.add_typer(matches_app)
 app.add_typer(planning_app)
 app.add_typer(doctor_app)
 app.add_typer(shards_app, name="shards")

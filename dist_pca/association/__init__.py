@@ -6,5 +6,15 @@ Usable on its own in any trainer: it needs torch and nothing else of this packag
 from dist_pca.association.associate import Association, associate, associate_pairs
 from dist_pca.association.diffusion import diffuse
 from dist_pca.association.exchange import all_gather, all_reduce_sum
+from dist_pca.association.matches import Matches, find_matches
 
-__all__ = ["Association", "all_gather", "all_reduce_sum", "associate", "associate_pairs", "diffuse"]
+__all__ = [
+    "Association",
+    "Matches",
+    "all_gather",
+    "all_reduce_sum",
+    "associate",
+    "associate_pairs",
+    "diffuse",
+    "find_matches",
+]

@@ -1,1 +1,1 @@
-"""What no training imports: studies of many runs, and choices among them."""
+"""What no training imports: studies of many runs, choices among them, and a look at the matches of one."""

@@ -1,0 +1,129 @@
+"""Judged cycles are those of the loss, and their counts are what can be counted by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_pca.config import AssociationConfig
+from dist_pca.objective.cycle_association import associate_level
+from dist_pca.objective.domains import Domain
+from dist_pca.tools.matches.judge import JudgedCycles, judge, summarise
+from tests.tools.matches.scenes import LOOKS, NONE, SKY, SOURCE, TRUTH, random_domain, scene
+
+drawn = {
+    "seed": st.integers(0, 1000),
+    "level": st.sampled_from(["features", "predictions"]),
+    "scope": st.sampled_from(["pair", "world"]),
+    "switches": st.fixed_dictionaries(
+        {name: st.booleans() for name in ("teacher_check", "teacher_weight", "teacher_matches", "class_balanced")}
+    ),
+}
+
+
+def plain(**keys: Any) -> AssociationConfig:
+    return AssociationConfig.model_validate({"diffusion": 0.0} | keys)
+
+
+def domains(seed: int, images: int = 2) -> tuple[Domain, Domain]:
+    return random_domain(images, seed, teacher=True), random_domain(images, seed + 1, teacher=True)
+
+
+def test_a_class_that_looks_like_another_gives_the_confusion_counted_by_hand() -> None:
+    found = summarise([judge(plain(), "features", scene(SOURCE, SOURCE), scene(LOOKS, TRUTH))], 3)
+    assert found.matches.tolist() == [[5, 0, 1, 0], [0, 7, 0, 1], [0, 0, 2, 0]]
+    # Back from what looks like road leads to road, so no car's cycle is consistent.
+    assert found.kept.tolist() == [[5, 0, 1, 0], [0, 7, 0, 1], [0, 0, 0, 0]]
+    assert found.weight.flatten().tolist() == pytest.approx((found.kept / 14).flatten().tolist())
+    assert found.correct_ratio == pytest.approx(14 / 15)
+    assert found.kept_correct_ratio == pytest.approx(12 / 13)
+    assert found.consistent_ratio == pytest.approx(14 / 16)
+    assert (found.cover_ratio, found.hub_share) == (1, pytest.approx(1 / 16))
+    # Every pixel matches its own place.
+    assert found.edge_share == pytest.approx(found.edge_pixels)
+
+
+def test_a_target_pixel_that_resembles_all_classes_is_the_hub() -> None:
+    target = scene(LOOKS, TRUTH)
+    target.features[:] = 0
+    target.features[0, :3, 1, 1] = 1
+    found = summarise([judge(plain(), "features", scene(SOURCE, SOURCE), target)], 3)
+    assert (found.hub_share, found.cover_ratio) == (1, 1 / 16)
+    assert (found.edge_share, found.edge_pixels) == (0, 12 / 16)
+    assert found.hub_classes.tolist() == [0, 1, 0, 0]
+    assert TRUTH[1][1] == SKY
+
+
+@settings(max_examples=25, deadline=None)
+@given(**drawn)
+def test_the_counts_are_those_that_training_logs(seed: int, level: Any, scope: Any, switches: dict[str, bool]) -> None:
+    config = plain(scope=scope, diffusion=0.5, **switches)
+    pair = domains(seed)
+    logged = associate_level(config, level, *pair, None)
+    found = summarise([judge(config, level, *pair)], 3)
+    assert torch.equal(found.matches[:, :-1], logged.confusion)
+    assert torch.equal(found.kept[:, :-1], logged.kept_confusion)
+    assert torch.equal(found.kept.sum(dim=1), logged.kept_per_class)
+    assert found.cover_ratio == pytest.approx(float(logged.cover_ratio))
+    assert found.correct_ratio == pytest.approx(float(logged.correct_ratio), nan_ok=True)
+    assert found.kept_correct_ratio == pytest.approx(float(logged.kept_correct_ratio), nan_ok=True)
+    assert float(found.weight.sum()) == pytest.approx(float(logged.kept > 0))
+    if switches["class_balanced"] and logged.kept > 0:
+        classes = found.weight.sum(dim=1)
+        assert classes[classes > 0].tolist() == pytest.approx([1 / int((classes > 0).sum())] * int((classes > 0).sum()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(**drawn)
+def test_target_labels_never_change_matches_cycles_or_weights(
+    seed: int, level: Any, scope: Any, switches: dict[str, bool]
+) -> None:
+    config, (source, target) = plain(scope=scope, diffusion=0.5, **switches), domains(seed)
+    assert target.labels is not None
+    order = torch.randperm(target.labels.numel(), generator=torch.Generator().manual_seed(seed))
+    shuffled = target._replace(labels=target.labels.flatten()[order].view_as(target.labels))
+    for one, other in zip(judge(config, level, source, target), judge(config, level, source, shuffled), strict=True):
+        for name in ("targets", "ends", "consistent", "kept", "weights"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("level", ["features", "predictions"])
+def test_pairs_match_within_themselves_and_the_world_does_not(level: Any) -> None:
+    source, target = domains(0)
+    both = judge(plain(scope="pair"), level, source, target)
+    for place, pool in enumerate(both):
+        alone = judge(plain(scope="pair"), level, *(one_image(domain, place) for domain in (source, target)))[0]
+        assert torch.equal(pool.targets, alone.targets)
+        assert torch.equal(pool.kept, alone.kept)
+        assert int(pool.targets.max()) < 20
+    (whole,) = judge(plain(scope="world"), level, source, target)
+    assert crosses(whole)
+
+
+def test_the_loss_of_a_batch_is_shared_out_over_all_its_pools() -> None:
+    pools = judge(plain(scope="pair", teacher_weight=True), "features", *domains(3))
+    assert sum(float(pool.weights.sum()) for pool in pools) == pytest.approx(1)
+    assert all(float(pool.weights[~pool.kept].sum()) == 0 for pool in pools)
+
+
+def test_batches_without_labels_leave_nothing_to_judge() -> None:
+    source, target = domains(0)
+    assert target.labels is not None
+    found = summarise(
+        [judge(plain(), "features", source, target._replace(labels=target.labels.new_full((2, 4, 5), NONE)))], 3
+    )
+    assert found.matches[:, :-1].sum() == 0
+    assert found.correct_ratio != found.correct_ratio
+
+
+def one_image(domain: Domain, place: int) -> Domain:
+    images = slice(place, place + 1)
+    return Domain(*(x[images] if isinstance(x, torch.Tensor) else x for x in domain))
+
+
+def crosses(pool: JudgedCycles) -> bool:
+    """Whether a match leads from one image to another."""
+    images = torch.arange(len(pool.labels)) // 20
+    return bool((images != pool.targets // 20).any())
