@@ -47,6 +47,9 @@ SMALLER = {
     r"(bench data)": r"\1 --only seeking",
     r"--kills 25": "--kills 1",
     r"(bench train)": r"\1 --repeats 1",
+    r"(dist-pca study \w+)": rf"\1 --processes 1 {' '.join(f'--set {key}' for key in KEYS.split())}",
+    r"--seeds 0,1,2": "--seeds 0",
+    r"(dist-pca matches \S+)": r"\1 --batches 1 --pictures 1",
     # Everything is there already, so that nothing is fetched; nothing is to be changed either.
     r"(pip install)": r"\1 --dry-run --quiet",
 }

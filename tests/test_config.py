@@ -69,7 +69,7 @@ def test_what_cannot_be_is_refused_by_name(override: str, message: str) -> None:
 
 def test_pairs_need_as_many_targets_as_sources() -> None:
     with pytest.raises(UserError, match=r"`pair` needs training.source_batch equal to training.target_batch"):
-        load_config(DEMO, ["objective.association.scope=pair", "training.target_batch=4"])
+        load_config(DEMO, ["objective.association.scope=pair", "training.target_batch=2"])
 
 
 def test_a_missing_file_and_broken_yaml_are_named(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def network_flops(model: torch.nn.Module, height: int, width: int) -> int:
 def network_passes(config: RunConfig) -> float:
     """Images that pass the network forward and backward in one update, over all ranks.
 
-    The student's views count each; an image that the teacher sees counts a third, as its pass is forward alone.
+    The student's views count each; an image that the teacher sees, or that serves running statistics alone, counts a
+    third, as its pass is forward alone.
     """
     objective, training = config.objective, config.training
     if not objective.adapt:
@@ -75,6 +76,8 @@ def network_passes(config: RunConfig) -> float:
     taught = training.target_batch if objective.uses_teacher else 0
     if objective.association.uses_teacher and objective.association.teacher_matches:
         taught += training.source_batch
+    if config.model.running_statistics == "target" and not objective.shows_target:
+        taught += training.target_batch
     return training.source_batch + views * training.target_batch + taught / 3
 
 

@@ -104,7 +104,9 @@ def student_views(
             masked = View(
                 change(target.images, target.positions, domain="target") * visible, partial(labelled, labels=labels)
             )
-    target_images = change(target.images, target.positions, domain="target") if objective.shows_target else None
+    # Without a term of its own, the target's pass is what its running statistics are taken from.
+    shown = objective.shows_target or config.model.running_statistics == "target"
+    target_images = change(target.images, target.positions, domain="target") if shown else None
     return Views(
         View(source_images, source_view),
         None if target_images is None else View(target_images, target_view),

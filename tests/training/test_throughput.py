@@ -112,6 +112,7 @@ def test_every_view_and_a_third_of_what_the_teacher_sees_pass_the_network(
         resource("configs", "gta5_to_cityscapes_paper"),
         [
             *("training.source_batch=6", "training.target_batch=6", "objective.masked_consistency.weight=0"),
+            "model.running_statistics=all",
             *("objective.association.teacher_matches=false", "objective.self_training.weight=0"),
             *overrides,
         ],

@@ -45,6 +45,8 @@ def batch(seed: int, first: int) -> Batch:
 
 def run_config(*overrides: str) -> RunConfig:
     settings = (
+        *("model.running_statistics=all", "data.photometric.probability=0", "data.photometric.blur_probability=0"),
+        *(f"objective.association.teacher_{part}=false" for part in ("check", "weight", "matches")),
         *("objective.association.weight=0", "objective.smoothness.weight=0", "objective.self_training.weight=0"),
         *("objective.masked_consistency.weight=0", "training.ema_decay=0.9"),
     )
@@ -58,6 +60,7 @@ def run_config(*overrides: str) -> RunConfig:
         (("objective.self_training.weight=1",), {"source", "mixed"}, 1),
         (("objective.self_training.weight=1", "objective.smoothness.weight=0.01"), {"source", "target", "mixed"}, 1),
         (("objective.masked_consistency.weight=1",), {"source", "masked"}, 1),
+        (("objective.self_training.weight=1", "model.running_statistics=target"), {"source", "target", "mixed"}, 1),
         (("objective.association.weight=0.1", "objective.association.teacher_check=true"), {"source", "target"}, 1),
         (("objective.association.weight=0.1", "objective.association.teacher_matches=true"), {"source", "target"}, 2),
     ],
@@ -113,6 +116,7 @@ def test_one_batch_and_passes_in_turn_give_every_view_the_same_outputs() -> None
     [
         (("objective.self_training.weight=1", "objective.smoothness.weight=0.1"), 1),
         (("objective.self_training.weight=1", "objective.masked_consistency.weight=1"), 1),
+        (("objective.masked_consistency.weight=1", "model.running_statistics=all"), 1),
         (("objective.smoothness.weight=0.1",), 1),
     ],
 )
