@@ -59,7 +59,7 @@ def sent_bytes(config: AssociationConfig, pool: Pool, device: str) -> float:
         return 0.0
     rows, labels = pool.source + pool.target, 8 * others * pool.source
     if config.implementation == "reference":
-        return 2 * others * rows * pool.channels * 4 + 2 * labels
+        return 2 * others * rows * pool.channels * 4 + 2 * labels + others * pool.source
     split = exchange(config, pool) == "ring" or implementation(config, device) == "triton"
     vector, matrix = (all_reduce(4 * pool.channels**power, ranks) for power in (1, 2))
     keys = others * rows * pool.channels * _wire_bytes(config)
@@ -68,10 +68,14 @@ def sent_bytes(config: AssociationConfig, pool: Pool, device: str) -> float:
         sent += 2 * matrix
     if not config.detach_statistics:
         sent += 4 * matrix
+    if config.teacher_matches and not config.teacher_keys:
+        # The teacher's keys are shared to match, and the student's to contrast.
+        sent += 2 * vector + keys
     if exchange(config, pool) == "ring":
-        # Keys go round once to match and once with the gradients, which take one step more to be home.
-        return sent + 2 * keys + ranks * rows * pool.channels * 4
-    gradient_bytes = 2 if config.wire_dtype == "bf16" else 4
+        # Keys go round once to match and once with the gradients, which take one step more to be home. A teacher's get
+        # no gradient, and have to go round once more for the softmax that is not of what chose the matches.
+        return sent + (3 * keys if config.teacher_keys else 2 * keys + ranks * rows * pool.channels * 4)
+    gradient_bytes = 0 if config.teacher_keys else 2 if config.wire_dtype == "bf16" else 4
     return sent + keys + others * rows * pool.channels * gradient_bytes
 
 
@@ -121,7 +125,13 @@ def flops(config: AssociationConfig, pool: Pool, assumptions: Assumptions, devic
     # Backward: to match, and again with both gradients. Forward: to match; for kept ones both gradients, and unless the
     # whole pool is here the product again.
     again = 1 if exchange(config, pool) != "local" or implementation(config, device) == "triton" else 0
-    return one * (1 + (2 + again) * assumptions.kept + 4 * assumptions.matched)
+    found = one * (1 + (2 + again) * assumptions.kept + 4 * assumptions.matched)
+    if config.teacher_matches:
+        # Products of the teacher's pixels choose the matches; those of the student's are taken beside them.
+        found += one * ((1 - again) * assumptions.kept + assumptions.matched)
+    if config.teacher_keys:
+        found -= one * (assumptions.kept + assumptions.matched)
+    return found
 
 
 def _tile_bytes(rows: int, columns: int, channels: int, device: str, triton: bool) -> tuple[int, int]:

@@ -13,9 +13,10 @@ from dist_pca.training.engine import BUCKET_ELEMENTS
 class Memory:
     """Bytes that are alive, by part and by phase of the step.
 
-    Parts are `weights` (fp32 parameters as this rank holds them, and buffers), `gradients` (what this rank keeps of
-    them, and the buckets they travel in), `optimizer` (its own fp32 copy of this rank's share of the weights, its
-    moments, and running averages), `activations` (and their gradients, and images), `lovasz` and `association`.
+    Parts are `weights` (fp32 parameters as this rank holds them, beside them the teacher's in the phase `teacher`, and
+    buffers), `gradients` (what this rank keeps of them, and the buckets they travel in), `optimizer` (its own fp32 copy
+    of this rank's share of the weights, its moments, and running averages), `activations` (and their gradients, and
+    images), `lovasz` and `association`.
     """
 
     phase: str
@@ -69,7 +70,8 @@ def memory(
             held[name] = terms[name].backward
             del saved[name]
         moments[phase] = {
-            "weights": weights,
+            # Up to stage 2 the teacher's weights are gathered beside the student's; stage 3 exchanges the two.
+            "weights": weights + (4 * padded if phase == "teacher" and stage < 3 else 0),
             "gradients": kept + (buckets if _has_buckets(config, stage, phase) else 0),
             "optimizer": optimizer,
             "activations": float(alive),
@@ -98,7 +100,7 @@ def _gradients(config: RunConfig, network: NetworkStep, stage: int, ranks: int, 
 
 def _has_buckets(config: RunConfig, stage: int, phase: str) -> bool:
     """Stage 3 always has its buckets, stage 1 from the first backward pass of an update to the last."""
-    return phase == "backward" or stage == 3 or (stage == 1 and config.training.accumulation > 1)
+    return phase == "gradients" or stage == 3 or (stage == 1 and config.training.accumulation > 1)
 
 
 def group_elements(network: NetworkStep) -> list[int]:

@@ -18,6 +18,7 @@ _PARTS = {
 _KINDS = {
     "weights": "#0072B2",
     "gradients": "#009E73",
+    "teacher": "#F0E442",
     "batch norm": "#56B4E9",
     "lovasz": "#CC79A7",
     "association features": "#D55E00",

@@ -212,8 +212,10 @@ def level_pools(
         return
     ranks = {"pair": 1, "rank": 1, "node": cluster.per_node, "world": cluster.size}[settings.scope]
     for level in settings.levels:
-        channels, height, width = network.features if level == "features" else network.logits
+        # Both levels are associated on the features' grid.
+        channels, height, width = network.features
         positions = min(height * width, settings.position_budget or height * width)
         source, target = (count * positions for count in images)
         pools = images[0] if settings.scope == "pair" else 1
-        yield level, Pool(source, target, channels, network.logits[0], ranks, pools)
+        classes = network.logits[0]
+        yield level, Pool(source, target, channels if level == "features" else classes, classes, ranks, pools)

@@ -8,8 +8,6 @@ from dist_pca.planning.network import NetworkStep
 from dist_pca.planning.traffic import Traffic
 
 Bound = Literal["compute", "network", "loader"]
-_BACKWARD_SHARE = 2 / 3
-"""Of a network's operations. Gradients are exchanged while they go on."""
 _BETWEEN_NODES = 3
 """A small collective between nodes takes so many times as long as within one."""
 
@@ -18,6 +16,7 @@ class Timing(NamedTuple):
     """Seconds of one update on one rank."""
 
     network_compute: float
+    """Of the student, and of its teacher where there is one."""
     association_compute: float
     exposed_exchange: float
     """Exchange that nothing is computed beside."""
@@ -60,7 +59,9 @@ def timing(
     seconds = [(part, exchange_seconds(part, cluster, assumptions)) for part in exchanges]
     hidden = sum(time for part, time in seconds if part.overlaps)
     exposed = sum(time for part, time in seconds if not part.overlaps)
-    exposed += max(0.0, hidden - _BACKWARD_SHARE * network_compute)
+    # Gradients are exchanged while the backward pass goes on.
+    backward = network.backward_flops / (network.convolution_flops + network.product_flops)
+    exposed += max(0.0, hidden - backward * network_compute)
 
     processes = max(1, config.data.workers)
     # Each domain has loader processes of its own.

@@ -54,12 +54,13 @@ def traffic(
         return []
     micro_batches = config.training.accumulation
     found = _weights_and_gradients(config, network, stage, ranks, device)
+    if config.objective.uses_teacher:
+        sent, calls = _teacher(config, network, stage, ranks)
+        found.append(Traffic("teacher", micro_batches * sent, micro_batches * calls, "ring", True, False))
     if config.model.batch_norm == "sync" and network.batch_norms:
-        passes = 1 if config.model.joint_batch or not config.objective.adapt else 2
+        passes = micro_batches * network.passes
         sizes, calls = _batch_norms(network, ranks, device)
-        found.append(
-            Traffic("batch norm", micro_batches * passes * sizes, micro_batches * passes * calls, "ring", True, False)
-        )
+        found.append(Traffic("batch norm", passes * sizes, passes * calls, "ring", True, False))
     term = config.objective.lovasz
     if term.weight > 0 and term.scope == "world":
         height, width = config.data.crop
@@ -92,27 +93,52 @@ def _weights_and_gradients(
     parameters = [parameter for group in network.groups for parameter in group]
     gradients = sum(parameter.elements * travelling_bytes(config, parameter) for parameter in parameters)
     if stage == 3:
-        shared = [parameter for parameter in parameters if parameter.elements >= PERSISTENT_ELEMENTS]
-        persistent = network.parameters - sum(parameter.elements for parameter in shared)
         # What is gathered for forward is still there in backward: networks are smaller than DeepSpeed's limit of 10^9
-        # elements that it keeps. Small parameters are told to all once an update.
-        forward = sum(
-            all_gather(travelling_bytes(config, parameter) * ceil(parameter.elements / ranks), ranks)
-            for parameter in shared
-        )
-        after = all_gather(4 * ceil(persistent / ranks), ranks)
+        # elements that it keeps. A teacher's passes break the order in which it expects modules, and it then lets go of
+        # each after use. Small parameters are told to all once an update.
+        forward, calls = _shared_out(config, network, ranks)
+        gathers = micro_batches * (2 * network.passes if config.objective.uses_teacher else 1)
+        weights = gathers * forward + _persistent(network, ranks)
         reduced = reduce_scatter(gradients, ranks)
         return [
-            Traffic("weights", micro_batches * forward + after, micro_batches * len(shared) + 1, "ring", True, False),
+            Traffic("weights", weights, gathers * calls + 1, "ring", True, False),
             Traffic("gradients", micro_batches * reduced, micro_batches, "ring", True, overlaps),
         ]
     # Stage 1 waits for the last micro-batch; stage 2 sends each one's. Either way whole buckets are all-reduced.
     reductions = micro_batches if stage == 2 else 1
-    own = sum(2 * ceil(count / (2 * ranks)) for count in group_elements(network))
     return [
         Traffic("gradients", reductions * all_reduce(gradients, ranks), reductions, "ring", True, overlaps),
-        Traffic("weights", all_gather(4 * own, ranks), len(network.groups), "ring", True, False),
+        Traffic("weights", _groups(network, ranks), len(network.groups), "ring", True, False),
     ]
+
+
+def _teacher(config: RunConfig, network: NetworkStep, stage: int, ranks: int) -> tuple[float, int]:
+    """Bytes and collectives that make a micro-batch's network the teacher and the student again."""
+    if stage < 3:
+        return _groups(network, ranks), len(network.groups)
+    forward, calls = _shared_out(config, network, ranks)
+    # It sees the source too where it chooses matches.
+    passes = 1 + (config.objective.association.uses_teacher and config.objective.association.teacher_matches)
+    return passes * forward + 2 * _persistent(network, ranks), passes * calls + 2
+
+
+def _groups(network: NetworkStep, ranks: int) -> float:
+    """Bytes that tell all ranks the whole network in fp32, group by group."""
+    own = sum(2 * ceil(count / (2 * ranks)) for count in group_elements(network))
+    return all_gather(4 * own, ranks)
+
+
+def _shared_out(config: RunConfig, network: NetworkStep, ranks: int) -> tuple[float, int]:
+    """Bytes and collectives that gather for a forward pass what stage 3 shares out."""
+    shared = [p for group in network.groups for p in group if p.elements >= PERSISTENT_ELEMENTS]
+    sizes = (all_gather(travelling_bytes(config, p) * ceil(p.elements / ranks), ranks) for p in shared)
+    return sum(sizes), len(shared)
+
+
+def _persistent(network: NetworkStep, ranks: int) -> float:
+    """Bytes that tell all ranks the small parameters, which stage 3 leaves whole on each."""
+    elements = sum(p.elements for group in network.groups for p in group if p.elements < PERSISTENT_ELEMENTS)
+    return all_gather(4 * ceil(elements / ranks), ranks)
 
 
 def _batch_norms(network: NetworkStep, ranks: int, device: str) -> tuple[float, int]:

@@ -18,7 +18,7 @@ from dist_pca import train
 from dist_pca.planning.live import LiveBytes
 from dist_pca.training.watchdog import Watchdog
 
-PHASES = ("data", "forward", "backward", "optimizer", "log", "checkpoint")
+PHASES = ("data", "teacher", "forward", "backward", "optimizer", "log", "checkpoint")
 
 
 class Measured(LiveBytes):

@@ -17,6 +17,25 @@ CLASSES = 7
 SOURCE, TARGET, CHANNELS = 3000, 2600, 96
 
 
+def counted_with_guide(rank: int, world_size: int, configs: list[AssociationConfig]) -> list[int]:
+    """Bytes that the association counts where other pixels choose the matches."""
+    source, target, *guide = (torch.randn(count, CHANNELS) for count in (300, 260, 300, 260))
+    return [
+        int(
+            associate(
+                source.requires_grad_(),
+                target.requires_grad_(),
+                torch.arange(300) % CLASSES,
+                num_classes=CLASSES,
+                exchange=config.exchange,
+                guide=(guide[0], guide[1]),
+                guide_keys=config.teacher_keys,
+            ).exchanged_bytes
+        )
+        for config in configs
+    ]
+
+
 def measured_association(rank: int, world_size: int, level: Level, exchange: str) -> list[int]:
     """Bytes at the peaks of forward and backward, and between them, beyond what is given in and comes out."""
     torch.manual_seed(rank)
@@ -84,6 +103,18 @@ def test_the_association_over_ranks_takes_what_is_predicted(
 ) -> None:
     peak, _, _ = run_on_ranks(measured_association, world_size, tmp_path, level, exchange)[0]
     assert predicted_association(level, exchange, world_size) == [pytest.approx(peak, rel=0.15)]
+
+
+@pytest.mark.slow
+def test_bytes_sent_where_a_teacher_chooses_matches_are_those_counted(tmp_path: Path) -> None:
+    configs = [
+        AssociationConfig(exchange="gather" if gathers else "ring", teacher_matches=True, teacher_keys=keys)
+        for gathers in (True, False)
+        for keys in (True, False)
+    ]
+    pool = Pool(300, 260, CHANNELS, CLASSES, 3, 1)
+    counted = run_on_ranks(counted_with_guide, 3, tmp_path, configs)[0]
+    assert [association.sent_bytes(config, pool, "cpu") for config in configs] == pytest.approx(counted, rel=0.001)
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.exhaustive])])

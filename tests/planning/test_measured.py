@@ -11,6 +11,7 @@ from dist_pca.planning.network import run_network
 from dist_pca.planning.predict import Prediction, images_per_rank, predict
 from dist_pca.train import resolve_config
 from dist_pca.training.engine import BUCKET_ELEMENTS
+from tests.planning.recipe import PLAIN, TEACHER
 from tests.training.runs import build_streets, launch, overrides
 
 pytestmark = pytest.mark.slow
@@ -19,6 +20,7 @@ STEPS = 3
 CLASSES = 10
 SETTINGS = (
     *("data.shorter_edge=[160,160]", "data.crop=[160,192]", "data.workers=0"),
+    *PLAIN,
     *(f"training.steps={STEPS}", "training.checkpoint_every=100", "model.batch_norm=local"),
 )
 
@@ -49,7 +51,7 @@ def measured(folder: Path, name: str, ranks: int, stage: int, *more: str) -> dic
     assert done.returncode == 0, done.stderr
     told = json.loads((folder / name / "measured-0.json").read_text())
     lines = (folder / name / name / "metrics.jsonl").read_text().splitlines()
-    phases = ("forward", "backward", "optimizer")
+    phases = ("teacher", "forward", "backward", "optimizer")
     return {
         "peaks": {phase: told["peaks"][f"{STEPS} {phase}"] for phase in phases},
         "sent": sum(size for phase in phases for size in told["sent"].get(f"{STEPS} {phase}", {}).values()),
@@ -81,6 +83,10 @@ def exhaustive(*values: object) -> Any:
         exhaustive(2, 1, ("training.accumulation=2", "optimizer.name=sgd")),
         exhaustive(2, 3, ("training.accumulation=2",)),
         exhaustive(2, 2, ("objective.association.exchange=ring",)),
+        (2, 2, (*TEACHER, "objective.self_training.weight=1")),
+        exhaustive(2, 1, TEACHER),
+        exhaustive(2, 3, TEACHER),
+        exhaustive(2, 2, (*TEACHER, "objective.association.teacher_matches=true", "model.joint_batch=false")),
     ],
 )
 def test_memory_and_bytes_are_within_15_percent_of_a_real_run(
@@ -95,9 +101,12 @@ def test_memory_and_bytes_are_within_15_percent_of_a_real_run(
     if stage == 2:
         buckets = plan.memory.most["gradients"]
         assert buckets % (4 * BUCKET_ELEMENTS) == 0
-        forward = max(count for phase, count in plan.memory.phases.items() if not phase.endswith("backward"))
+        phases = dict(plan.memory.phases)
+        assert phases.pop("gradients") - buckets == pytest.approx(real["peaks"]["backward"] - buckets, rel=0.15)
+        if plan.config.objective.uses_teacher:
+            assert phases.pop("teacher") == pytest.approx(real["peaks"]["teacher"], rel=0.15)
+        forward = max(count for phase, count in phases.items() if not phase.endswith("backward"))
         assert forward == pytest.approx(real["peaks"]["forward"], rel=0.15)
-        assert plan.memory.phases["backward"] - buckets == pytest.approx(real["peaks"]["backward"] - buckets, rel=0.15)
 
     sent = {part.kind: part.bytes for part in plan.traffic}
     assert sum(sent.values()) == pytest.approx(real["sent"], rel=0.15)

@@ -19,10 +19,11 @@ from dist_pca.planning.association import Pool
 from dist_pca.planning.hardware import Assumptions, Cluster, find_gpu
 from dist_pca.planning.live import LiveBytes
 from dist_pca.planning.network import NetworkStep, run_network
-from dist_pca.planning.predict import Prediction, predict, sweep
+from dist_pca.planning.predict import Prediction, level_pools, predict, sweep
 from dist_pca.train import resolve_config
+from tests.planning.recipe import PLAIN, TEACHER
 
-TINY = ("model.backbone=test_resnet", "model.weights=scratch", "model.output_stride=null")
+TINY = ("model.backbone=test_resnet", "model.weights=scratch", "model.output_stride=null", *PLAIN)
 
 
 def tiny(*more: str) -> RunConfig:
@@ -34,10 +35,12 @@ def network(*more: str, images: int = 1) -> NetworkStep:
     return run_network(tiny(*more), 10, images, images)
 
 
-def plan(*more: str, nodes: int = 1, per_node: int = 8, gpu: str = "h100", stage: int = 2) -> Prediction:
+def plan(
+    *more: str, network_with: tuple[str, ...] = (), nodes: int = 1, per_node: int = 8, gpu: str = "h100", stage: int = 2
+) -> Prediction:
     cluster = Cluster(find_gpu(gpu), nodes, per_node)
-    run = tiny("objective.association.start_step=0", *more)
-    return predict(run, network(), cluster, Assumptions(), images=(1, 1), stage=stage, steps=100)
+    run = tiny("objective.association.start_step=0", *network_with, *more)
+    return predict(run, network(*network_with), cluster, Assumptions(), images=(1, 1), stage=stage, steps=100)
 
 
 def test_live_bytes_are_those_of_storages_that_are_still_there() -> None:
@@ -65,6 +68,83 @@ def test_operations_and_activations_are_those_of_the_images() -> None:
 def test_autocast_takes_less_activations() -> None:
     plain = dict(network().phases)["backward"]
     assert dict(network("training.precision=bf16").phases)["backward"] < 0.8 * plain
+
+
+def test_each_view_of_the_student_takes_activations_and_operations() -> None:
+    plain, masked, both = network(), network(*TEACHER), network(*TEACHER, "objective.self_training.weight=1")
+    for step, views in ((masked, 3), (both, 4)):
+        assert dict(step.phases)["forward"] == pytest.approx(views / 2 * dict(plain.phases)["forward"], rel=0.05)
+        assert step.backward_flops == pytest.approx(views / 2 * plain.backward_flops, rel=0.05)
+
+
+def test_target_images_that_no_term_sees_are_not_shown() -> None:
+    plain, unseen = (
+        network(),
+        network(*TEACHER, "objective.association.weight=0", "objective.smoothness.weight=0"),
+    )
+    assert unseen.backward_flops == pytest.approx(plain.backward_flops, rel=0.05)
+
+
+def test_a_teacher_passes_forward_alone_and_keeps_no_activations() -> None:
+    def forward(step: NetworkStep) -> int:
+        return step.convolution_flops + step.product_flops - step.backward_flops
+
+    plain, taught = network(), network(*TEACHER)
+    # The teacher sees one image, the student three in place of two.
+    assert forward(taught) == pytest.approx(4 / 2 * forward(plain), rel=0.05)
+    assert taught.backward_flops == pytest.approx(3 / 2 * plain.backward_flops, rel=0.05)
+    assert dict(taught.phases)["teacher"] < dict(plain.phases)["forward"] / 2
+    assert "teacher" not in dict(plain.phases)
+
+
+def test_a_teacher_that_chooses_matches_sees_the_source_too() -> None:
+    one, two = (network(*TEACHER, f"objective.association.teacher_matches={matches}") for matches in ("false", "true"))
+    assert two.backward_flops == pytest.approx(one.backward_flops, rel=0.01)
+    assert two.convolution_flops > 1.05 * one.convolution_flops
+
+
+@pytest.mark.parametrize(("stage", "copies"), [(1, 2), (2, 2), (3, 1)])
+def test_the_teacher_is_a_second_copy_of_the_weights_where_they_are_not_shared_out(stage: int, copies: int) -> None:
+    plain, taught = plan(stage=stage), plan(stage=stage, network_with=TEACHER)
+    trained = 4 * network().parameters
+    assert "teacher" not in plain.memory.phases
+    more = taught.memory.most["weights"] - plain.memory.most["weights"]
+    assert more == pytest.approx((copies - 1) * trained, rel=0.01, abs=1)
+    assert taught.memory.phases["teacher"] < taught.memory.phases["forward"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_teacher_is_gathered_once_for_every_micro_batch(stage: int) -> None:
+    def sent(*more: str) -> dict[str, float]:
+        found = plan(*more, network_with=TEACHER, stage=stage)
+        return {part.kind: part.bytes for part in found.traffic}
+
+    assert "teacher" not in {part.kind for part in plan(stage=stage).traffic}
+    # Stage 3 gathers what it shares out, and sends small parameters for the teacher and again for the student.
+    assert sent()["teacher"] == pytest.approx(7 * 4 * network().parameters / 8 * (2 if stage == 3 else 1), rel=0.2)
+    assert sent("training.accumulation=2")["teacher"] == pytest.approx(2 * sent()["teacher"])
+
+
+def test_in_turn_every_view_has_batch_statistics_of_its_own() -> None:
+    in_turn = "model.joint_batch=false"
+    joint, two, three = network(), network(in_turn), network(*TEACHER, in_turn)
+    assert (joint.passes, two.passes, three.passes) == (1, 2, 3)
+
+    def statistics(*with_: str) -> float:
+        found = plan("model.batch_norm=sync", network_with=with_)
+        return next(part.bytes for part in found.traffic if part.kind == "batch norm")
+
+    assert statistics(*TEACHER, in_turn) == pytest.approx(3 * statistics())
+
+
+def test_both_levels_are_associated_on_the_grid_of_the_features() -> None:
+    cluster = Cluster(find_gpu("h100"), 1, 8)
+    step = network()
+    pools = dict(level_pools(tiny(), step, cluster, (1, 1)))
+    channels, height, width = step.features
+    assert {(pool.source, pool.target) for pool in pools.values()} == {(height * width, height * width)}
+    assert (pools["features"].channels, pools["predictions"].channels) == (channels, step.logits[0])
+    assert step.logits[1:] != step.features[1:]
 
 
 def test_one_gpu_exchanges_nothing() -> None:
@@ -158,7 +238,8 @@ def test_the_command_needs_no_shards_and_gives_json_and_a_picture(tmp_path: Path
 
 
 def test_a_batch_that_does_not_share_out_is_refused_with_what_would() -> None:
-    done = CliRunner().invoke(app, ["plan", "demo", *TINY, "--nodes", "3"])
+    eight = ("training.source_batch=8", "training.target_batch=8")
+    done = CliRunner().invoke(app, ["plan", "demo", *TINY, *eight, "--nodes", "3"])
     assert isinstance(done.exception, UserError)
     said, _, given = str(done.exception).partition(", for example ")
     assert said.startswith("training.source_batch: 8 samples")

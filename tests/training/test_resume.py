@@ -53,7 +53,7 @@ def test_another_config_is_refused_with_every_key_that_differs(made: Path) -> No
     with pytest.raises(UserError) as refused:
         check_resume(changed, None)
     message = str(refused.value)
-    assert "optimizer.lr: 0.0004 -> 0.5" in message
+    assert "optimizer.lr: 0.001 -> 0.5" in message
     assert "objective.association.scope: world -> rank" in message
     assert "log_every" not in message
     assert "\n" not in message

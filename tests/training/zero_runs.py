@@ -32,6 +32,9 @@ def run_config(stage: int, optimizer: str, *overrides: str) -> RunConfig:
             "model.output_stride=null",
             "model.batch_norm=sync",
             "model.head_channels=16",
+            # The plain loop that runs are compared with has no teacher.
+            *("objective.self_training.weight=0", "model.running_statistics=all", "training.ema_decay=0"),
+            *(f"objective.association.teacher_{part}=false" for part in ("check", "weight", "matches")),
             "objective.association.start_step=0",
             "objective.association.ramp_steps=0",
             f"optimizer.name={optimizer}",
