@@ -80,7 +80,10 @@ def test_nvme_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_, **__: False)
     with pytest.raises(UserError, match=r"training\.offload: nvme needs libaio"):
         reconcile_launcher(
-            demo("training.zero_stage=3", "training.offload.optimizer=nvme", "training.offload.nvme_path=disk")
+            demo(
+                *("training.zero_stage=3", "training.offload.optimizer=nvme", "training.offload.nvme_path=disk"),
+                *("training.ema_decay=0", "objective.adapt=false"),
+            )
         )
 
 

@@ -29,7 +29,10 @@ CLASSES = (ClassInfo("road", (0, 0, 0)), ClassInfo("sky", (1, 1, 1)))
 
 
 def started(folder: Path, *overrides: str, start_step: int = 0, windows: Sequence[Window] = ()) -> Telemetry:
-    config = load_config(resource("configs", "demo"), [f"output={folder}", "telemetry.trackers=[]", *overrides])
+    batches = ("training.source_batch=8", "training.target_batch=8", "objective.self_training.weight=0")
+    # Two passes of the network for each pair of images.
+    plain = (*batches, *(f"objective.association.teacher_{part}=false" for part in ("check", "weight", "matches")))
+    config = load_config(resource("configs", "demo"), [f"output={folder}", "telemetry.trackers=[]", *plain, *overrides])
     config.folder.mkdir(exist_ok=True)
     clock = PhaseClock(Watched(), CPU)  # type: ignore[arg-type]
     return Telemetry(config, CLASSES, clock, device=CPU, start_step=start_step, flops=1000, windows=list(windows))

@@ -30,7 +30,7 @@ awkward = st.text(st.sampled_from(list("ab,:[]{}'\"# -")), max_size=6)
 trees = st.recursive(
     scalars | awkward, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=2)
 )
-keys = st.sampled_from(["optimizer.lr", "training.source_batch", "objective.association.ramp_steps"])
+keys = st.sampled_from(["optimizer.lr", "training.log_every", "objective.association.ramp_steps"])
 
 
 @given(st.lists(trees, min_size=1, max_size=4))
