@@ -150,6 +150,7 @@ def test_options_that_are_talked_about_are_accelerates() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_readme_can_be_typed_from_its_first_line_to_its_last(folder: Path) -> None:
     type_lines([line for line in PAGE if line not in LONG], folder)
 

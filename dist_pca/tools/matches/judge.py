@@ -171,7 +171,8 @@ def summarise(batches: Sequence[Sequence[JudgedCycles]], num_classes: int) -> Su
         received[hubs].double(),
         minlength=columns,
     )
-    weight = matrix(kept, weights[kept])
+    # Without a kept cycle bincount gives integers.
+    weight = matrix(kept, weights[kept]).double()
     return Summary(
         matches=matrix(labelled),
         kept=matrix(kept),
