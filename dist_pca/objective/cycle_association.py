@@ -53,8 +53,8 @@ def association_inputs(
     grid = source.features.shape[-2:], target.features.shape[-2:]
     source_pixels = pixels_at(level, source.features, source.logits, grid[0])
     target_pixels = pixels_at(level, target.features, target.logits, grid[1])
-    source_labels = labels_at(source.labels, grid[0], share=config.label_share)
-    truth = labels_at(target.labels, grid[1])
+    source_labels = labels_at(source.labels, grid[0], source.logits.shape[1], share=config.label_share)
+    truth = labels_at(target.labels, grid[1], source.logits.shape[1])
     assert source_labels is not None
     if config.diffusion > 0:
         target_pixels = diffuse(target_pixels, config.diffusion, similarity, detach_statistics=config.detach_statistics)

@@ -15,11 +15,14 @@ def pixels_at(level: Level, features: torch.Tensor, logits: torch.Tensor, grid: 
     return values.flatten(2).mT
 
 
-def labels_at(labels: torch.Tensor | None, grid: torch.Size, *, share: float = 0.0) -> torch.Tensor | None:
+def labels_at(
+    labels: torch.Tensor | None, grid: torch.Size, num_classes: int, *, share: float = 0.0
+) -> torch.Tensor | None:
     """Labels of a grid's cells, int64 [B, h * w].
 
     Args:
         labels: [B, H, W], 255 ignored.
+        num_classes: Other labels are below it.
         grid: h and w.
         share: A cell has the class that at least this share of its pixels have, and else none; 0 takes the label of the
             nearest pixel.
@@ -28,9 +31,9 @@ def labels_at(labels: torch.Tensor | None, grid: torch.Size, *, share: float = 0
         return None
     if share == 0:
         return F.interpolate(labels[:, None].float(), size=grid, mode="nearest").flatten(1).long()
-    known = labels != IGNORE_INDEX
-    classes = int(labels[known].max()) + 1 if bool(known.any()) else 1
-    one_hot = F.one_hot(torch.where(known, labels.long(), classes), classes + 1).permute(0, 3, 1, 2).float()
-    shares, majority = F.interpolate(one_hot, size=grid, mode="area")[:, :classes].max(dim=1)
+    # The ignored get a plane of their own, which no cell can have as its class.
+    planes = F.one_hot(torch.where(labels == IGNORE_INDEX, num_classes, labels.long()), num_classes + 1)
+    cells = F.interpolate(planes.permute(0, 3, 1, 2).float(), size=grid, mode="area")
+    shares, majority = cells[:, :num_classes].max(dim=1)
     # Half of a cell's pixels is a share of 0.5 whatever rounding does to it.
     return torch.where(shares >= share - 1e-6, majority, IGNORE_INDEX).flatten(1)

@@ -16,7 +16,7 @@ from dist_pca.objective.feature_distance import feature_distance
 from dist_pca.objective.grid import labels_at
 from dist_pca.objective.lovasz import lovasz_softmax
 from dist_pca.objective.reduction import world_mean
-from dist_pca.objective.self_training import pseudo_label_loss
+from dist_pca.objective.self_training import pseudo_label_loss, world_confidence
 from dist_pca.objective.smoothness import smoothness
 from dist_pca.objective.source_contrast import source_contrast
 
@@ -53,6 +53,7 @@ def objective(
         raise ValueError("the source has no labels")
     labels = source.labels.long()
     logits = source.logits.float()
+    num_classes = logits.shape[1]
     full = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
     labelled = (labels != IGNORE_INDEX).sum()
     terms = {"ce": world_mean(F.cross_entropy(full, labels, ignore_index=IGNORE_INDEX, reduction="sum"), labelled)}
@@ -70,7 +71,9 @@ def objective(
 
     if config.source_contrast.weight > 0:
         contrast = config.source_contrast
-        classes = labels_at(source.labels, source.features.shape[-2:], share=config.association.label_share)
+        classes = labels_at(
+            source.labels, source.features.shape[-2:], num_classes, share=config.association.label_share
+        )
         assert classes is not None
         terms["source_contrast"] = source_contrast(
             source.features.float(), classes, source.seeds, temperature=contrast.temperature, anchors=contrast.anchors
@@ -80,7 +83,7 @@ def objective(
     if config.feature_distance.weight > 0:
         assert source.deepest is not None
         assert source.pretrained is not None
-        classes = labels_at(source.labels, source.deepest.shape[-2:], share=config.feature_distance.share)
+        classes = labels_at(source.labels, source.deepest.shape[-2:], num_classes, share=config.feature_distance.share)
         assert classes is not None
         terms["feature_distance"] = feature_distance(source.deepest.float(), source.pretrained, classes, things)
         loss = loss + config.feature_distance.weight * terms["feature_distance"]
@@ -110,18 +113,21 @@ def objective(
                     **_confusions(level, target, found),
                 }
 
-    for name, weight, view in (
-        ("self_training", config.self_training.weight, mixed),
-        ("masked_consistency", config.masked_consistency.weight, masked),
-    ):
-        if view is not None and step >= config.self_training.start_step:
-            assert view.labels is not None
-            assert view.confident is not None
-            terms[name], terms["confident_share"] = pseudo_label_loss(
-                view.logits, view.labels, view.confident, view.trusted
-            )
-            terms["pseudo_label_accuracy"] = _pseudo_label_accuracy(view)
-            loss = loss + weight * terms[name]
+    # The same target images with the same pseudo labels, seen in another way.
+    taught = masked or mixed
+    if taught is not None and step >= config.self_training.start_step:
+        assert taught.confident is not None
+        confidence = world_confidence(taught.confident)
+        terms["confident_share"] = confidence.share
+        terms["pseudo_label_accuracy"] = _pseudo_label_accuracy(taught)
+        for name, weight, view in (
+            ("self_training", config.self_training.weight, mixed),
+            ("masked_consistency", config.masked_consistency.weight, masked),
+        ):
+            if view is not None:
+                assert view.labels is not None
+                terms[name] = pseudo_label_loss(view.logits, view.labels, confidence, view.trusted)
+                loss = loss + weight * terms[name]
     return loss, {"loss": loss} | terms
 
 

@@ -42,29 +42,42 @@ def pseudo_labels(
     return PseudoLabels(labels, probability >= threshold)
 
 
+class Confidence(NamedTuple):
+    """How sure a teacher is of all ranks' target images."""
+
+    share: torch.Tensor
+    """Scalar, q: share of confident pixels."""
+    pixels: torch.Tensor
+    """Scalar, number of pixels, ignored ones included."""
+
+
+def world_confidence(confident: torch.Tensor) -> Confidence:
+    """Count confident pixels, of bool [B, H, W], over all ranks. Collective."""
+    # Counts of pixels pass the precision of fp32 on large machines.
+    counts = torch.stack([confident.sum(), torch.tensor(confident.numel(), device=confident.device)]).double()
+    sure, pixels = all_reduce_sum(counts)
+    return Confidence((sure / pixels).float(), pixels)
+
+
 def pseudo_label_loss(
-    logits: torch.Tensor, labels: torch.Tensor, confident: torch.Tensor, trusted: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: torch.Tensor, labels: torch.Tensor, confidence: Confidence, trusted: torch.Tensor | None = None
+) -> torch.Tensor:
     """Cross-entropy with pseudo labels, each pixel weighing the share of confident ones.
 
     `(1 / N) sum_i w_i CE_i` over all N pixels of all ranks, ignored ones included, with `w_i = 1` where a label is
-    trusted and `w_i = q` elsewhere; `q` is the share of confident pixels over all ranks, so that it does not depend on
-    how images are spread over them. Collective.
+    trusted and `w_i = q` elsewhere; q is a share over all ranks, so that it does not depend on how images are spread
+    over them.
 
     Args:
         logits: [B, K, h, w], upsampled bilinearly to the labels' size.
         labels: int64 [B, H, W], 255 for pixels that are left out.
-        confident: bool [B, H, W], whether the teacher is sure of its target image there.
+        confidence: q and N.
         trusted: bool [B, H, W], pixels that were pasted from the source with its label; None trusts no pixel.
 
     Returns:
-        The loss, scaled so that gradients averaged over ranks are those of the mean over all ranks' pixels; and q.
+        Scalar, scaled so that gradients averaged over ranks are those of the mean over all ranks' pixels.
     """
     full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    counts = torch.stack([confident.sum(), torch.tensor(confident.numel(), device=confident.device)])
-    # Counts of pixels pass the precision of fp32 on large machines.
-    sure, pixels = all_reduce_sum(counts.double())
-    share = (sure / pixels).to(full.dtype)
-    weight = share if trusted is None else torch.where(trusted, 1.0, share)
+    weight = confidence.share if trusted is None else torch.where(trusted, 1.0, confidence.share)
     entropy = F.cross_entropy(full, labels, ignore_index=IGNORE_INDEX, reduction="none")
-    return world_size() * (weight * entropy).sum() / pixels.to(full.dtype), share
+    return world_size() * (weight * entropy).sum() / confidence.pixels.to(full.dtype)

@@ -67,6 +67,10 @@ def student_views(
     if target is None:
         return Views(View(source_images, source_view))
     target_view = partial(Domain, labels=target.labels, seeds=_seeds(target, config.seed, "target"))
+    # Without a term of its own, the target's pass is what its running statistics are taken from.
+    shown = objective.shows_target or config.model.running_statistics == "target"
+    hidden = objective.masked_consistency.weight > 0
+    target_images = change(target.images, target.positions, domain="target") if shown or hidden else target.images
     mixed = masked = None
     if objective.uses_teacher:
         with as_teacher():
@@ -93,7 +97,7 @@ def student_views(
                 change(images, target.positions, domain="target"),
                 partial(labelled, labels=torch.where(pasted, source.labels.long(), labels), trusted=pasted),
             )
-        if objective.masked_consistency.weight > 0:
+        if hidden:
             visible = block_mask(
                 target.images,
                 target.positions,
@@ -101,18 +105,8 @@ def student_views(
                 block=objective.masked_consistency.block,
                 ratio=objective.masked_consistency.ratio,
             )
-            masked = View(
-                change(target.images, target.positions, domain="target") * visible, partial(labelled, labels=labels)
-            )
-    # Without a term of its own, the target's pass is what its running statistics are taken from.
-    shown = objective.shows_target or config.model.running_statistics == "target"
-    target_images = change(target.images, target.positions, domain="target") if shown else None
-    return Views(
-        View(source_images, source_view),
-        None if target_images is None else View(target_images, target_view),
-        mixed,
-        masked,
-    )
+            masked = View(target_images * visible, partial(labelled, labels=labels))
+    return Views(View(source_images, source_view), View(target_images, target_view) if shown else None, mixed, masked)
 
 
 def see(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_pca.objective.self_training import pseudo_label_loss, pseudo_labels
+from dist_pca.objective.self_training import pseudo_label_loss, pseudo_labels, world_confidence
 from tests.ranks import run_on_ranks
 
 
@@ -33,7 +33,8 @@ def test_labels_are_the_most_probable_class_and_rows_are_ignored_after_confidenc
 
 def test_every_untrusted_pixel_weighs_the_share_of_confident_ones() -> None:
     logits, labels, confident, trusted = view(3, 0)
-    loss, share = pseudo_label_loss(logits, labels, confident, trusted)
+    confidence = world_confidence(confident)
+    loss, share = pseudo_label_loss(logits, labels, confidence, trusted), confidence.share
     full = F.interpolate(logits.float(), (12, 16), mode="bilinear", align_corners=False)
     q = confident.sum() / confident.numel()
     expected = 0.0
@@ -51,14 +52,15 @@ def test_every_untrusted_pixel_weighs_the_share_of_confident_ones() -> None:
 
 def test_masked_images_trust_no_pixel() -> None:
     logits, labels, confident, _ = view(2, 1)
-    nowhere = torch.zeros_like(confident)
-    assert pseudo_label_loss(logits, labels, confident)[0] == pseudo_label_loss(logits, labels, confident, nowhere)[0]
+    confidence, nowhere = world_confidence(confident), torch.zeros_like(confident)
+    assert pseudo_label_loss(logits, labels, confidence) == pseudo_label_loss(logits, labels, confidence, nowhere)
 
 
 def of_rank(rank: int, ranks: int) -> dict[str, Any]:
     logits, labels, confident, trusted = (values.chunk(ranks)[rank] for values in view(4, 2))
     logits.requires_grad_()
-    loss, share = pseudo_label_loss(logits, labels, confident, trusted)
+    confidence = world_confidence(confident)
+    loss, share = pseudo_label_loss(logits, labels, confidence, trusted), confidence.share
     loss.backward()
     assert logits.grad is not None
     # Engines average gradients over ranks.
