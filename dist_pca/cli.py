@@ -16,7 +16,7 @@ from dist_pca.cluster.commands import app as cluster_app
 from dist_pca.doctor.commands import app as doctor_app
 from dist_pca.errors import UserError
 from dist_pca.evaluation.commands import app as evaluation_app
-from dist_pca.options import Resume
+from dist_pca.options import Launcher, Processes, Resume
 from dist_pca.planning.commands import app as planning_app
 from dist_pca.resources import names
 from dist_pca.shards.commands import app as shards_app
@@ -85,14 +85,8 @@ def train(
         str, typer.Argument(help=f"A YAML file, or one that comes with dist-pca: {', '.join(names('configs'))}.")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=100")] = None,
-    launcher: Annotated[
-        str | None,
-        typer.Option(
-            help="Accelerate's YAML file, or one that comes with dist-pca, for example accelerate/gpu_zero3.",
-            show_default="one process per GPU, two on a CPU",
-        ),
-    ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
+    launcher: Launcher = None,
+    processes: Processes = None,
     profile: Annotated[
         str | None, typer.Option(metavar="START:STEPS", help="Trace these steps into the run folder's profile/.")
     ] = None,

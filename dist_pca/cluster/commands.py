@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dist_pca.options import Resume
+from dist_pca.options import Account, BatchScript, CpusPerNode, FurtherDirectives, Partition, QualityOfService, Resume
 from dist_pca.resources import names, resource
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -54,25 +54,12 @@ def submit(
         ),
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=100")] = None,
-    partition: Annotated[str | None, typer.Option(help="SLURM's.", show_default="the cluster's")] = None,
-    account: Annotated[str | None, typer.Option(help="SLURM's.", show_default="yours")] = None,
-    qos: Annotated[str | None, typer.Option(help="SLURM's.", show_default="the account's")] = None,
-    cpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Cores of each machine.", show_default="8 for each process")
-    ] = None,
-    further: Annotated[
-        list[str] | None,
-        typer.Option("--sbatch", metavar="KEY[=VALUE]", help="Any other option of sbatch. Repeatable."),
-    ] = None,
-    script: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="Your copy of launch/slurm/train.sbatch, with modules, container and network of your cluster.",
-            show_default="the one that comes with dist-pca, with the Python that runs now",
-        ),
-    ] = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: QualityOfService = None,
+    cpus_per_node: CpusPerNode = None,
+    further: FurtherDirectives = None,
+    script: BatchScript = None,
     resume: Resume = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the script and submit nothing.")] = False,
 ) -> None:

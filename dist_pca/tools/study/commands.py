@@ -8,6 +8,16 @@ import typer
 from rich.console import Console
 
 from dist_pca.errors import UserError
+from dist_pca.options import (
+    Account,
+    BatchScript,
+    CpusPerNode,
+    FurtherDirectives,
+    Launcher,
+    Partition,
+    Processes,
+    QualityOfService,
+)
 from dist_pca.resources import names, resource
 from dist_pca.tools.study.select_command import app as select_app
 
@@ -91,14 +101,8 @@ def study(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the study.", show_default="studies/ and the config's name")
     ] = None,
-    launcher: Annotated[
-        str | None,
-        typer.Option(
-            help="Accelerate's YAML file, or one that comes with dist-pca, for example accelerate/gpu_zero3.",
-            show_default="one process per GPU, two on a CPU",
-        ),
-    ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
+    launcher: Launcher = None,
+    processes: Processes = None,
     keep_going: Annotated[
         bool, typer.Option("--keep-going/--stop", help="Whether runs after one that failed are made.")
     ] = True,
@@ -121,26 +125,12 @@ def study(
         str | None, typer.Option(help="With --slurm: time limit of a job, in minutes, [D-]HH:MM:SS or D-HH.")
     ] = None,
     at_once: Annotated[int | None, typer.Option(min=1, help="With --slurm: most runs at the same time.")] = None,
-    partition: Annotated[str | None, typer.Option(help="SLURM's.", show_default="the cluster's")] = None,
-    account: Annotated[str | None, typer.Option(help="SLURM's.", show_default="yours")] = None,
-    qos: Annotated[str | None, typer.Option(help="SLURM's.", show_default="the account's")] = None,
-    cpus_per_node: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --slurm: cores of each machine.", show_default="8 for each process"),
-    ] = None,
-    further: Annotated[
-        list[str] | None,
-        typer.Option("--sbatch", metavar="KEY[=VALUE]", help="Any other option of sbatch. Repeatable."),
-    ] = None,
-    script: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="Your copy of launch/slurm/train.sbatch, with modules, container and network of your cluster.",
-            show_default="the one that comes with dist-pca, with the Python that runs now",
-        ),
-    ] = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: QualityOfService = None,
+    cpus_per_node: CpusPerNode = None,
+    further: FurtherDirectives = None,
+    script: BatchScript = None,
 ) -> None:
     """Train and score a grid of runs, and compare its variants with a baseline, seed by seed.
 

@@ -136,7 +136,7 @@ def score_study(study: Study, manifests: Mapping[str, Manifest], *, say: Callabl
 
 
 def _score(run: PlannedRun, manifests: Mapping[str, Manifest], say: Callable[[str], None]) -> bool:
-    """Score a run on all test shards; what cannot be done is told, and gives False."""
+    """Score a run on all test shards; False, and a line that says why, where it cannot be."""
     try:
         for manifest in manifests.values():
             score_newest(run.folder, manifest)
