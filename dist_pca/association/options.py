@@ -1,4 +1,4 @@
-"""What the association is told and given: options that all ranks share, and the pixels of one pool."""
+"""Options of the association, equal on all ranks, and its inputs: the pixels of one pool."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

@@ -1,6 +1,7 @@
 """Heads: a backbone's feature maps in, class logits and the map they are read from out."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class DeepLabV2Head(nn.Module):
         return HeadOutput(sum(others, start=first), deepest)
 
 
-class MultiScaleHead(nn.Module):
+class MultiScaleHead(nn.Module, ABC):
     """Base of the heads that fuse several scales at the finest of them and classify the result by a 1 x 1 convolution.
 
     The scales are the backbone's maps of `stride` and more, or its coarsest maps where all are finer. Where all maps
@@ -90,9 +91,9 @@ class MultiScaleHead(nn.Module):
         features = self.fuse(maps[self.first_map :] if self.neck is None else self.neck(maps))
         return HeadOutput(self.classifier(features), features)
 
+    @abstractmethod
     def fuse(self, scales: Sequence[torch.Tensor]) -> torch.Tensor:
         """One map B x width x h x w of the finest scale from all, finest first."""
-        raise NotImplementedError
 
 
 class PyramidHead(MultiScaleHead):

@@ -52,7 +52,7 @@ def test_json_is_one_object_with_the_device_versions_and_records(
 def test_a_sweep_ends_with_tables_of_ratios_and_growth_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need the extra `plot`")
     small = ("--n", 64, "--channels", 16, "--repeats", 1, "--implementation", "dense", "--implementation", "blockwise")
     assert run(monkeypatch, "association", *small, "--sweep", "128,256", "--plot", tmp_path / "sweep.png") == 0
     printed = capfd.readouterr().out
