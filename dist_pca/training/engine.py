@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from dist_pca.config import RunConfig, TrainingConfig, validate_config
+from dist_pca.config import RunConfig, validate_config
 from dist_pca.cores import usable_cores
 from dist_pca.errors import UserError
 
@@ -71,7 +71,7 @@ def reconcile_launcher(config: RunConfig) -> RunConfig:
         section[name] = default if section[name] is None else section[name]
     run = validate_config(values, "config and launcher")
     training, stage = run.training, run.training.zero_stage
-    _check_offload(training)
+    _check_offload(run)
     if run.model.compile and stage == 3:
         raise UserError("model.compile does not go with ZeRO stage 3, which gathers parameters in between; use 1 or 2")
     if run.model.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -94,7 +94,8 @@ def _equal(theirs: str, ours: object) -> bool:
     return theirs == ours if isinstance(ours, str) else float(theirs) == ours
 
 
-def _check_offload(training: TrainingConfig) -> None:
+def _check_offload(run: RunConfig) -> None:
+    training = run.training
     offload, stage = training.offload, training.zero_stage
     wants = {
         "parameters": offload.moves_parameters and stage != 3,
@@ -110,6 +111,11 @@ def _check_offload(training: TrainingConfig) -> None:
     if offload.parameters == "nvme" and not torch.cuda.is_available():
         # Where the accelerator has no fp16, DeepSpeed writes them as bf16 and trains on what it reads back.
         raise UserError("training.offload.parameters: nvme rounds weights to bf16 on a CPU; use none or cpu")
+    if offload.parameters == "nvme" and run.objective.uses_teacher:
+        raise UserError(
+            "training.offload.parameters: a teacher's weights take the place of parameters in memory, and nvme has none "
+            "there; use none or cpu, or train without a teacher"
+        )
     if "nvme" in (offload.optimizer, offload.parameters):
         from deepspeed.ops.op_builder import AsyncIOBuilder
 

@@ -95,6 +95,13 @@ def test_parameters_on_nvme_are_refused_where_they_would_be_rounded(monkeypatch:
         )
 
 
+def test_parameters_on_nvme_are_refused_beside_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    nvme = ("training.zero_stage=3", "training.offload.parameters=nvme", "training.offload.nvme_path=disk")
+    with pytest.raises(UserError, match=r"training\.offload\.parameters: a teacher's weights"):
+        reconcile_launcher(demo(*nvme, "training.ema_decay=0.9", "objective.self_training.weight=1"))
+
+
 def test_nvme_without_a_folder_is_refused() -> None:
     with pytest.raises(UserError, match=r"training\.offload\.nvme_path: missing"):
         demo("training.offload.optimizer=nvme")
