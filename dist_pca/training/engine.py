@@ -113,8 +113,8 @@ def _check_offload(run: RunConfig) -> None:
         raise UserError("training.offload.parameters: nvme rounds weights to bf16 on a CPU; use none or cpu")
     if offload.parameters == "nvme" and run.objective.uses_teacher:
         raise UserError(
-            "training.offload.parameters: a teacher's weights take the place of parameters in memory, and nvme has none "
-            "there; use none or cpu, or train without a teacher"
+            "training.offload.parameters: a teacher's weights take the place of parameters in memory, where nvme has "
+            "none; use none or cpu, or train without a teacher"
         )
     if "nvme" in (offload.optimizer, offload.parameters):
         from deepspeed.ops.op_builder import AsyncIOBuilder
