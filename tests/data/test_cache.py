@@ -1,3 +1,4 @@
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -239,13 +240,14 @@ def test_many_readers_in_a_cache_of_two_shards_stay_within_it_and_read_what_was_
 
     processes = [start(read_all, offset) for offset in range(4)]
     most = 0
-    while any(process.is_alive() for process in processes):
-        with suppress(FileNotFoundError):
-            copies = sorted(manifest.folder.glob("*.tar"))
-            size = sum(path.stat().st_size for path in copies)
-            # Else one was counted that had made room for another.
-            if copies == sorted(manifest.folder.glob("*.tar")):
-                most = max(most, size)
+    with (cache.folder / ".lock").open("a") as lock:
+        while any(process.is_alive() for process in processes):
+            # Copies only leave under the cache's lock; without it one is counted beside its successor.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                most = max(most, sum(path.stat().st_size for path in manifest.folder.glob("*.tar*")))
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            time.sleep(0.001)
     assert [results.get() for _ in processes] == [True] * 4
     assert 0 < most <= limit
 
