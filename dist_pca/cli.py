@@ -11,16 +11,16 @@ import typer
 from rich.console import Console
 
 import dist_pca
-from dist_pca.bench.commands import app as bench_app
-from dist_pca.cluster.commands import app as cluster_app
-from dist_pca.doctor.commands import app as doctor_app
 from dist_pca.errors import UserError
 from dist_pca.evaluation.commands import app as evaluation_app
 from dist_pca.options import Launcher, Processes, Resume
-from dist_pca.planning.commands import app as planning_app
 from dist_pca.resources import names
 from dist_pca.shards.commands import app as shards_app
+from dist_pca.tools.bench.commands import app as bench_app
+from dist_pca.tools.cluster.commands import app as cluster_app
+from dist_pca.tools.doctor.commands import app as doctor_app
 from dist_pca.tools.matches.commands import app as matches_app
+from dist_pca.tools.planning.commands import app as planning_app
 from dist_pca.tools.study.commands import app as study_app
 
 app = typer.Typer(
@@ -131,7 +131,7 @@ def demo(
 
     Parts that are already there are not made again; remove the folder to start afresh.
     """
-    from dist_pca.demo.run import run_demo
+    from dist_pca.tools.demo.run import run_demo
 
     run_demo(out, overrides or [])
 

@@ -2,7 +2,7 @@
 
 The README's lines are typed in the order in which they stand, in one folder, as one reader would; those of a file's
 head each in a folder of its own. `SMALLER` in tests/readme_folder.py is all that is typed otherwise than it is
-printed. tests/cluster/test_scripts.py types what needs a cluster.
+printed. tests/tools/cluster/test_scripts.py types what needs a cluster.
 """
 
 import re

@@ -1,1 +1,1 @@
-"""Runs under SLURM: batch scripts filled in and submitted, and what becomes of a run."""
+"""Where scripts copied from `launch/slurm/train.sbatch` before 0.2 look for the life of a job."""

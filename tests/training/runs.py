@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dist_pca.demo.streets import DAY, DUSK, write_streets
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
+from dist_pca.tools.demo.streets import DAY, DUSK, write_streets
 
 
 def build_streets(folder: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_pca.bench.resume import draw_streets, train_to_the_end
 from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
+from dist_pca.tools.bench.resume import draw_streets, train_to_the_end
 from dist_pca.training.accumulation import fit_accumulation
 from tests.training.zero_runs import STEPS, Trained, assert_equal, network, plain, run_config, through_deepspeed
 

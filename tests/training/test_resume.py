@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from dist_pca.config import RunConfig, load_config, save_config
-from dist_pca.demo.streets import DAY, write_streets
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
+from dist_pca.tools.demo.streets import DAY, write_streets
 from dist_pca.training.check import check
 from dist_pca.training.checkpoint import code_version
 from dist_pca.training.resume import check_resume

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from dist_pca.cluster.submit import check_run, render, submit
+from dist_pca.tools.cluster.submit import check_run, render, submit
 from dist_pca.tools.study.design import Study
 from dist_pca.tools.study.training import refuse_changed_settings
 from dist_pca.training.resume import is_finished

@@ -143,7 +143,7 @@ def study(
     Exit codes: 0 all is made and scored, 1 a run failed, 2 something to mend, 75 saved and to be started again, 130
     saved after Ctrl-C.
     """
-    from dist_pca.cluster.submit import train_directives
+    from dist_pca.tools.cluster.submit import train_directives
     from dist_pca.tools.study.array import submit_study
     from dist_pca.tools.study.design import save_study
     from dist_pca.tools.study.training import (

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_pca.cluster.status import saved_step
 from dist_pca.evaluation.report import Scores
 from dist_pca.shards.manifest import Manifest, write_whole
+from dist_pca.tools.cluster.status import saved_step
 from dist_pca.tools.study.design import PlannedRun, Study
 from dist_pca.tools.study.paired import Difference, paired_difference
 from dist_pca.tools.study.scoring import cached_scores

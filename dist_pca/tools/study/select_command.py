@@ -142,7 +142,7 @@ def _true_mean_iou(candidates: "Sequence[Candidate]", images: "Manifest") -> lis
 
 
 def _print_table(rows: Sequence[dict[str, Any]], score: str, chosen: int, title: str) -> None:
-    from dist_pca.bench.report import rich_table
+    from dist_pca.tools.bench.report import rich_table
 
     def percent(value: float | None) -> str:
         return f"{100 * value:.1f}" if value is not None and not math.isnan(value) else ""

@@ -14,8 +14,8 @@ from dist_pca.resources import resource
 from dist_pca.tools.study.array import array_script, pending_runs, scoring_script
 from dist_pca.tools.study.design import Variant
 from dist_pca.training.starts import read_starts
-from tests.cluster.slurm import Cluster, missing_programs, running_cluster, wait_until
-from tests.cluster.test_submit import fake_sbatch
+from tests.tools.cluster.slurm import Cluster, missing_programs, running_cluster, wait_until
+from tests.tools.cluster.test_submit import fake_sbatch
 from tests.tools.study.studies import scores_of, small_study, write_finished
 from tests.tools.study.test_study import lines, study_line
 from tests.training.runs import build_streets

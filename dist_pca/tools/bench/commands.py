@@ -1,0 +1,297 @@
+"""`dist-pca bench`: parsing and printing."""
+
+import tempfile
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dist_pca.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Measure what the README claims, on this machine.",
+)
+
+_ASSOCIATION_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca bench association
+
+dist-pca bench association --n 2048 --implementation dense --implementation blockwise --json
+
+dist-pca bench association --sweep 1024,2048,4096,16384,65536 --plot association.png
+
+dist-pca bench association --world 2 --n 4096 --exchange gather --exchange ring --dtype fp32
+
+dist-pca bench association --save results.csv && dist-pca bench table results.csv
+"""
+
+_DATA_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca bench data
+
+dist-pca bench data --only reading --only seeking --json
+"""
+
+_RESUME_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca bench resume
+
+dist-pca bench resume --kills 25 --seed 1 --json
+"""
+
+_TRAIN_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca bench train
+
+dist-pca bench train --repeats 40 --json
+"""
+
+_TABLE_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca bench table
+
+dist-pca bench table results.csv
+"""
+
+
+# Enums, because Typer takes no lists of Literals.
+class _Dtype(str, Enum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class _Exchange(str, Enum):
+    GATHER = "gather"
+    RING = "ring"
+
+
+class _Implementation(str, Enum):
+    DENSE = "dense"
+    BLOCKWISE = "blockwise"
+    TRITON = "triton"
+    MATMUL = "matmul"
+
+
+class _Measurement(str, Enum):
+    READING = "reading"
+    BUILDING = "building"
+    SEEKING = "seeking"
+    MEMORY = "memory"
+    TRAINING = "training"
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command("association", epilog=_ASSOCIATION_EXAMPLES)
+def association(
+    n: Annotated[int, typer.Option("--n", min=1, help="Positions of each domain, on each rank. 8464 is 92 x 92.")] = (
+        8464
+    ),
+    channels: Annotated[int, typer.Option(min=1, help="Length of a feature; for kl, of a probability vector.")] = 256,
+    dtype: Annotated[
+        list[_Dtype] | None,
+        typer.Option(help="What products are computed in; dense is fp32 always. Repeatable.", show_default="both"),
+    ] = None,
+    world: Annotated[
+        int,
+        typer.Option(min=1, help="Ranks that make one pool, on this machine: one on each GPU, or sharing its cores."),
+    ] = 1,
+    exchange: Annotated[
+        list[_Exchange] | None,
+        typer.Option(help="How ranks see each other's positions. Repeatable.", show_default="both"),
+    ] = None,
+    implementation: Annotated[
+        list[_Implementation] | None,
+        typer.Option(
+            help="dense is the definition differentiated by autograd, matmul one bare product. Repeatable.",
+            show_default="all that can run",
+        ),
+    ] = None,
+    similarity: Annotated[Literal["cosine", "kl"], typer.Option(help="What makes positions alike.")] = "cosine",
+    data: Annotated[
+        Literal["clustered", "random"],
+        typer.Option(help="Whether positions of a class lie together, or nothing has to do with anything."),
+    ] = "clustered",
+    spread: Annotated[
+        float,
+        typer.Option(min=0, help="Deviation within a class, in that of the class centres, of clustered data."),
+    ] = 1.5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls; their median counts.")] = 5,
+    max_seconds: Annotated[
+        float, typer.Option(min=0, help="Begin no further repeat of a measurement after that long.")
+    ] = 120,
+    sweep: Annotated[
+        str | None, typer.Option(help="Further sizes, for example 1024,2048,4096, to see how time and memory grow.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and memory against n: a PNG, PDF or SVG.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Keep the records in this CSV, in place of older ones of the same kind.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure value and both gradients of association: time, peak memory, and error against fp64.
+
+    Each line is measured in fresh processes; where several ranks take part, the slowest and the largest count.
+    [bold]times product[/] is the time over that of one bare matrix product of the same size and type.
+    Errors are relative to dense autograd in fp64, up to 12,000 positions of all ranks.
+    """
+    sizes = [n, *_sizes(sweep)]
+    from dist_pca.tools.bench import comparison, report
+    from dist_pca.tools.bench.association import CONFIGURATION, Plan, cases, run
+
+    if plot is not None:
+        from dist_pca.tools.bench.picture import draw, require_matplotlib
+
+        require_matplotlib()
+    plan = Plan(
+        sizes=sizes,
+        channels=channels,
+        dtypes=_values(dtype or _Dtype),
+        world_size=world,
+        exchanges=_values(exchange or ()),
+        implementations=_values(implementation or ()),
+        similarity=similarity,
+        data=data,
+        spread=spread,
+        repeats=repeats,
+        max_seconds=max_seconds,
+    )
+    to_measure = cases(plan)
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(to_measure))
+        records = run(to_measure, lambda done, what: bar.update(task, completed=done, description=what))
+    if save is not None:
+        report.save_results(save, "association", records, CONFIGURATION)
+    if plot is not None:
+        draw(records, report.device_name(), plot)
+    if as_json:
+        typer.echo(report.to_json(records))
+        return
+    ranks = f", {world} ranks" if world > 1 else ""
+    printer = Console(highlight=False)
+    printer.print(f"{report.device_name()}: association, C = {channels}, {similarity}, {data} data{ranks}\n")
+    for sized in comparison.terminal_tables(records):
+        printer.print(sized, "")
+    if sweep is not None:
+        printer.print(report.rich_table("growth with n", comparison.growth(records)))
+
+
+@app.command("data", epilog=_DATA_EXAMPLES)
+def data(
+    only: Annotated[
+        list[_Measurement] | None,
+        typer.Option(help="Measure this alone. Repeatable.", show_default="everything, in about two minutes"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; their median counts.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Measure building and reading of shards beside bare loops over the same codec and transforms.
+
+    Ratios are of rates measured in turn in one run. Data are drawn for it, in a temporary folder.
+    """
+    from dist_pca.tools.bench import report
+    from dist_pca.tools.bench.data import MEASUREMENTS
+
+    console = Console(stderr=True)
+    records = []
+    with tempfile.TemporaryDirectory() as folder, console.status("") as status:
+        for name in _values(only or _Measurement):
+            status.update(f"measuring {name}")
+            (Path(folder) / name).mkdir()
+            records += MEASUREMENTS[name](Path(folder) / name, repeats)
+    if as_json:
+        typer.echo(report.to_json(records))
+        return
+    rows = [{"": str(r["name"]), "value": f"{r['value']:.4g}", "unit": str(r["unit"])} for r in records]
+    Console(highlight=False).print(report.rich_table(f"{report.device_name()}: data", rows))
+
+
+@app.command("resume", epilog=_RESUME_EXAMPLES)
+def resume(
+    kills: Annotated[int, typer.Option(min=1, help="How often the run is killed; each costs a start.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the instants.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Kill a small run of two processes again and again, some times inside a checkpoint write, and start it again.
+
+    Weights, optimiser and metrics are then compared, bit by bit, with those of the run that was never killed. Another
+    run goes on on 1, 3 and 2 processes; its samples and losses are compared with those of a run that stays on 2.
+    """
+    from dist_pca.tools.bench import report
+    from dist_pca.tools.bench.resume import measure_resume
+    from dist_pca.tools.bench.worlds import measure_worlds
+
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder, console.status("") as status:
+        records = measure_resume(Path(folder), kills, seed, status.update)
+        records += measure_worlds(Path(folder), status.update)
+    if as_json:
+        typer.echo(report.to_json(records))
+        return
+    rows = [{"": str(r["name"]), "value": str(r["value"])} for r in records]
+    Console(highlight=False).print(report.rich_table(f"{report.device_name()}: resume", rows))
+
+
+@app.command("train", epilog=_TRAIN_EXAMPLES)
+def train(
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed steps of each loop; the median of their ratios counts.")
+    ] = 150,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Measure what the training loop costs beside a bare one over the same network, losses, optimiser and data.
+
+    Both are in one run, on two processes or on all GPUs, and take turns step by step, so that what else the machine
+    does falls on both. The loop writes a line of metrics at every step.
+    """
+    from dist_pca.tools.bench import report
+    from dist_pca.tools.bench.train import measure_train
+
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder, console.status("training"):
+        records = measure_train(Path(folder), repeats)
+    if as_json:
+        typer.echo(report.to_json(records))
+        return
+    rows = [{"": str(r["name"]), "value": f"{r['value']:.4g}", "unit": str(r["unit"])} for r in records]
+    Console(highlight=False).print(report.rich_table(f"{report.device_name()}: train", rows))
+
+
+@app.command("table", epilog=_TABLE_EXAMPLES)
+def table(
+    file: Annotated[
+        Path | None, typer.Argument(help="A CSV that --save wrote.", show_default="the one that comes with dist-pca")
+    ] = None,
+) -> None:
+    """Print the README's tables of measurements, in Markdown."""
+    from dist_pca.tools.bench.comparison import readme_tables
+    from dist_pca.tools.bench.report import RESULTS, load_results
+
+    typer.echo(readme_tables(load_results(file or RESULTS, "association")))
+
+
+def _values(chosen: Iterable[Enum]) -> tuple[Any, ...]:
+    return tuple(choice.value for choice in chosen)
+
+
+def _sizes(sweep: str | None) -> list[int]:
+    parts = [] if sweep is None else sweep.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--sweep {sweep}: give sizes above 0 with commas between them, for example 1024,2048,4096")
+    return [int(part) for part in parts]

@@ -1,0 +1,44 @@
+"""The demonstration's network and objective on few streets, as benches of whole runs train it."""
+
+import subprocess
+from pathlib import Path
+
+from dist_pca.errors import UserError
+from dist_pca.resources import resource
+from dist_pca.shards.build import build_shards
+from dist_pca.tools.demo.streets import DAY, DUSK, write_streets
+from dist_pca.training.launch import launch_command
+
+
+def train_demonstration(folder: Path, module: str = "dist_pca.train", **training: int) -> Path:
+    """Train it from scratch, with association from the first step, on two processes or on all GPUs.
+
+    Args:
+        folder: An empty folder.
+        module: What ranks run.
+        training: Keys under `training.`.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: the run fails.
+    """
+    for name, look, first in (("day", DAY, 0), ("dusk", DUSK, 32)):
+        write_streets(folder / f"raw_{name}", look, split=name, indices=range(first, first + 32), seed=0)
+        build_shards("folder", folder / f"raw_{name}", folder / name, unlabelled=name == "dusk")
+    settings = {
+        "name": "bench",
+        "output": folder,
+        "data.source": folder / "day",
+        "data.target": folder / "dusk",
+        "model.weights": "scratch",
+        "objective.association.start_step": 0,
+        **{f"training.{key}": value for key, value in training.items()},
+    }
+    launch = launch_command(str(resource("configs", "demo")), [f"{key}={value}" for key, value in settings.items()])
+    command = [module if part == "dist_pca.train" else part for part in launch]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise UserError(f"bench: the run ended with exit code {run.returncode}: {run.stderr[-500:]}")
+    return folder / "bench"

@@ -1,0 +1,80 @@
+"""Which ZeRO stage, scope and exchange to take."""
+
+from collections.abc import Iterator
+
+from dist_pca.config import RunConfig
+from dist_pca.tools.planning.hardware import Assumptions, Cluster
+from dist_pca.tools.planning.network import NetworkStep
+from dist_pca.tools.planning.predict import Prediction, predict
+
+SLOWER = 1.25
+"""A wider pool may cost so many times the time of the fastest that fits: it has more candidates for each position."""
+_WIDTH = ("pair", "rank", "node", "world")
+
+
+def best_choice(
+    config: RunConfig,
+    network: NetworkStep,
+    cluster: Cluster,
+    assumptions: Assumptions,
+    *,
+    images: tuple[int, int],
+) -> Prediction | None:
+    """Of all ZeRO stages, scopes and exchanges that fit into memory and are at most `SLOWER` times as slow as the
+    fastest of them: the one with the widest pool, then with Lovasz-Softmax over all pixels, then the fastest. ZeRO 2
+    where stages are equal. None if nothing fits.
+    """
+    fitting = [
+        prediction
+        for stage in (2, 1, 3)
+        for variant in _variants(config, images)
+        if (
+            prediction := predict(
+                variant, network, cluster, assumptions, images=images, stage=stage, steps=config.training.steps
+            )
+        ).fits
+    ]
+    if not fitting:
+        return None
+    limit = SLOWER * min(prediction.timing.step for prediction in fitting)
+
+    def worth(prediction: Prediction) -> tuple[int, bool, float]:
+        objective = prediction.config.objective
+        width = _WIDTH.index(objective.association.scope)
+        return width, objective.lovasz.scope == "world", -round(prediction.timing.step, 4)
+
+    return max((prediction for prediction in fitting if prediction.timing.step <= limit), key=worth)
+
+
+def as_overrides(prediction: Prediction) -> list[str]:
+    """A choice as `key=value`s."""
+    objective = prediction.config.objective
+    chosen = [f"training.zero_stage={prediction.stage}"]
+    if objective.lovasz.weight > 0:
+        chosen.append(f"objective.lovasz.scope={objective.lovasz.scope}")
+    if objective.adapt and objective.association.weight > 0:
+        chosen.append(f"objective.association.scope={objective.association.scope}")
+        if objective.association.scope in ("node", "world"):
+            chosen.append(f"objective.association.exchange={objective.association.exchange}")
+    return chosen
+
+
+def _variants(config: RunConfig, images: tuple[int, int]) -> Iterator[RunConfig]:
+    objective = config.objective
+    associates = objective.adapt and objective.association.weight > 0
+    scopes = [scope for scope in _WIDTH if scope != "pair" or images[0] == images[1]]
+    for scope in scopes if associates else [objective.association.scope]:
+        for exchange in ("gather", "ring") if scope in ("node", "world") else ("auto",):
+            for lovasz in ("world", "rank"):
+                yield config.model_copy(
+                    update={
+                        "objective": objective.model_copy(
+                            update={
+                                "association": objective.association.model_copy(
+                                    update={"scope": scope, "exchange": exchange}
+                                ),
+                                "lovasz": objective.lovasz.model_copy(update={"scope": lovasz}),
+                            }
+                        )
+                    }
+                )

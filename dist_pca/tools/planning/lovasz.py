@@ -1,0 +1,32 @@
+"""What the Lovasz-Softmax term takes of one rank: memory and bytes sent."""
+
+from math import ceil
+
+from dist_pca.tools.planning.term import Term, all_gather, reduce_scatter
+
+
+def memory(pixels: int, classes: int, ranks: int) -> Term:
+    """Bytes beyond the probabilities that are given in and the gradient that comes out, with every pixel labelled.
+
+    Args:
+        pixels: Source pixels on this rank.
+        classes: Number of classes; all are there.
+        ranks: Ranks whose pixels are ranked together; 1 where each has a loss of its own.
+    """
+    everyone = ranks * pixels
+    table = 4.0 * everyone * classes
+    # Errors are sorted for the classes that are this rank's; in fp32, with indices in int64.
+    column = 4.0 * everyone * ceil(classes / ranks)
+    gathered = table if ranks > 1 else 0.0
+    own = 4.0 * pixels * classes
+    numbers = 8.0 * (2 * pixels + everyone)
+    saved = 4 * column + 8 * pixels
+    sorting = (own if ranks == 1 else gathered) + 10 * column
+    sharing = own + 2 * gathered
+    return Term(saved, numbers + max(sharing, sorting), max(saved + column, 2 * table))
+
+
+def sent_bytes(pixels: int, classes: int, ranks: int) -> float:
+    """Bytes that a rank sends to others: probabilities and labels, and on the way back their gradients."""
+    forward = all_gather(4 * pixels * classes + 8 * pixels, ranks)
+    return forward + reduce_scatter(4 * ranks * pixels * classes, ranks)
