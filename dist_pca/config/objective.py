@@ -154,17 +154,18 @@ class ObjectiveConfig(Section):
     feature_distance: FeatureDistanceConfig = FeatureDistanceConfig()
 
     @property
+    def trains_on_pseudo_labels(self) -> bool:
+        """Whether self-training or masked consistency is on."""
+        return self.adapt and (self.self_training.weight > 0 or self.masked_consistency.weight > 0)
+
+    @property
     def uses_teacher(self) -> bool:
-        """Whether any term asks the teacher."""
-        return self.adapt and (
-            self.self_training.weight > 0 or self.masked_consistency.weight > 0 or self.association.uses_teacher
-        )
+        """Whether any term needs the teacher."""
+        return self.trains_on_pseudo_labels or (self.adapt and self.association.uses_teacher)
 
     @property
     def shows_target(self) -> bool:
         """Whether the student sees the target's images as they are, beside mixed and masked ones."""
         return self.adapt and (
-            self.association.weight > 0
-            or self.smoothness.weight > 0
-            or not (self.self_training.weight > 0 or self.masked_consistency.weight > 0)
+            self.association.weight > 0 or self.smoothness.weight > 0 or not self.trains_on_pseudo_labels
         )

@@ -101,7 +101,9 @@ def micro_batches(session: Session, plan: Plan, step: int) -> Iterator[MicroBatc
         session.clock.enter("data", step + 1)
         source, target = next(session.sources), next(session.targets)
         session.clock.enter("teacher")
-        views = student_views(config, source, target, session.engine, partial(as_teacher, session), session.pretrained)
+        views = student_views(
+            config, source, target, session.engine, partial(as_teacher, session), session.pretrained, step=step
+        )
         return Shown((source, target), views)
 
     def forward(shown: Shown) -> Domains:

@@ -14,6 +14,7 @@ from dist_pca.data.randomness import Purpose, draw
 from dist_pca.data.views import block_mask, class_mask, photometric_view
 from dist_pca.model.segmenter import Output
 from dist_pca.objective import Domain, Domains
+from dist_pca.objective.cycle_association import association_weight
 from dist_pca.objective.self_training import pseudo_labels
 
 Network = Callable[[torch.Tensor], Output]
@@ -44,10 +45,13 @@ def student_views(
     network: Network,
     as_teacher: Callable[[], AbstractContextManager[None]],
     pretrained: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    *,
+    step: int,
 ) -> Views:
-    """Let the teacher see the clean images, then change, mix and mask them for the student.
+    """Label the target's clean images by the teacher, then augment, mix and mask them for the student.
 
-    Collective where the objective asks a teacher. Everything random is a function of the seed and sample indices.
+    Collective where a term needs the teacher. Everything random is a function of the seed and sample indices. Before
+    the first step of a term, its teacher pass and its views are left out.
 
     Args:
         config: The run.
@@ -57,8 +61,12 @@ def student_views(
         as_teacher: Opens a context in which `network` is the teacher.
         pretrained: Gives the frozen backbone's deepest map of what the student sees of the source, where the feature
             distance asks for it.
+        step: Update, from 0.
     """
     objective = config.objective
+    association, self_training = objective.association, objective.self_training
+    associates = association.uses_teacher and association_weight(association, step) > 0
+    labels_target = objective.trains_on_pseudo_labels and step >= self_training.start_step
     change = partial(photometric_view, config=config.data.photometric, seed=config.seed)
     source_images = change(source.images, source.positions, domain="source")
     source_view = partial(Domain, labels=source.labels, seeds=_seeds(source, config.seed, "source"))
@@ -69,18 +77,18 @@ def student_views(
     target_view = partial(Domain, labels=target.labels, seeds=_seeds(target, config.seed, "target"))
     # Without a term of its own, the target's pass is what its running statistics are taken from.
     shown = objective.shows_target or config.model.running_statistics == "target"
-    hidden = objective.masked_consistency.weight > 0
+    hidden = labels_target and objective.masked_consistency.weight > 0
     target_images = change(target.images, target.positions, domain="target") if shown or hidden else target.images
     mixed = masked = None
-    if objective.uses_teacher:
+    if associates or labels_target:
         with as_teacher():
             taught = network(target.images)
-            if objective.association.uses_teacher:
-                target_view = partial(target_view, teacher_logits=taught.logits, teacher_features=taught.features)
-            if objective.association.teacher_matches and objective.association.uses_teacher:
-                of_source = network(source.images)
-                source_view = partial(source_view, teacher_logits=of_source.logits, teacher_features=of_source.features)
-        self_training = objective.self_training
+            of_source = network(source.images) if associates and association.teacher_matches else None
+        if associates:
+            target_view = partial(target_view, teacher_logits=taught.logits, teacher_features=taught.features)
+        if of_source is not None:
+            source_view = partial(source_view, teacher_logits=of_source.logits, teacher_features=of_source.features)
+    if labels_target:
         labels, confident = pseudo_labels(
             taught.logits,
             target.images.shape[-2:],

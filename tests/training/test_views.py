@@ -49,6 +49,7 @@ def run_config(*overrides: str) -> RunConfig:
         *(f"objective.association.teacher_{part}=false" for part in ("check", "weight", "matches")),
         *("objective.association.weight=0", "objective.smoothness.weight=0", "objective.self_training.weight=0"),
         *("objective.masked_consistency.weight=0", "training.ema_decay=0.9"),
+        *("objective.self_training.start_step=0", "objective.association.start_step=0"),
     )
     return load_config(resource("configs", "demo"), [*settings, *overrides])
 
@@ -67,17 +68,41 @@ def run_config(*overrides: str) -> RunConfig:
 )
 def test_only_what_a_term_needs_is_shown(overrides: tuple[str, ...], shown: set[str], taught: int) -> None:
     network = Network()
-    views = student_views(run_config(*overrides), batch(0, 0), batch(1, 5), network, network.as_teacher)
+    views = student_views(run_config(*overrides), batch(0, 0), batch(1, 5), network, network.as_teacher, step=0)
     assert {name for name, view in zip(views._fields, views, strict=True) if view is not None} == shown
     assert [role for role, _ in network.seen] == ["teacher"] * taught
     domains = see(network, views, joint=True)
     assert {name for name, domain in zip(domains._fields, domains, strict=True) if domain is not None} == shown
 
 
+@pytest.mark.parametrize(
+    ("step", "shown", "taught"),
+    [
+        (0, {"source", "target"}, 0),
+        (9, {"source", "target"}, 0),
+        (10, {"source", "target"}, 2),
+        (19, {"source", "target"}, 2),
+        (20, {"source", "target", "mixed", "masked"}, 2),
+    ],
+)
+def test_teacher_passes_and_views_start_with_the_first_term_that_needs_them(
+    step: int, shown: set[str], taught: int
+) -> None:
+    network = Network()
+    config = run_config(
+        *("objective.association.weight=0.1", "objective.association.teacher_matches=true"),
+        *("objective.association.start_step=10", "objective.self_training.start_step=20"),
+        *("objective.self_training.weight=1", "objective.masked_consistency.weight=1"),
+    )
+    views = student_views(config, batch(0, 0), batch(1, 5), network, network.as_teacher, step=step)
+    assert {name for name, view in zip(views._fields, views, strict=True) if view is not None} == shown
+    assert len(network.seen) == taught
+
+
 def test_the_teacher_sees_the_target_in_its_own_colours_and_the_student_changed_ones() -> None:
     network, target = Network(), batch(1, 5)
     config = run_config("objective.masked_consistency.weight=1", "data.photometric.probability=1.0")
-    views = student_views(config, batch(0, 0), target, network, network.as_teacher)
+    views = student_views(config, batch(0, 0), target, network, network.as_teacher, step=0)
     assert network.seen[0][1] is target.images
     assert views.masked is not None
     visible = views.masked.images.sum(dim=1) > 0
@@ -87,7 +112,7 @@ def test_the_teacher_sees_the_target_in_its_own_colours_and_the_student_changed_
 def test_mixed_images_show_pasted_source_classes_with_their_labels_and_else_the_target_with_pseudo_labels() -> None:
     network, source, target = Network(), batch(0, 0), batch(1, 5)
     config = run_config("objective.self_training.weight=1", "objective.self_training.threshold=0.9")
-    mixed = see(network, student_views(config, source, target, network, network.as_teacher), joint=False).mixed
+    mixed = see(network, student_views(config, source, target, network, network.as_teacher, step=0), joint=False).mixed
     assert mixed is not None
     assert source.labels is not None
     pasted = class_mask(source.labels, target.positions, seed=config.seed)
@@ -103,7 +128,7 @@ def test_mixed_images_show_pasted_source_classes_with_their_labels_and_else_the_
 def test_one_batch_and_passes_in_turn_give_every_view_the_same_outputs() -> None:
     network = Network()
     config = run_config("objective.self_training.weight=1", "objective.smoothness.weight=0.1")
-    views = student_views(config, batch(0, 0), batch(1, 5), network, network.as_teacher)
+    views = student_views(config, batch(0, 0), batch(1, 5), network, network.as_teacher, step=0)
     for together, alone in zip(see(network, views, joint=True), see(network, views, joint=False), strict=True):
         assert (together is None) == (alone is None)
         if together is not None and alone is not None:
@@ -130,7 +155,7 @@ def test_statistics_move_in_the_pass_alone_that_shows_most_of_the_target(
         kept.append(len(network.seen))
         yield
 
-    views = student_views(run_config(*overrides), batch(0, 0), batch(1, 5), network, network.as_teacher)
+    views = student_views(run_config(*overrides), batch(0, 0), batch(1, 5), network, network.as_teacher, step=0)
     network.seen.clear()
     see(network, views, joint=False, keep_statistics=keep)
     assert kept == [index for index in range(len(network.seen)) if index != tracked]

@@ -1,5 +1,6 @@
 """One training step of the network, run on tensors that have shapes and no values."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,7 +193,8 @@ def _forward(
     live.begin("teacher" if config.objective.uses_teacher else "forward")
     source = _batch(config, source_images)
     target = _batch(config, target_images) if target_images else None
-    views = student_views(config, source, target, network, as_teacher, pretrained)
+    # By the last step every term has started.
+    views = student_views(config, source, target, network, as_teacher, pretrained, step=sys.maxsize)
     live.begin("forward")
     domains = see(network, views, joint=config.model.joint_batch)
     passes = 1 if config.model.joint_batch else sum(view is not None for view in views)
