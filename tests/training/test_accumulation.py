@@ -109,17 +109,19 @@ def test_a_run_goes_on_with_its_batch_on_fewer_ranks_of_the_same_memory(tmp_path
         # As where world sizes change without it.
         "objective__association__levels": "[features]",
         "optimizer__epsilon": 1e-3,
+        "optimizer__lr": 5e-5,
         "telemetry__sample_keys": "true",
     }
-    train_to_the_end(tmp_path, "steady", 8, 2, **settings)
-    train_to_the_end(tmp_path, "moving", 4, 2, **settings)
-    train_to_the_end(tmp_path, "moving", 8, 1, **settings)
+    # An untrained network has matches that nearly tie, so few and small updates.
+    train_to_the_end(tmp_path, "steady", 6, 2, **settings)
+    train_to_the_end(tmp_path, "moving", 3, 2, **settings)
+    train_to_the_end(tmp_path, "moving", 6, 1, **settings)
     runs = [tmp_path / name for name in ("steady", "moving")]
     assert [load_config(run / "config.yaml").training.accumulation for run in runs] == [1, 2]
     samples = [(run / "samples.jsonl").read_text() for run in runs]
     assert samples[0] == samples[1]
     losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
-    assert len(losses[0]) == 8
+    assert len(losses[0]) == 6
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
