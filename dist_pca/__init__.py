@@ -1,3 +1,3 @@
 """Distributed training of Pixel-Level Cycle Association for domain-adaptive semantic segmentation."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -109,7 +109,7 @@ def gradients(source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, 
     return [loss.detach(), *torch.autograd.grad(loss, (source, target))]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**drawn, weight=st.floats(0.01, 100), class_balanced=st.booleans())
 def test_equal_weights_and_a_guide_that_is_the_input_change_nothing(
     seed: int, similarity: Similarity, weight: float, class_balanced: bool
@@ -124,7 +124,7 @@ def test_equal_weights_and_a_guide_that_is_the_input_change_nothing(
         torch.testing.assert_close(gradients(source, target, labels, **options, **refinement), plain)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**drawn)
 def test_weights_of_ones_are_the_same_bits_as_none(seed: int, similarity: Similarity) -> None:
     source, target, labels = domain(30, 6, similarity, seed), domain(20, 6, similarity, seed + 1), labels_of(30, seed)
@@ -133,7 +133,7 @@ def test_weights_of_ones_are_the_same_bits_as_none(seed: int, similarity: Simila
     assert all(torch.equal(a, b) for a, b in zip(plain, ones, strict=True))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**drawn, times=st.integers(2, 4))
 def test_more_of_one_class_does_not_move_the_class_balanced_mean(seed: int, similarity: Similarity, times: int) -> None:
     common, rare = (
@@ -173,7 +173,7 @@ def test_keys_of_a_guide_take_no_gradient(similarity: Similarity, implementation
     assert 0 < int(target.grad.any(dim=1).sum()) <= int(found.kept)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**drawn)
 def test_permuting_positions_changes_nothing(seed: int, similarity: Similarity) -> None:
     source, target = domain(30, 6, similarity, seed), domain(20, 6, similarity, seed + 1)
@@ -186,7 +186,7 @@ def test_permuting_positions_changes_nothing(seed: int, similarity: Similarity) 
     assert float(after.cover_ratio) == pytest.approx(float(before.cover_ratio))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**drawn)
 def test_doubling_all_targets_leaves_every_matchs_class_unchanged(seed: int, similarity: Similarity) -> None:
     source, target = domain(30, 6, similarity, seed), domain(20, 6, similarity, seed + 1)
@@ -206,7 +206,7 @@ def test_doubling_all_targets_leaves_every_matchs_class_unchanged(seed: int, sim
     assert torch.equal(twice.correct_ratio.nan_to_num(), once.correct_ratio.nan_to_num())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), factor=st.floats(0.01, 100))
 def test_the_length_of_features_changes_nothing(seed: int, factor: float) -> None:
     source, target = domain(30, 6, "cosine", seed), domain(20, 6, "cosine", seed + 1)
@@ -216,7 +216,7 @@ def test_the_length_of_features_changes_nothing(seed: int, factor: float) -> Non
     torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), constant=st.floats(1e-3, 1))
 def test_a_constant_added_to_every_row_of_log_probabilities_changes_nothing(seed: int, constant: float) -> None:
     """Scaling key distributions shifts all their logarithms, so each row of similarities by a constant."""

@@ -19,7 +19,7 @@ def dense(x: torch.Tensor, alpha: float, similarity: str, detach: bool) -> torch
     return (1 - alpha) * x + alpha * d.softmax(dim=-1) @ x
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     similarity=st.sampled_from(["cosine", "kl"]), n=st.integers(2, 20), detach=st.booleans(), seed=st.integers(0, 1000)
 )

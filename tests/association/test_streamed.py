@@ -55,7 +55,7 @@ def blocks_of(height: int, group: int) -> Iterator[None]:
         yield
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     similarity=st.sampled_from(["cosine", "kl"]),
     n_source=st.integers(1, 60),
@@ -92,7 +92,7 @@ def test_streamed_equals_reference_whatever_the_blocks(
         assert int(found[0].kept) == int(expected[0].kept)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     similarity=st.sampled_from(["cosine", "kl"]),
     sizes=st.lists(st.tuples(st.integers(3, 40), st.integers(3, 40)), min_size=1, max_size=3),

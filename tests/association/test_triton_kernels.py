@@ -103,7 +103,7 @@ widths = st.sampled_from([11, 19, 40, 1, 16, 32, 64, 65])
 
 
 @on_device
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(n=sizes, m=sizes, channels=widths, dtype=st.sampled_from(TYPES), log_sum=st.booleans(), seed=st.integers(0, 99))
 @example(n=5, m=300, channels=19, dtype=torch.float32, log_sum=True, seed=0)
 def test_match_is_the_plain_formula(
@@ -117,7 +117,7 @@ def test_match_is_the_plain_formula(
 
 
 @on_device
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     n=sizes,
     m=sizes,
@@ -134,7 +134,7 @@ def test_sweep_is_the_plain_formula(
 
 
 @on_device
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(n=sizes, m=sizes, channels=widths, dtype=st.sampled_from(TYPES), seed=st.integers(0, 99))
 @example(n=140, m=200, channels=40, dtype=torch.bfloat16, seed=0)
 def test_sweep_of_wide_rows_is_the_plain_formula(n: int, m: int, channels: int, dtype: torch.dtype, seed: int) -> None:
@@ -180,7 +180,7 @@ def test_ties_go_to_the_lowest_index(processors: int, monkeypatch: pytest.Monkey
 
 
 @on_device
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(n=st.integers(1, 40), first=st.integers(1, 60), second=st.integers(1, 60), seed=st.integers(0, 99))
 def test_two_parts_of_the_keys_combine_to_the_whole(n: int, first: int, second: int, seed: int) -> None:
     query, key = rows(n, 19, torch.float32, seed, scale=5), rows(first + second, 19, torch.float32, seed + 1)

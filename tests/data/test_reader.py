@@ -142,7 +142,7 @@ FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
     st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), max_size=2),
     st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whatever_the_tar_holds_is_read_as_tarfile_reads_it(
     tmp_path_factory: pytest.TempPathFactory,
     members: list[tuple[str, bytes, bytes, int]],

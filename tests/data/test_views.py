@@ -45,7 +45,7 @@ def test_images_that_nothing_changes_stay_bytes(config: PhotometricConfig) -> No
     assert photometric_view(batch, [0, 1], config, seed=0, domain="target") is batch
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(index=st.integers(0, 10**9), seed=st.integers(0, 1000))
 def test_views_stay_in_the_range_of_colours(index: int, seed: int) -> None:
     view = photometric_view(images(1), [index], STRONG, seed=seed, domain="source")
@@ -69,7 +69,7 @@ def test_brightness_moves_within_its_range_and_reaches_both_ends() -> None:
     assert 1.18 < float(factors.max()) <= 1.2 + 1e-5
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(classes=st.integers(1, 9), index=st.integers(0, 10**6), seed=st.integers(0, 100))
 def test_half_of_the_classes_are_pasted_whole_rounded_up(classes: int, index: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

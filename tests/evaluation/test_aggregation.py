@@ -41,7 +41,7 @@ def test_features_are_mixed_before_the_classifier_and_probabilities_after_it(nam
     assert (found - model(images).logits.softmax(1)).abs().max() > 1e-3
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(name=st.sampled_from(sorted(NETWORKS)))
 @torch.no_grad()
 def test_a_share_of_nothing_gives_the_networks_own_probabilities(name: str) -> None:

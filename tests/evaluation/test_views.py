@@ -50,7 +50,7 @@ def test_windows_cover_an_edge_and_stay_on_it(length: int, window: int, data: st
     assert len(starts) == 1 + -(-max(0, length - window) // stride)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(height=edges, width=edges, more=st.tuples(st.integers(0, 50), st.integers(0, 50)))
 def test_a_window_over_everything_is_the_whole_image(height: int, width: int, more: tuple[int, int]) -> None:
     pixels = images(height, width).float() / 255
@@ -61,7 +61,7 @@ def test_a_window_over_everything_is_the_whole_image(height: int, width: int, mo
     torch.testing.assert_close(windowed, whole, rtol=0, atol=0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(height=edges, width=edges, window=st.tuples(st.integers(4, 90), st.integers(4, 90)), data=st.data())
 def test_where_surroundings_do_not_matter_windows_change_nothing(
     height: int, width: int, window: tuple[int, int], data: st.DataObject
@@ -86,7 +86,7 @@ def test_logits_are_averaged_where_windows_overlap() -> None:
     assert logits[0, 0, 0].tolist() == [1.0, 1.0, 1.5, 1.5, 2.0, 2.0]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(height=edges, width=edges, window=st.sampled_from([None, (32, 32)]), scales=st.sampled_from([(1,), (0.75, 1.5)]))
 def test_with_flip_a_mirrored_image_gets_the_mirrored_logits(
     height: int, width: int, window: tuple[int, int] | None, scales: tuple[float, ...]

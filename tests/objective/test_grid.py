@@ -10,7 +10,7 @@ from dist_pca.objective.grid import labels_at, pixels_at
 CLASSES = 3
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 1000), share=st.sampled_from([0.25, 0.5, 0.75, 1.0]))
 def test_a_cell_has_the_class_that_enough_of_its_pixels_have(seed: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)

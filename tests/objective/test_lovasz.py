@@ -28,7 +28,7 @@ def brute_force(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
     return sum(losses) / len(losses) if losses else 0.0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pixels=st.integers(1, 30), classes=st.integers(2, 5), seed=st.integers(0, 1000))
 def test_value_is_the_definition(pixels: int, classes: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

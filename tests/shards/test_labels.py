@@ -51,7 +51,7 @@ def test_color_reads_colours_and_a_class_may_have_several(tmp_path: Path) -> Non
     arrays(np.uint16, array_shapes(min_dims=3, max_dims=3, max_side=6).map(lambda shape: (*shape[:2], 3))),
     st.integers(0, 2),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 def test_channel_reads_all_16_bits_of_one_channel(
     tmp_path: Path, values: np.ndarray[tuple[int, ...], np.dtype[np.uint16]], channel: int
 ) -> None:

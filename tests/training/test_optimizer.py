@@ -33,7 +33,7 @@ def models() -> dict[str, Segmenter]:
     return {name: build(name, association_features="projection") for name in BACKBONES}
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     backbone=st.sampled_from(BACKBONES),
     name=st.sampled_from(["sgd", "adamw"]),

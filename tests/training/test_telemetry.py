@@ -78,7 +78,7 @@ def test_a_value_for_each_pair_of_classes_is_named_by_both_and_zeros_are_left_ou
 finite = st.floats(-(2.0**40), 2.0**40, allow_subnormal=False)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     values=st.lists(st.lists(finite | st.just(math.nan), min_size=2, max_size=2), min_size=2, max_size=12),
     log_every=st.integers(1, 5),

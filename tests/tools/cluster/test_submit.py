@@ -100,7 +100,7 @@ def test_options_take_the_place_of_the_scripts_and_the_rest_stays() -> None:
     assert max(i for i, line in enumerate(after) if line.startswith("#SBATCH")) < after.index("set -- demo seed=1")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), min_size=1, max_size=4))
 def test_any_argument_reaches_the_script_unchanged(arguments: list[str]) -> None:
     script = render("#SBATCH --nodes=1\n", {}, arguments, None) + "printf '%s\\0' \"$@\"\n"

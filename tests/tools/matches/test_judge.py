@@ -56,7 +56,7 @@ def test_a_target_pixel_that_resembles_all_classes_is_the_hub() -> None:
     assert TRUTH[1][1] == SKY
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(**drawn)
 def test_the_counts_are_those_that_training_logs(seed: int, level: Any, scope: Any, switches: dict[str, bool]) -> None:
     config = plain(scope=scope, diffusion=0.5, **switches)
@@ -75,7 +75,7 @@ def test_the_counts_are_those_that_training_logs(seed: int, level: Any, scope: A
         assert classes[classes > 0].tolist() == pytest.approx([1 / int((classes > 0).sum())] * int((classes > 0).sum()))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(**drawn)
 def test_target_labels_never_change_matches_cycles_or_weights(
     seed: int, level: Any, scope: Any, switches: dict[str, bool]

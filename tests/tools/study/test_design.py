@@ -39,7 +39,6 @@ def test_values_are_split_at_the_commas_between_them_alone(values: list[object])
     assert split_values(",".join(texts)) == [text.strip() for text in texts]
 
 
-@settings(deadline=None)
 @given(trees)
 def test_a_values_text_reads_as_the_value(value: object) -> None:
     assert OmegaConf.to_container(OmegaConf.from_dotlist([f"key={value_text(value)}"])) == {"key": value}
@@ -55,7 +54,7 @@ def test_a_quote_inside_a_word_is_a_character() -> None:
     assert split_values("it's,that's") == ["it's", "that's"]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.dictionaries(keys, st.lists(st.integers(1, 9), min_size=1, max_size=2, unique=True), min_size=1))
 def test_a_grid_makes_every_combination_once(grid: dict[str, list[int]]) -> None:
     written = [f"{key}={','.join(map(str, values))}" for key, values in grid.items()]

@@ -214,7 +214,7 @@ def test_classes_count_from_a_thousandth_of_the_pixels() -> None:
     assert histogram_entropy(torch.tensor([5, 5, 0])) == pytest.approx(math.log(2))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(1, 8))
 def test_samples_are_spread_over_the_shards_in_their_order(most: int) -> None:
     with tempfile.TemporaryDirectory() as place:
