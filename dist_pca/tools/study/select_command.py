@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from dist_pca.shards.manifest import Manifest
-    from dist_pca.tools.study.selection import Candidate
+    from dist_pca.tools.study.selection import Candidate, Measurement
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -57,10 +57,11 @@ def select(
     agree most with those of the average is chosen (EnsV, NeurIPS 2024). That takes three candidates or more; of two,
     the one with the higher soft neighbourhood density is chosen (SND, ICCV 2021), which is less sure.
 
-    Two guards keep candidates out: one whose mIoU on [bold]--source-validation[/] is more than [bold]--tolerance[/]
-    points below the best; and one that has collapsed, as it predicts at most half as many classes (on 0.1 per cent of
-    the pixels or more) as the ensemble or the median candidate, or as its predicted classes have at most half of that
-    one's entropy.
+    Two guards exclude candidates, from the choice and, where three or more are left, from the average. One excludes
+    those whose mIoU on [bold]--source-validation[/] is more than [bold]--tolerance[/] points below the best. The other
+    excludes those that have collapsed: they predict at most half as many classes as the ensemble or the median
+    candidate (a class counts from 0.1 per cent of the pixels on), their predicted classes have at most half of that
+    one's entropy, or they no longer predict a class that the median candidate sees on 1 per cent of the pixels.
 
     Labels of the target, where there are any, never choose: they only tell afterwards what the choice was worth. The
     last line is the chosen run, as [bold]dist-pca evaluate[/] takes it.
@@ -71,6 +72,7 @@ def select(
     from dist_pca.data.cache import cache_settings, open_manifest
     from dist_pca.tools.study.scoring import score_checkpoint
     from dist_pca.tools.study.selection import (
+        ENSEMBLE_CANDIDATES,
         choose,
         find_candidates,
         guard,
@@ -88,14 +90,21 @@ def select(
     on_source = source and [score_checkpoint(run, source, checkpoint).mean_iou for run, checkpoint in candidates]
     columns = (TextColumn("comparing"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(candidates) * images.samples)
-        measurement = measure(
-            candidates,
-            images,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            progress=lambda done: bar.update(task, completed=done),
-        )
-    reasons = guard(measurement, on_source or None, tolerance=tolerance / 100)
+        task = bar.add_task("")
+
+        def measured(compared: "Sequence[Candidate]") -> "Measurement":
+            bar.reset(task, total=len(compared) * images.samples)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            return measure(compared, images, device=device, progress=lambda done: bar.update(task, completed=done))
+
+        measurement = measured(candidates)
+        reasons = guard(measurement, on_source or None, tolerance=tolerance / 100)
+        left = [place for place, out in enumerate(reasons) if not out]
+        if ENSEMBLE_CANDIDATES <= len(left) < len(candidates):
+            # What is kept out has no vote in the ensemble either.
+            again = measured([candidates[place] for place in left])
+            for place, alone in zip(left, again.candidates, strict=True):
+                measurement.candidates[place] = alone
     chosen = choose(measurement, reasons)
     true = _true_mean_iou(candidates, images)
     score = "agreement" if measurement.rule == "EnsV" else "density"

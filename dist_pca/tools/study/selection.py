@@ -35,6 +35,8 @@ ENSEMBLE_CANDIDATES = 3
 """Fewest candidates whose ensemble says more than each of them."""
 PREDICTED_SHARE = 0.001
 """Share of pixels on which a class must be predicted to count as predicted."""
+COMMON_SHARE = 0.01
+"""Share of pixels on which the median candidate must predict a class for another one to have lost it."""
 COLLAPSED_SHARE = 0.5
 """Share of the reference's number of classes, or entropy, at or below which a candidate has collapsed."""
 GRID_STRIDE = 4
@@ -230,6 +232,8 @@ def guard(
     Collapse: at most half as many classes are predicted as by the reference, or the entropy of the histogram of
     predicted classes is at most half of the reference's. The reference is the ensemble or the candidates' median,
     whichever is larger, so that neither one confident candidate nor many collapsed ones set it alone.
+    Loss of a class: one that the median candidate predicts on at least `COMMON_SHARE` of the pixels is predicted on
+    less than `PREDICTED_SHARE`. Of few classes each is a large part of the mean IoU.
 
     Args:
         measurement: What the candidates predict.
@@ -250,6 +254,11 @@ def guard(
         for place, value in enumerate(values):
             if value <= COLLAPSED_SHARE * reference and value < reference:
                 reasons[place].append(f"collapsed: {form.format(value, reference)}")
+    shares = torch.stack([each.histogram.double() / each.histogram.sum() for each in measurement.candidates])
+    lost = (shares < PREDICTED_SHARE) & (shares.median(dim=0).values >= COMMON_SHARE)
+    for place, count in enumerate(lost.sum(dim=1).tolist()):
+        if count and not reasons[place]:
+            reasons[place].append(f"{count} class{'es' if count > 1 else ''} lost")
     return reasons
 
 

@@ -188,8 +188,12 @@ def test_one_healthy_candidate_among_collapsed_ones_is_left() -> None:
     assert [bool(out) for out in guard(found, None)] == [True, True, False]
 
 
-def test_a_rare_class_that_is_lost_is_no_collapse() -> None:
-    assert guard(measurement((500, 300, 200, 0), HEALTHY, HEALTHY), None) == [[], [], []]
+def test_a_common_class_that_is_lost_keeps_a_candidate_out_and_a_rare_one_does_not() -> None:
+    common, rare = (500, 300, 190, 10), (500, 300, 191, 9)
+    lost = (500, 300, 200, 0)
+    assert guard(measurement(lost, common, common), None) == [["1 class lost"], [], []]
+    assert guard(measurement(lost, rare, rare), None) == [[], [], []]
+    assert guard(measurement(lost, lost, common), None) == [[], [], []]
 
 
 @settings(max_examples=50)
