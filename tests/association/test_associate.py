@@ -388,7 +388,7 @@ def test_autocast_around_it_changes_nothing(similarity: Similarity) -> None:
 
 def test_the_choice_of_implementation_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     source, target, labels = domain(9, 6, "cosine", 0), domain(8, 6, "cosine", 1), labels_of(9, 0)
-    from dist_pca.association.associate import _log_once
+    from dist_pca.association.solve import _log_once
 
     _log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="dist_pca.association"):

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_pca.association import associate, associate_pairs, blockwise, split_rows
-from dist_pca.association.associate import Association
+from dist_pca.association import Association, associate, associate_pairs, blockwise, split_rows
 from dist_pca.association.similarity import Similarity
 from tests.association.positions import CLASSES, domain, labels_of, refinements
 
