@@ -3,8 +3,8 @@
 Usable on its own in any trainer: it needs torch and nothing else of this package.
 """
 
+from dist_pca.association.communication import all_gather, all_reduce_sum
 from dist_pca.association.diffusion import diffuse
-from dist_pca.association.exchange import all_gather, all_reduce_sum
 from dist_pca.association.loss import (
     CycleAssociationLoss,
     associate,

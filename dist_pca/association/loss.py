@@ -68,7 +68,8 @@ def cycle_association(
             does not grow with the ranks; `auto` gathers up to `GATHER_BYTES`; `local` uses this rank's pixels alone.
         ignore_index: Label of pixels that neither start nor end a cycle.
         detach_statistics: Stop the gradient through each row's mean and standard deviation.
-        implementation: `reference` (dense; gathers), `blockwise` (PyTorch tiles), `triton` (fused, on GPUs), or `auto`
+        implementation: `reference` (dense; gathers), `blockwise` (PyTorch tiles), `online_softmax` (the same, with
+            softmaxes accumulated block by block even where all keys are local), `triton` (fused, on GPUs), or `auto`
             for the fastest available.
         dtype: Type of matmul operands in all but `reference`; accumulation is in fp32, or fp64 for fp64 inputs.
         wire_dtype: Type of keys sent between ranks; with `dtype="bf16"` they are sent in bf16 in any case.
