@@ -37,7 +37,8 @@ def match_blockwise(retrieval: RetrievalPass, rows: torch.Tensor, index: torch.T
                 logit[part] = torch.where(better, found.logit, logit[part])
             else:
                 local, column = _in_block(index[part], offset, len(block))
-                logit[part.start + local] = (upcast(scaled[local]) * upcast(block[column])).sum(dim=1)
+                products = upcast(scaled[local]) * upcast(block[column])
+                logit[part.start + local] = products.sum(dim=1).to(logit.dtype)
             if found.logsumexp is not None:
                 # log sum exp over all blocks so far.
                 logsumexp[part] = torch.logaddexp(logsumexp[part], found.logsumexp)

@@ -169,7 +169,7 @@ def _backward_tile(
         match_probability[part] = probabilities.gather(1, column)
         if retrieval.queries.gradients:
             # G = P - onehot, the gradient of -log p_i with respect to the logits.
-            probabilities.scatter_(1, column, match_probability[part] - 1)
+            probabilities.scatter_(1, column, (match_probability[part] - 1).to(probabilities.dtype))
             if retrieval.keys.scale is not None:
                 probabilities *= retrieval.keys.scale
             if probabilities.dtype != tile.dtype:

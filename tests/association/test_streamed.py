@@ -217,7 +217,7 @@ def test_fp32_is_fp64_to_rounding(similarity: Similarity, implementation: str, c
 
 
 @pytest.mark.parametrize("implementation", ["blockwise", "online_softmax"])
-def test_bf16_products_move_the_loss_by_less_than_a_hundredth(implementation: str) -> None:
+def test_bf16_matmuls_move_the_loss_by_less_than_a_hundredth(implementation: str) -> None:
     (source, labels), (target, _) = clustered(700, 64, 0), clustered(500, 64, 1)
     expected = value_and_gradients(source, target, labels, implementation="reference")
     found = value_and_gradients(source.float(), target.float(), labels, implementation=implementation, dtype="bf16")
@@ -228,7 +228,7 @@ def test_bf16_products_move_the_loss_by_less_than_a_hundredth(implementation: st
 
 @pytest.mark.parametrize("implementation", ["blockwise", "online_softmax"])
 @pytest.mark.parametrize("guide_keys", [False, True])
-def test_a_guide_with_bf16_products_moves_the_loss_by_less_than_a_hundredth(
+def test_a_guide_with_bf16_matmuls_moves_the_loss_by_less_than_a_hundredth(
     implementation: str, guide_keys: bool
 ) -> None:
     (source, labels), (target, _) = clustered(700, 64, 0), clustered(500, 64, 1)
@@ -241,6 +241,19 @@ def test_a_guide_with_bf16_products_moves_the_loss_by_less_than_a_hundredth(
     torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-2, atol=0, check_dtype=False)
     for gradient, expected_gradient in zip(found[1:], expected[1:], strict=True):
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected_gradient.flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "online_softmax"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_fp64_inputs_may_have_bf16_matmuls(implementation: str, guided: bool) -> None:
+    (source, labels), (target, _) = clustered(90, 16, 0), clustered(70, 16, 1)
+    options: dict[str, Any] = {"implementation": implementation, "dtype": "bf16"}
+    if guided:
+        options["guide"] = source, target
+    found = value_and_gradients(source, target, labels, **options)
+    expected = value_and_gradients(source.float(), target.float(), labels, **options)
+    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-2, atol=0, check_dtype=False)
+    assert found[1].dtype == found[2].dtype == torch.float64
 
 
 def test_the_grouped_maximum_is_the_first_of_equals() -> None:
