@@ -1,20 +1,30 @@
-"""Cycle association of the pixels of two domains: features and labels in, one loss and its diagnostics out.
+"""Cycle association of the pixels of two domains (PLCA: Kang et al., NeurIPS 2020).
 
 Usable on its own in any trainer: it needs torch and nothing else of this package.
 """
 
-from dist_pca.association.associate import Association, associate, associate_pairs
+from dist_pca.association.communication import all_gather, all_reduce_sum
 from dist_pca.association.diffusion import diffuse
-from dist_pca.association.exchange import all_gather, all_reduce_sum
+from dist_pca.association.loss import (
+    CycleAssociationLoss,
+    associate,
+    associate_pairs,
+    cycle_association,
+    cycle_association_pairs,
+)
 from dist_pca.association.matches import Matches, find_matches
+from dist_pca.association.result import Association
 
 __all__ = [
     "Association",
+    "CycleAssociationLoss",
     "Matches",
     "all_gather",
     "all_reduce_sum",
     "associate",
     "associate_pairs",
+    "cycle_association",
+    "cycle_association_pairs",
     "diffuse",
     "find_matches",
 ]

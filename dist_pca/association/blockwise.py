@@ -1,136 +1,114 @@
-"""Tiles of the similarity matrix in plain PyTorch, on any device: small enough to stay in the cache, never the whole.
+"""Retrieval with keys in several blocks, or by fused kernels that keep no tile: an online softmax.
 
-A tile is a block of query rows against a block of keys. Its products may be in bf16; what is summed is summed in fp32.
+Temperatures come first, from the covariance of the keys. With queries divided by them the rest is a plain softmax,
+whose maximum and log-sum-exp are combined over blocks; of the softmax, the backward pass needs the log-sum-exp only.
 """
-
-from typing import NamedTuple
 
 import torch
 
-CPU_TILE_BYTES, GPU_TILE_BYTES = 8 << 20, 256 << 20
-"""Memory for one tile. On a CPU larger ones fall out of its cache, and every pass over them waits for memory."""
-ROW_GROUP = 32
-"""Rows of a tile come in multiples of this."""
-MIN_ROWS = 256
-"""Rows of a tile, whatever its memory: with fewer, products wait for the keys, which every tile reads anew."""
-GROUP = 64
-"""Columns whose maximum is taken first: PyTorch's maximum is vectorised on CPUs, its argmax is not."""
+from dist_pca.association.kernels import Kernels
+from dist_pca.association.retrieval import RetrievalPass, RowMatches
+from dist_pca.association.statistics import temperature_by_covariance
+from dist_pca.association.tiles import upcast
 
 
-KEY_ROWS = 2048
-"""Rows of a gradient with respect to keys that a CPU works on at a time."""
-# On processors to which MKL gives no AVX-512, oneDNN multiplies twice as fast; PyTorch asks it for bf16 by itself.
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
-    torch.ops.mkldnn, "_linear_pointwise"
-)
-
-
-class Match(NamedTuple):
-    """What one pass over key rows tells of each of n query rows."""
-
-    value: torch.Tensor
-    """[n], the largest product with a key row."""
-    best: torch.Tensor
-    """int64 [n], that key row; the lowest where several tie."""
-    squares: torch.Tensor | None
-    """[n], sum of squared products, from kernels that give it."""
-    log_sum: torch.Tensor | None
-    """[n], logarithm of the sum of the products' exponentials, where it was asked for."""
-
-
-def row_blocks(rows: int, columns: int, device: torch.device, element_size: int = 4) -> list[slice]:
-    """Slices of rows that make tiles of the memory budget, at so many bytes per product."""
-    budget = CPU_TILE_BYTES if device.type == "cpu" else GPU_TILE_BYTES
-    height = max(MIN_ROWS, budget // max(1, element_size * columns) // ROW_GROUP * ROW_GROUP)
-    return [slice(start, start + height) for start in range(0, rows, height)]
-
-
-def scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """[n, m] products of query rows and key rows, in fp32 or more."""
-    return widened(product(query, key.T))
-
-
-def widened(tile: torch.Tensor) -> torch.Tensor:
-    """In fp32 or more: the tile itself where it is that already."""
-    return tile.to(torch.promote_types(tile.dtype, torch.float32))
-
-
-def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Matrix product. That of bf16 is summed in fp32; GPUs give it in fp32 too, CPUs can only give it rounded."""
-    if left.is_cuda and left.dtype == torch.bfloat16:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    if _ONEDNN and left.device.type == "cpu" and left.dtype == torch.float32 and left.numel() and right.numel():
-        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
-        return found
-    return left @ right
-
-
-def row_maximum(tile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest value of each row and its column, the lowest where several tie, of [n, m]."""
-    columns = tile.shape[1]
-    if tile.is_cuda or columns < 4 * GROUP:
-        value, index = tile.max(dim=1)
-        return value, index
-    whole = columns // GROUP * GROUP
-    maxima = torch.unflatten(tile[:, :whole], 1, (-1, GROUP)).amax(dim=2)
-    if whole < columns:
-        maxima = torch.cat([maxima, tile[:, -GROUP:].amax(dim=1, keepdim=True)], dim=1)
-    first = (maxima.argmax(dim=1) * GROUP).clamp(max=columns - GROUP)
-    candidates = first[:, None] + torch.arange(GROUP, device=tile.device)
-    inner = tile.gather(1, candidates)
-    within = inner.argmax(dim=1, keepdim=True)
-    return inner.gather(1, within)[:, 0], first + within[:, 0]
-
-
-def match(query: torch.Tensor, key: torch.Tensor, *, log_sum: bool, deterministic: bool = False) -> Match:
-    """Best key row of each query row, and the log-sum-exp of its products where asked. Shapes [n, C] and [m, C].
-
-    The same bits every time, whatever `deterministic` asks for.
-    """
-    tile = scores(query, key)
-    value, index = row_maximum(tile)
-    total = value + (tile - value[:, None]).exp_().sum(dim=1).log_() if log_sum else None
-    return Match(value, index, None, total)
-
-
-def sweep(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    weighted: torch.Tensor,
-    log_sum: torch.Tensor,
-    key_gradient: torch.Tensor | None,
-    *,
-    deterministic: bool,
-) -> torch.Tensor:
-    """With `P = exp(query @ key.T - log_sum)`: gives `P @ key`, [n, C], and adds `P.T @ weighted` to key_gradient.
+def match_blockwise(retrieval: RetrievalPass, rows: torch.Tensor, index: torch.Tensor | None = None) -> RowMatches:
+    """Match some queries, and compute the softmax statistics of their rows (PLCA, equations 1, 2 and 4). Collective.
 
     Args:
-        query: [n, C], scaled by the rows' temperatures.
-        key: [m, C].
-        weighted: [n, C].
-        log_sum: [n].
-        key_gradient: [m, C] in fp32 or more; None where keys have no gradient.
-        deterministic: Same bits every time, which this always gives.
+        retrieval: Queries and keys.
+        rows: int64 [k], queries.
+        index: int64 [k], matches that are given already, of which only the statistics are computed.
     """
-    tile = scores(query, key)
-    return pull_both(tile.sub_(log_sum[:, None]).exp_(), key, weighted, key_gradient)
+    queries, keys, kernels = retrieval.queries, retrieval.keys, _kernels(retrieval)
+    sigma = _temperatures(retrieval, rows)
+    best = torch.zeros_like(rows) if index is None else index
+    logit, logsumexp = (torch.full_like(sigma[:, 0], -torch.inf) for _ in range(2))
+    for offset, block, _ in keys.blocks():
+        for part in kernels.row_blocks(len(rows), len(block), queries.x.device):
+            # z_ij = (q_i / sigma_i) . k_j.
+            scaled = (queries.query(rows[part]) / sigma[part]).to(block.dtype)
+            found = kernels.match(scaled, block, logsumexp=retrieval.softmax)
+            if index is None:
+                # Blocks come in another order on every rank; of equal logits the lowest index wins on all.
+                candidate = found.key_index + offset
+                better = (found.logit > logit[part]) | ((found.logit == logit[part]) & (candidate < best[part]))
+                best[part] = torch.where(better, candidate, best[part])
+                logit[part] = torch.where(better, found.logit, logit[part])
+            else:
+                local, column = _in_block(index[part], offset, len(block))
+                products = upcast(scaled[local]) * upcast(block[column])
+                logit[part.start + local] = products.sum(dim=1).to(logit.dtype)
+            if found.logsumexp is not None:
+                # log sum exp over all blocks so far.
+                logsumexp[part] = torch.logaddexp(logsumexp[part], found.logsumexp)
+    return RowMatches(best, logit, logsumexp, sigma) if retrieval.softmax else RowMatches(best)
 
 
-def pull_both(
-    probabilities: torch.Tensor, key: torch.Tensor, weighted: torch.Tensor, key_gradient: torch.Tensor | None
+def backward_blockwise(
+    retrieval: RetrievalPass, rows: torch.Tensor, matches: RowMatches, weight: torch.Tensor
 ) -> torch.Tensor:
-    """`P @ key`, [n, C], and `P.T @ weighted` added to key_gradient [m, C] if there is one, for a tile P [n, m]."""
-    probabilities = probabilities.to(key.dtype)
-    if key_gradient is None:
-        return widened(product(probabilities, key))
-    if key.is_cuda and key.dtype != torch.bfloat16:
-        key_gradient.addmm_(probabilities.T, weighted)
-    elif key.is_cuda:
-        key_gradient += product(probabilities.T, weighted)
-    else:
-        # In parts that are still in the cache when they are added.
-        for columns, part in zip(
-            torch.split(probabilities, KEY_ROWS, dim=1), torch.split(key_gradient, KEY_ROWS), strict=True
-        ):
-            part += product(columns.T, weighted)
-    return widened(product(probabilities, key))
+    """Compute `-sum_i weight_i log p_i(match_i)` and add its gradients to queries and keys. Collective.
+
+    Args:
+        retrieval: Queries and keys.
+        rows: int64 [k], queries, each once.
+        matches: Matches of these queries, with or without softmax statistics.
+        weight: [k].
+    """
+    queries, keys, kernels = retrieval.queries, retrieval.keys, _kernels(retrieval)
+    if matches.logsumexp is None:
+        matches = match_blockwise(retrieval, rows, index=matches.key_index)
+    assert matches.logit is not None
+    assert matches.logsumexp is not None
+    assert matches.sigma is not None
+    # -log p_i = log sum_j exp(z_ij) - z_i,match.
+    total = (weight * (matches.logsumexp - matches.logit)).sum()
+    if not queries.gradients:
+        return total
+    scale = weight[:, None] / matches.sigma
+    for offset, block, gradient in keys.blocks(retrieval.key_gradient):
+        for part in kernels.row_blocks(len(rows), len(block), queries.x.device):
+            query = queries.query(rows[part])
+            weighted = query * scale[part]
+            # P K, and dk += P' (w / sigma * Q).
+            dq = kernels.backward(
+                (query / matches.sigma[part]).to(block.dtype),
+                block,
+                weighted.to(block.dtype),
+                matches.logsumexp[part],
+                gradient,
+            )
+            # (P - onehot) K, and dk -= onehot' (w / sigma * Q).
+            local, column = _in_block(matches.key_index[part], offset, len(block))
+            dq[local] -= block[column].to(dq.dtype)
+            if gradient is not None:
+                # Unlike index_add_, this adds repeated rows in one order on every device.
+                gradient.index_put_((column,), -weighted[local], accumulate=True)
+            if retrieval.d_sigma is not None:
+                # d_sigma_i = -w_i / sigma_i^2 * q_i . ((P - onehot) K)_i.
+                retrieval.d_sigma[rows[part]] -= (query * dq).sum(dim=1) * scale[part, 0] / matches.sigma[part, 0]
+            # dq_i = w_i / sigma_i * ((P - onehot) K)_i.
+            queries.add_query_gradient(rows[part], dq.mul_(scale[part]))
+    return total
+
+
+def _temperatures(retrieval: RetrievalPass, rows: torch.Tensor) -> torch.Tensor:
+    """Compute sigma_i of each row [k, 1]; 1 where no softmax needs it. Collective."""
+    parts = torch.split(rows, 1024)
+    if not retrieval.softmax:
+        return retrieval.queries.x.new_ones((len(rows), 1))
+    covariance = retrieval.key_pixels.key_covariance()
+    return torch.cat([temperature_by_covariance(retrieval.queries.query(part), covariance) for part in parts])
+
+
+def _in_block(index: torch.Tensor, offset: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the matches within the block of keys [offset, offset + length): their rows, and their keys in the block."""
+    column = index - offset
+    local = ((column >= 0) & (column < length)).nonzero()[:, 0]
+    return local, column[local]
+
+
+def _kernels(retrieval: RetrievalPass) -> Kernels:
+    assert retrieval.kernels is not None
+    return retrieval.kernels

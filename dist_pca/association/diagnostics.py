@@ -1,4 +1,4 @@
-"""What the cycles did, in sums over pools and ranks."""
+"""Cycle statistics, summed over candidate sets and ranks."""
 
 import math
 from collections.abc import Sequence
@@ -6,55 +6,63 @@ from typing import NamedTuple
 
 import torch
 
+from dist_pca.association.candidates import CandidateGroup
+from dist_pca.association.communication import all_reduce_sum
 from dist_pca.association.cycles import Cycles
-from dist_pca.association.exchange import all_reduce_sum
 from dist_pca.association.options import Inputs, Options
-from dist_pca.association.pool import Pool
 
 
 class Counts(NamedTuple):
-    """A rank's share: its own source pixels, and the matches that its own target pixels received. All fp64."""
+    """Counts of this rank's source pixels, and of the matches of its target pixels; all fp64."""
 
     labelled: torch.Tensor
     """Labelled source pixels."""
     targets: torch.Tensor
     """Target pixels."""
     covered: torch.Tensor
-    """Target pixels that some source pixel matched."""
+    """Target pixels matched by at least one source pixel."""
     kept: torch.Tensor
     """[K], consistent cycles by class."""
     weight: torch.Tensor
     """[K], their summed weight."""
-    chance: torch.Tensor
-    """[K], that weight times minus the log-probability of a uniform choice in both directions, `ln N_s + ln N_t`."""
+    uniform_loss: torch.Tensor
+    """[K], that weight times the loss of uniform probabilities in both directions, `ln N_s + ln N_t` [nats]."""
     confusion: torch.Tensor
     """[2, K, K], of all matches and of those on consistent cycles: class of the source pixel, then true class of the
-    target pixel. [0, K, K] where no rank knows the latter."""
+    target pixel. [0, K, K] where no rank has target labels."""
 
 
-def count(inputs: Inputs, cycles: Cycles, pool: Pool, options: Options, *, confusion: bool) -> Counts:
-    """Count on this rank; `confusion` where any rank has target labels."""
-    first, classes = sum(pool.source_counts[: pool.rank]), options.num_classes
-    own = slice(first, first + len(inputs.labels))
-    consistent = cycles.consistent[own]
+def count(inputs: Inputs, cycles: Cycles, candidates: CandidateGroup, options: Options, *, confusion: bool) -> Counts:
+    """Count the cycles of one candidate set on this rank.
+
+    Args:
+        inputs: Pixels of this rank.
+        cycles: Cycles of all source pixels.
+        candidates: Ranks whose pixels are candidates.
+        options: Options of the loss.
+        confusion: Whether any rank has target labels.
+    """
+    classes = options.num_classes
+    consistent = cycles.consistent[candidates.source_slice]
     kept_labels = inputs.labels[consistent]
     kept = torch.bincount(kept_labels, minlength=classes).double()
     weight = kept
     if cycles.weights is not None:
         # Unlike bincount, this adds weights in one order on every device.
         weight = torch.zeros_like(kept)
-        weight.index_put_((kept_labels,), cycles.weights[own][consistent].double(), accumulate=True)
+        kept_weights = cycles.weights[candidates.source_slice][consistent]
+        weight.index_put_((kept_labels,), kept_weights.double(), accumulate=True)
 
-    first, targets = sum(pool.target_counts[: pool.rank]), len(inputs.target)
+    first, targets = candidates.target_slice.start, len(inputs.target)
     received = (cycles.matches >= first) & (cycles.matches < first + targets)
-    place = cycles.matches[received] - first
-    covered = torch.zeros(targets, dtype=torch.bool, device=place.device)
-    covered[place] = True
-    table = kept.new_zeros((2 if confusion else 0, classes, classes))
+    target_index = cycles.matches[received] - first
+    covered = torch.zeros(targets, dtype=torch.bool, device=target_index.device)
+    covered[target_index] = True
+    matrices = kept.new_zeros((2 if confusion else 0, classes, classes))
     if inputs.target_labels is not None:
-        labels, truth = cycles.labels[received], inputs.target_labels[place]
-        comparable = (labels != options.ignore_index) & (truth != options.ignore_index)
-        for matrix, chosen in zip(table, (comparable, comparable & cycles.consistent[received]), strict=True):
+        labels, truth = cycles.labels[received], inputs.target_labels[target_index]
+        known = (labels != options.ignore_index) & (truth != options.ignore_index)
+        for matrix, chosen in zip(matrices, (known, known & cycles.consistent[received]), strict=True):
             cells = labels[chosen] * classes + truth[chosen]
             matrix += torch.bincount(cells, minlength=classes * classes).view(classes, classes)
     return Counts(
@@ -63,13 +71,13 @@ def count(inputs: Inputs, cycles: Cycles, pool: Pool, options: Options, *, confu
         covered.sum().double(),
         kept,
         weight,
-        weight * math.log(sum(pool.source_counts) * sum(pool.target_counts)),
-        table,
+        weight * math.log(sum(candidates.source_counts) * sum(candidates.target_counts)),
+        matrices,
     )
 
 
 def total(counts: Sequence[Counts]) -> Counts:
-    """Sum over pools and over the ranks of the world. Collective."""
+    """Sum counts over candidate sets and over the ranks of the world. Collective."""
     sums = [torch.stack(field).sum(dim=0) for field in zip(*counts, strict=True)]
     flat = all_reduce_sum(torch.cat([x.flatten() for x in sums]))
     parts = torch.split(flat, [x.numel() for x in sums])
@@ -77,5 +85,5 @@ def total(counts: Sequence[Counts]) -> Counts:
 
 
 def correct_ratio(confusion: torch.Tensor) -> torch.Tensor:
-    """Share of the diagonal, of [K, K]; nan where there is nothing."""
+    """Compute the share of the diagonal of a [K, K] matrix; nan if it is empty."""
     return confusion.trace() / confusion.sum()

@@ -1,24 +1,24 @@
-"""The matches of a cycle on their own, without a loss: for looking at what association does."""
+"""Matches and cycles without a loss, for inspection."""
 
 from typing import NamedTuple
 
 import torch
 
-from dist_pca.association.direction import directions
+from dist_pca.association.candidates import CandidateGroup
 from dist_pca.association.options import Options, Precision
 from dist_pca.association.pixels import Pixels
-from dist_pca.association.pool import Pool
+from dist_pca.association.retrieval import retrieval_passes
 from dist_pca.association.similarity import Similarity
-from dist_pca.association.whole_rows import match_whole_rows
+from dist_pca.association.single_block import match_single_block
 
 
 class Matches(NamedTuple):
-    """Where the cycles of n_s source pixels lead."""
+    """Cycles of n_s source pixels."""
 
     targets: torch.Tensor
-    """int64 [n_s]: best target pixel of each, j*."""
+    """int64 [n_s], best target pixel j* of each source pixel."""
     ends: torch.Tensor
-    """int64 [n_s]: best source pixel of that one, i*."""
+    """int64 [n_s], best source pixel i* of that target pixel."""
 
 
 @torch.no_grad()
@@ -27,27 +27,27 @@ def find_matches(
 ) -> Matches:
     """Match source pixels to target pixels and back (PLCA, equations 1 to 3), in memory linear in pixels.
 
-    These are the matches that `associate` finds for the same rows on one rank. Labels play no part in them.
+    These are the matches that `cycle_association` finds for the same pixels on one rank; labels play no part in them.
 
     Args:
         source: [n_s, C] features, or class probabilities for `kl`.
-        target: [n_t, C] likewise.
+        target: [n_t, C] features, or class probabilities for `kl`.
         similarity: `cosine`, or `kl` for the negative Kullback-Leibler divergence from query to key.
-        dtype: Type of the operands of matrix products.
+        dtype: Type of matmul operands.
     """
     rows = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (source, target)]
     counts = [len(source)], [len(target)]
-    pool = Pool("local", None, 0, 1, *counts)
-    # Unnormalised keys save a copy, and are rounded as those of the loss.
+    candidates = CandidateGroup("local", None, 0, 1, *counts)
+    # Unnormalised keys save a copy, and are rounded like those of the loss.
     unnormalised = similarity == "cosine" and dtype == "fp32"
     domains = tuple(
-        Pixels(x, similarity, pool, count, unnormalised=unnormalised, gradients=False)
+        Pixels(x, similarity, candidates, count, unnormalised=unnormalised, gradients=False)
         for x, count in zip(rows, counts, strict=True)
     )
     options = Options(num_classes=0, similarity=similarity, dtype=dtype, implementation="blockwise")
-    forward, backward = directions((domains[0], domains[1]), (domains[0], domains[1]), options, softmax=False)
+    forward, backward = retrieval_passes((domains[0], domains[1]), (domains[0], domains[1]), options, softmax=False)
     # j*(i) = argmax_j D(i, j), then i*(j) = argmax_i D(j, i) for each distinct j*.
     with torch.autocast(source.device.type, enabled=False):
-        targets = match_whole_rows(forward, torch.arange(len(source), device=source.device)).best
-        distinct, place = torch.unique(targets, return_inverse=True)
-        return Matches(targets, match_whole_rows(backward, distinct).best[place])
+        targets = match_single_block(forward, torch.arange(len(source), device=source.device)).key_index
+        distinct, inverse = torch.unique(targets, return_inverse=True)
+        return Matches(targets, match_single_block(backward, distinct).key_index[inverse])

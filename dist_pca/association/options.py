@@ -1,4 +1,4 @@
-"""Options of the association, equal on all ranks, and its inputs: the pixels of one pool."""
+"""Options of the loss, equal on all ranks, and its inputs on this rank."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -7,14 +7,14 @@ import torch
 
 from dist_pca.association.similarity import Similarity
 
-Implementation = Literal["auto", "reference", "blockwise", "triton"]
+Implementation = Literal["auto", "reference", "blockwise", "online_softmax", "triton"]
 ExchangeChoice = Literal["auto", "gather", "ring", "local"]
 Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How cycles are found and weighted, equal on every rank. `associate` documents each field."""
+    """Options of the loss; `cycle_association` documents each field."""
 
     num_classes: int
     similarity: Similarity = "cosine"
@@ -30,19 +30,19 @@ class Options:
 
 
 class Inputs(NamedTuple):
-    """Pixels of one pool on this rank; all but the first two without gradient."""
+    """Pixels of one candidate set on this rank; all but the first two without gradient."""
 
     source: torch.Tensor
     """[n_s, C] features or probabilities."""
     target: torch.Tensor
-    """[n_t, C]"""
+    """[n_t, C] features or probabilities."""
     labels: torch.Tensor
-    """int64 [n_s]"""
+    """int64 [n_s], labels of the source pixels."""
     target_labels: torch.Tensor | None = None
-    """int64 [n_t], true classes, for diagnosis."""
+    """int64 [n_t], true classes of the target pixels, for diagnostics."""
     target_classes: torch.Tensor | None = None
-    """int64 [n_t], a teacher's classes."""
+    """int64 [n_t], a teacher's classes of the target pixels."""
     target_weights: torch.Tensor | None = None
-    """[n_t], weights of cycles."""
+    """[n_t], weights of cycles through the target pixels."""
     guide: tuple[torch.Tensor, torch.Tensor] | None = None
-    """[n_s, C'] and [n_t, C'], rows that choose the matches in place of the first two."""
+    """[n_s, C'] and [n_t, C'], pixels that choose the matches in place of the first two."""

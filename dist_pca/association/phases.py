@@ -1,28 +1,28 @@
-"""Where in the loss a process is, told to whoever measures or watches it; nobody does unless `listen` was called."""
+"""Phases of the loss, reported to a profiler or watchdog if one has registered."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 Phase = Literal["association", "exchange"]
-"""`exchange` is waiting for other ranks."""
+"""`exchange` is communication with other ranks."""
 
 _enter: Callable[[Any], Any] | None = None
 
 
 def listen(enter: Callable[[Any], Any] | None) -> None:
-    """Call `enter` with each phase that begins; it gives the one that ends, and is called with that when it goes on."""
+    """Register a callback `enter(new_phase) -> old_phase`; None removes it."""
     global _enter
     _enter = enter
 
 
 @contextmanager
 def phase(name: Phase) -> Iterator[None]:
-    """Tell that a phase begins, and at the end that the one before goes on."""
+    """Report that a phase begins, and at the end that the previous one resumes."""
     enter = _enter
     if enter is None:
         yield
         return
-    before = enter(name)
+    previous = enter(name)
     yield
-    enter(before)
+    enter(previous)

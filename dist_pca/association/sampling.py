@@ -1,4 +1,4 @@
-"""A budget of positions per image, for pools that would be too large. Association is over all positions without it."""
+"""Subsampling of an image's pixels, where all of them would be too many; association uses all of them by default."""
 
 import math
 
@@ -6,38 +6,44 @@ import torch
 
 
 def random_grid(height: int, width: int, budget: int, seed: int) -> torch.Tensor:
-    """Positions where random rows of a grid cross random columns, int64 [k], ascending, k at most `budget`.
+    """Sample the pixels where random rows of a grid cross random columns.
 
-    As many rows to columns as the grid has, so that both directions are thinned alike. All positions if they are within
-    the budget.
+    Rows and columns are in the proportion of the grid, so that both directions are thinned alike. All pixels are
+    returned if they are within the budget.
 
     Args:
         height: Rows of the grid.
         width: Columns of the grid.
-        budget: Most positions, from 1.
-        seed: Same seed, same positions.
+        budget: Most pixels to return, 1 or more.
+        seed: Seed of the choice.
+
+    Returns:
+        int64 [k], indices of the flattened grid in ascending order; k is at most `budget`.
     """
     if height * width <= budget:
         return torch.arange(height * width)
     generator = torch.Generator().manual_seed(seed)
     rows = max(1, min(height, budget, round(math.sqrt(budget * height / width))))
     columns = min(width, budget // rows)
-    picked_rows = torch.randperm(height, generator=generator)[:rows].sort().values
-    picked_columns = torch.randperm(width, generator=generator)[:columns].sort().values
-    return (picked_rows[:, None] * width + picked_columns).flatten()
+    sampled_rows = torch.randperm(height, generator=generator)[:rows].sort().values
+    sampled_columns = torch.randperm(width, generator=generator)[:columns].sort().values
+    return (sampled_rows[:, None] * width + sampled_columns).flatten()
 
 
 def class_balanced(labels: torch.Tensor, budget: int, ignore_index: int, seed: int) -> torch.Tensor:
-    """Random labelled positions, int64 [k], ascending, as many of each class as there are, up to equal shares.
+    """Sample labelled pixels at random, the same number of each class as far as there are enough.
 
-    What a rare class leaves of its share goes to the others. All positions if they are within the budget, or if none
-    has a label.
+    What a rare class leaves of its share goes to the others. All pixels are returned if they are within the budget, or
+    if none has a label.
 
     Args:
-        labels: [n] integer labels of an image's positions.
-        budget: Most positions, from 1.
-        ignore_index: Label of positions that are left out.
-        seed: Same seed, same positions.
+        labels: [n] integer labels of an image's pixels.
+        budget: Most pixels to return, 1 or more.
+        ignore_index: Label of pixels to leave out.
+        seed: Seed of the choice.
+
+    Returns:
+        int64 [k], indices in ascending order.
     """
     labelled = (labels != ignore_index).nonzero()[:, 0]
     if len(labels) <= budget or len(labelled) == 0:
@@ -45,10 +51,10 @@ def class_balanced(labels: torch.Tensor, budget: int, ignore_index: int, seed: i
     order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     shuffled = labelled[order]
     classes = labels[shuffled]
-    # A position's turn is its place among those of its class: all classes' first ones, then all second ones, and so on.
+    # Rank of each pixel within its class: all classes' first pixels are taken, then all second ones, and so on.
     by_class = classes.argsort(stable=True)
-    turn = torch.empty_like(by_class)
+    rank = torch.empty_like(by_class)
     starts = torch.bincount(classes[by_class].long()).cumsum(0).roll(1)
     starts[0] = 0
-    turn[by_class] = torch.arange(len(by_class), device=labels.device) - starts[classes[by_class].long()]
-    return shuffled[turn.argsort(stable=True)[:budget]].sort().values
+    rank[by_class] = torch.arange(len(by_class), device=labels.device) - starts[classes[by_class].long()]
+    return shuffled[rank.argsort(stable=True)[:budget]].sort().values

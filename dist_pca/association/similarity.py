@@ -1,8 +1,8 @@
-"""Both similarities as one: the rows of a query matrix times the rows of a key matrix.
+"""Both similarities as one matmul: queries times keys.
 
 Cosine is `x . y` of unit vectors. The negative Kullback-Leibler divergence is `-KL(p || q) = p . log q - p . log p`,
-whose second part is a constant of the row: it drops out of every argmax and, with the row mean, of every softmax
-(PLCA, section 3.1). So `p . log q` serves in its place.
+whose second part is constant in each row: it changes no argmax and, like the row mean, no softmax (PLCA, section 3.1).
+So `p . log q` takes its place.
 """
 
 from typing import Literal
@@ -17,10 +17,10 @@ LOG_EPSILON = 1e-10
 
 
 def normalised(x: torch.Tensor, similarity: Similarity) -> torch.Tensor:
-    """What travels between ranks: unit rows for cosine, the rows as they are for kl. Shape [..., n, C] stays."""
+    """Scale features to unit length for cosine; probabilities for kl stay as they are. [..., n, C]."""
     return F.normalize(x, dim=-1) if similarity == "cosine" else x
 
 
 def keys(x: torch.Tensor, similarity: Similarity) -> torch.Tensor:
-    """Key rows of normalised rows, [..., n, C]: the same for cosine, their logarithm for kl."""
+    """Make keys of normalised pixels: themselves for cosine, `log(x + eps)` for kl. [..., n, C]."""
     return x if similarity == "cosine" else torch.log(x + LOG_EPSILON)

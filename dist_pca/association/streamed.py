@@ -1,10 +1,10 @@
 """The streamed loss: memory linear in pixels, value and both gradients before autograd's backward pass.
 
-Nothing needs a matrix of all pixels against all. Matches source → target take a row maximum. The rank that owns a
-target pixel takes the direction target → source for it, once, however many source pixels of whatever rank matched it,
-and weights it by the consistent cycles through it. Softmaxes are taken for consistent cycles alone. The gradient of a
-row's `-log p` with respect to its similarities is `(p - onehot) / sigma`, so both gradients of a tile are one matrix
-product each.
+No step needs the full similarity matrix. Matches source → target take a row maximum. The rank that owns a target pixel
+retrieves in the direction target → source for it, once, however many source pixels of whatever rank matched it, and
+weights it by the consistent cycles through it. Softmaxes are computed for consistent cycles alone. The gradient of a
+row's `-log p` with respect to its similarities is `(P - onehot) / sigma`, so both gradients of a tile are one matmul
+each.
 """
 
 from functools import partial
@@ -12,92 +12,110 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_pca.association.cycles import Cycles, scaled
-from dist_pca.association.direction import Direction, Matched, add_gradient_through_deviation, directions
+from dist_pca.association.blockwise import backward_blockwise, match_blockwise
+from dist_pca.association.candidates import CandidateGroup
+from dist_pca.association.cycles import Cycles, scale_by_class
 from dist_pca.association.options import Inputs, Options
 from dist_pca.association.pixels import Pixels
-from dist_pca.association.pool import Pool
-from dist_pca.association.split_rows import match_split_rows, sweep_split_rows
-from dist_pca.association.whole_rows import close_cycles, match_whole_rows, sweep_whole_rows
+from dist_pca.association.retrieval import RetrievalPass, RowMatches, add_gradient_through_sigma, retrieval_passes
+from dist_pca.association.single_block import backward_single_block, find_cycles_single_block, match_single_block
 
 
 class Positives(NamedTuple):
-    """Query pixels on consistent cycles, each with the match that is contrasted with all candidates."""
+    """Queries on consistent cycles, each with the match that is contrasted with all candidates."""
 
     rows: torch.Tensor
-    """int64 [k], each once."""
-    matched: Matched
+    """int64 [k], queries, each once."""
+    matches: RowMatches
     classes: torch.Tensor
     """int64 [k], class of the cycles through each."""
     weights: torch.Tensor
     """[k], summed weight of these cycles."""
 
 
-def find_cycles(inputs: Inputs, pool: Pool, options: Options) -> Cycles:
-    """Find the cycles of a pool (PLCA, equations 1 to 3). Collective over its ranks; the backward pass is not.
+def find_cycles(inputs: Inputs, candidates: CandidateGroup, options: Options) -> Cycles:
+    """Find the cycles of all source pixels (PLCA, equations 1 to 3). Collective; the backward pass is not.
 
-    Gradients are with respect to the sum of all ranks' losses, provided that every rank scales its own alike.
+    Gradients are with respect to the sum of all ranks' losses, provided that all ranks scale theirs alike.
+
+    Args:
+        inputs: Pixels of this rank.
+        candidates: Ranks whose pixels are candidates.
+        options: Equal on all ranks.
     """
     gradients = torch.is_grad_enabled() and (inputs.source.requires_grad or inputs.target.requires_grad)
     with torch.no_grad():
-        return _find_cycles(inputs, pool, options, gradients)
+        return _find_cycles(inputs, candidates, options, gradients)
 
 
-def _find_cycles(inputs: Inputs, pool: Pool, options: Options, gradients: bool) -> Cycles:
+def _find_cycles(inputs: Inputs, candidates: CandidateGroup, options: Options, gradients: bool) -> Cycles:
     dtype, unlabelled = torch.promote_types(inputs.source.dtype, torch.float32), options.num_classes
-    student = _domains((inputs.source, inputs.target), pool, options, dtype, gradients)
-    guide = None if inputs.guide is None else _domains(inputs.guide, pool, options, dtype, gradients=False)
-    chooser = guide or student
-    forward, backward = directions(chooser, chooser, options, softmax=guide is None)
+    student = _pixels((inputs.source, inputs.target), candidates, options, dtype, gradients)
+    guide = None if inputs.guide is None else _pixels(inputs.guide, candidates, options, dtype, gradients=False)
+    matching = guide or student
+    forward, backward = retrieval_passes(matching, matching, options, softmax=guide is None)
     target_weights = None if inputs.target_weights is None else inputs.target_weights.to(dtype)
-    labels = pool.gather(inputs.labels, pool.source_counts)
+    labels = candidates.all_gather(inputs.labels, candidates.source_counts)
     # Unlabelled pixels get a class of their own, in which no cycle is consistent.
     classes = torch.where(labels == options.ignore_index, unlabelled, labels)
 
     # j*(i) = argmax_j D(i, j), then i*(j) = argmax_i D(j, i) for each distinct j* on the rank that owns it. Where all
-    # candidates are here and no weight depends on other cycles, the forward softmax is taken in the same pass.
-    fused = _single_block(forward, backward) and pool.ranks == 1 and guide is None and not options.class_balanced
+    # candidates are local and no weight depends on other cycles, the forward softmax is computed in the same pass.
+    single_block = forward.kernels is None
+    fused = single_block and candidates.ranks == 1 and guide is None and not options.class_balanced
     loss_sum = student[0].x.new_zeros(())
     if fused:
-        matches, match_back, loss_sum = close_cycles(forward, backward, classes, inputs.target_classes, target_weights)
-        matched = Matched(matches)
-        targets, histogram = _matched_targets(matches, classes, pool, options)
-        back = Matched(match_back[targets])
+        matches, match_back, loss_sum = find_cycles_single_block(
+            forward, backward, classes, inputs.target_classes, target_weights, options.num_classes
+        )
+        forward_matches = RowMatches(matches)
+        targets, histogram = _matched_targets(matches, classes, candidates, options)
+        backward_matches = RowMatches(match_back[targets])
     else:
-        match = match_whole_rows if _single_block(forward, backward) else match_split_rows
-        matched = match(forward, torch.arange(len(inputs.labels), device=labels.device))
-        matches = pool.gather(matched.best, pool.source_counts)
-        targets, histogram = _matched_targets(matches, classes, pool, options)
-        back = match(backward, targets)
+        match = match_single_block if single_block else match_blockwise
+        forward_matches = match(forward, torch.arange(len(inputs.labels), device=labels.device))
+        matches = candidates.all_gather(forward_matches.key_index, candidates.source_counts)
+        targets, histogram = _matched_targets(matches, classes, candidates, options)
+        backward_matches = match(backward, targets)
 
-    # A cycle through j is consistent if its label is that of i*(j), and the class that the teacher sees at j.
-    target_class = classes[back.best]
+    # A cycle through j is consistent if its label is that of i*(j), and the class predicted by the teacher at j.
+    target_class = classes[backward_matches.key_index]
     if inputs.target_classes is not None:
         target_class = torch.where(inputs.target_classes[targets] == target_class, target_class, unlabelled)
     class_of_target = target_class.new_full((len(inputs.target),), unlabelled)
     class_of_target[targets] = target_class
-    consistent = classes == pool.gather(class_of_target, pool.target_counts)[matches]
+    consistent = classes == candidates.all_gather(class_of_target, candidates.target_counts)[matches]
     consistent &= classes < unlabelled
 
-    # A source row weighs w_i = w(j*(i)); a target row as much as all consistent cycles through it.
-    own = slice(sum(pool.source_counts[: pool.rank]), sum(pool.source_counts[: pool.rank + 1]))
-    forward_weights, weights = consistent[own].to(dtype), None
+    # Forward rows have weight w_i = w(j*(i)); backward rows the sum of w over all consistent cycles through j.
+    local = candidates.source_slice
+    forward_weights, weights = consistent[local].to(dtype), None
     backward_weights = histogram.gather(1, target_class[:, None])[:, 0].to(dtype)
     if target_weights is not None:
-        weights = pool.gather(target_weights, pool.target_counts)[matches]
-        forward_weights *= weights[own]
+        weights = candidates.all_gather(target_weights, candidates.target_counts)[matches]
+        forward_weights *= weights[local]
         backward_weights *= target_weights[targets]
-    at, through = (x.nonzero()[:, 0] for x in (forward_weights, backward_weights))
+    forward_rows, backward_rows = (x.nonzero()[:, 0] for x in (forward_weights, backward_weights))
     if fused:
-        # The forward softmax is taken already.
-        at = at[:0]
+        # The forward softmax is computed already.
+        forward_rows = forward_rows[:0]
     positives = (
-        Positives(at, matched.at(at), classes[own][at], forward_weights[at]),
-        Positives(targets[through], back.at(through), target_class[through], backward_weights[through]),
+        Positives(
+            forward_rows,
+            forward_matches.select(forward_rows),
+            classes[local][forward_rows],
+            forward_weights[forward_rows],
+        ),
+        Positives(
+            targets[backward_rows],
+            backward_matches.select(backward_rows),
+            target_class[backward_rows],
+            backward_weights[backward_rows],
+        ),
     )
     passes = (forward, backward) if guide is None else None
-    keys_of = guide if options.guide_keys and guide is not None else student
-    contrast = partial(_contrast, inputs, options, student, keys_of, passes, positives, loss_sum)
+    key_pixels = guide if options.guide_keys and guide is not None else student
+    contrast = partial(_contrast, inputs, options, student, key_pixels, passes, positives, loss_sum)
     return Cycles(matches, labels, consistent, weights, contrast)
 
 
@@ -105,22 +123,23 @@ def _contrast(
     inputs: Inputs,
     options: Options,
     student: tuple[Pixels, Pixels],
-    keys_of: tuple[Pixels, Pixels],
-    passes: tuple[Direction, Direction] | None,
+    key_pixels: tuple[Pixels, Pixels],
+    passes: tuple[RetrievalPass, RetrievalPass] | None,
     positives: tuple[Positives, Positives],
     loss_sum: torch.Tensor,
     class_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """Contrast matches with all candidates (PLCA, equations 4 to 6): the loss and both gradients. Collective."""
     with torch.no_grad():
-        passes = passes or directions(student, keys_of, options, softmax=True)
-        sweep = sweep_whole_rows if _single_block(*passes) else sweep_split_rows
-        for direction, positive in zip(reversed(passes), reversed(positives), strict=True):
-            weights = scaled(positive.weights, positive.classes, class_scale)
-            loss_sum = loss_sum + sweep(direction, positive.rows, positive.matched, weights)
-        for direction in passes:
-            if direction.d_sigma is not None:
-                add_gradient_through_deviation(direction)
+        passes = passes or retrieval_passes(student, key_pixels, options, softmax=True)
+        backward = backward_single_block if passes[0].kernels is None else backward_blockwise
+        # L = -sum_i w_i log p(i -> j*) - sum_j w_j log p(j -> i*).
+        for retrieval, positive in zip(reversed(passes), reversed(positives), strict=True):
+            weights = scale_by_class(positive.weights, positive.classes, class_scale)
+            loss_sum = loss_sum + backward(retrieval, positive.rows, positive.matches, weights)
+        for retrieval in passes:
+            if retrieval.d_sigma is not None:
+                add_gradient_through_sigma(retrieval)
     source, target = student
     if not source.gradients:
         return loss_sum
@@ -131,7 +150,7 @@ def _contrast(
 
 
 class _WithGradients(torch.autograd.Function):
-    """A scalar whose gradients with respect to two tensors are known already."""
+    """A scalar whose gradients with respect to two tensors are given."""
 
     @staticmethod
     def forward(
@@ -150,43 +169,53 @@ class _WithGradients(torch.autograd.Function):
         return source, target, None, None, None
 
 
-def _domains(
-    rows: tuple[torch.Tensor, torch.Tensor], pool: Pool, options: Options, dtype: torch.dtype, gradients: bool
+def _pixels(
+    rows: tuple[torch.Tensor, torch.Tensor],
+    candidates: CandidateGroup,
+    options: Options,
+    dtype: torch.dtype,
+    gradients: bool,
 ) -> tuple[Pixels, Pixels]:
+    """Build source and target pixels from the given rows, in fp32 or fp64."""
     unnormalised = (
-        pool.ranks == 1
+        candidates.ranks == 1
         and options.similarity == "cosine"
         and options.dtype == "fp32"
-        and options.implementation != "triton"
+        and options.implementation == "blockwise"
     )
     source, target = (
         Pixels(
             x.detach().to(dtype),
             options.similarity,
-            pool,
+            candidates,
             counts,
             unnormalised=unnormalised,
             gradients=gradients,
         )
-        for x, counts in zip(rows, (pool.source_counts, pool.target_counts), strict=True)
+        for x, counts in zip(rows, (candidates.source_counts, candidates.target_counts), strict=True)
     )
     return source, target
 
 
-def _single_block(forward: Direction, backward: Direction) -> bool:
-    """Whether every tile holds whole rows, so that a row's softmax comes from one matrix product."""
-    return forward.keys.whole and backward.keys.whole and not forward.triton
-
-
 def _matched_targets(
-    matches: torch.Tensor, classes: torch.Tensor, pool: Pool, options: Options
+    matches: torch.Tensor, classes: torch.Tensor, candidates: CandidateGroup, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct matched targets of this rank, int64 [k], and for each the label histogram of the source pixels that
-    matched it, [k, num_classes + 1], whose last column stays 0."""
-    first, count = sum(pool.target_counts[: pool.rank]), pool.target_counts[pool.rank]
-    own = (matches >= first) & (matches < first + count)
-    targets, place = torch.unique(matches[own] - first, return_inverse=True)
+    """Find the distinct matched targets of this rank, and the label histogram of the source pixels matching each.
+
+    Args:
+        matches: int64 [N_s], j* of all source pixels.
+        classes: int64 [N_s], their classes.
+        candidates: Ranks whose pixels are candidates.
+        options: Options of the loss.
+
+    Returns:
+        Targets, int64 [k], and histogram, int64 [k, num_classes + 1], whose last column stays 0.
+    """
+    local = candidates.target_slice
+    received = (matches >= local.start) & (matches < local.stop)
+    targets, target_index = torch.unique(matches[received] - local.start, return_inverse=True)
     columns = options.num_classes + 1
-    histogram = torch.bincount(place * columns + classes[own], minlength=len(targets) * columns).view(-1, columns)
+    cells = target_index * columns + classes[received]
+    histogram = torch.bincount(cells, minlength=len(targets) * columns).view(-1, columns)
     histogram[:, -1] = 0
     return targets, histogram

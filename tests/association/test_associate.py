@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dist_pca.association import Association, associate, associate_pairs, diffuse
 from dist_pca.association.similarity import Similarity
-from tests.association.positions import CLASSES, domain, labels_of, refinements
+from tests.association.pixels import CLASSES, domain, labels_of, refinements
 
 IMPLEMENTATIONS = ["reference", "blockwise"]
 both_similarities = pytest.mark.parametrize("similarity", ["cosine", "kl"])
@@ -175,7 +175,7 @@ def test_keys_of_a_guide_take_no_gradient(similarity: Similarity, implementation
 
 @settings(max_examples=30)
 @given(**drawn)
-def test_permuting_positions_changes_nothing(seed: int, similarity: Similarity) -> None:
+def test_permuting_pixels_changes_nothing(seed: int, similarity: Similarity) -> None:
     source, target = domain(30, 6, similarity, seed), domain(20, 6, similarity, seed + 1)
     labels = labels_of(30, seed)
     rows, columns = torch.randperm(30), torch.randperm(20)
@@ -249,7 +249,7 @@ def test_labels_that_are_all_ignored_give_zero_with_a_graph(similarity: Similari
     assert found.nats_over_chance.isnan()
 
 
-def test_several_pools_share_one_mean_over_their_cycles() -> None:
+def test_several_pairs_share_one_mean_over_their_cycles() -> None:
     sources, targets = [domain(n, 5, "cosine", n) for n in (14, 9)], [domain(n, 5, "cosine", n) for n in (8, 11)]
     labels = [labels_of(14, 0), labels_of(9, 1)]
     together = associate_pairs(sources, targets, labels, num_classes=CLASSES)
@@ -346,7 +346,7 @@ def test_gradients_have_the_type_of_what_was_given(given_dtype: torch.dtype) -> 
         ({"target_labels": torch.zeros(4)}, r"target_labels \[4\] must be \[3\]"),
         ({"source": torch.full((3, 4), torch.nan)}, "source has 12 values that are NaN or infinite"),
         ({"target": torch.full((3, 4), torch.inf)}, "target has 12 values that are NaN or infinite"),
-        ({"target": torch.ones(0, 4)}, "has a pool without positions"),
+        ({"target": torch.ones(0, 4)}, "has a candidate set without pixels"),
         ({"target_classes": torch.tensor([0, 1, 7])}, "target_classes range from 0 to 7"),
         ({"target_weights": torch.ones(3, 1)}, r"target_weights \[-1\] must be \[3\]"),
         ({"target_weights": torch.tensor([1, -1, torch.nan])}, "target_weights has 2 values that are negative, NaN or"),
@@ -362,13 +362,13 @@ def test_what_does_not_fit_is_named(change: dict[str, torch.Tensor], message: st
         associate(**(fitting | change), num_classes=2)  # type: ignore[arg-type]
 
 
-def test_pools_that_do_not_fit_are_named() -> None:
+def test_pairs_that_do_not_fit_are_named() -> None:
     a, b, labels = torch.ones(3, 4), torch.ones(2, 4), torch.zeros(5)
-    with pytest.raises(ValueError, match="labels must have as many rows as source in every pool"):
+    with pytest.raises(ValueError, match="labels must have as many rows as source in every pair"):
         associate_pairs([a, b], [a, a], [labels[:2], labels[:3]], num_classes=2)
-    with pytest.raises(ValueError, match="source has 2 pools and target 1; they must be as many"):
+    with pytest.raises(ValueError, match="source has 2 images and target 1; they must be as many"):
         associate_pairs([a, b], [a], [labels[:3], labels[:2]], num_classes=2)
-    with pytest.raises(ValueError, match="target_weights must have as many rows as target in every pool"):
+    with pytest.raises(ValueError, match="target_weights must have as many rows as target in every pair"):
         associate_pairs([a, b], [a, b], [labels[:3], labels[:2]], target_weights=[torch.ones(5)], num_classes=2)
 
 
@@ -386,12 +386,19 @@ def test_autocast_around_it_changes_nothing(similarity: Similarity) -> None:
         assert torch.equal(loss(), outside)
 
 
-def test_the_choice_of_implementation_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_choice_of_implementation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     source, target, labels = domain(9, 6, "cosine", 0), domain(8, 6, "cosine", 1), labels_of(9, 0)
-    from dist_pca.association.associate import _log_once
+    from dist_pca.association.solve import _log_once
 
     _log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="dist_pca.association"):
         for _ in range(3):
             associate(source, target, labels, num_classes=CLASSES)
-    assert caplog.messages == ["association: blockwise, products in fp32, each rank's own positions"]
+    assert caplog.messages == ["association: blockwise, matmuls in fp32, candidates: each rank's own pixels"]
+
+
+def test_triton_on_a_device_that_cannot_run_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    source, target, labels = domain(9, 6, "cosine", 0), domain(8, 6, "cosine", 1), labels_of(9, 0)
+    with pytest.raises(ValueError, match="implementation=triton cannot run on cpu: it needs Triton and an NVIDIA GPU"):
+        associate(source, target, labels, num_classes=CLASSES, implementation="triton")

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_pca.association import find_matches
-from dist_pca.association.reference import Rows, contrast
+from dist_pca.association.reference import QueriesAndKeys, cycle_likelihoods
 from dist_pca.association.similarity import Similarity, keys, normalised
-from tests.association.positions import domain
+from tests.association.pixels import domain
 
 
 @given(
@@ -19,7 +19,8 @@ def test_matches_and_ends_are_the_definitions(sizes: tuple[int, int], similarity
     source, target = (domain(n, 5, similarity, seed + place) for place, n in enumerate(sizes))
     found = find_matches(source, target, similarity=similarity)
     rows = [normalised(x, similarity) for x in (source, target)]
-    defined = contrast(Rows(rows[0], keys(rows[1], similarity), rows[1], keys(rows[0], similarity)), None, True)
+    pixels = QueriesAndKeys(rows[0], keys(rows[1], similarity), rows[1], keys(rows[0], similarity))
+    defined = cycle_likelihoods(pixels, None, True)
     assert torch.equal(found.targets, defined.match)
     assert torch.equal(found.ends, defined.end)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_pca.association import Association, associate, associate_pairs, blockwise, split_rows
+from dist_pca.association import Association, associate, associate_pairs
 from dist_pca.association.similarity import Similarity
-from tests.association.positions import CLASSES, domain, labels_of, refinements
+from tests.association.pixels import CLASSES, domain, labels_of, refinements
 from tests.ranks import run_on_ranks
 
 SIZES = [(11, 7), (5, 9), (8, 4), (3, 12)]
-"""Source and target positions of each rank: uneven on purpose."""
+"""Source and target pixels of each rank: uneven on purpose."""
 CHANNELS = 6
 Case = tuple[Similarity, str, str, str, bool, str]
 """Similarity, scope, exchange, implementation, detach_statistics, refinement."""
@@ -34,16 +34,16 @@ CASES: list[Case] = [
     *product(("cosine", "kl"), ("node", "world"), ("gather",), ("reference",), (True,), ("",)),
     *product(("cosine", "kl"), ("rank",), ("local",), ("blockwise", "reference"), (True,), ("",)),
     *product(("cosine",), ("world",), ("gather", "ring"), ("blockwise",), (False,), REFINED),
-    *product(("kl",), ("node",), ("gather", "ring"), ("blockwise", "triton"), (False,), ("all", "all, keys")),
-    *product(("cosine",), ("world",), ("gather",), ("reference", "triton"), (True,), ("all", "all, keys")),
+    *product(("kl",), ("node",), ("gather", "ring"), ("blockwise", "online_softmax"), (False,), ("all", "all, keys")),
+    *product(("cosine",), ("world",), ("gather",), ("reference", "online_softmax"), (True,), ("all", "all, keys")),
     *product(("cosine",), ("rank",), ("local",), ("blockwise", "reference"), (True,), REFINED),
 ]  # type: ignore[assignment]
 
 
-def positions(similarity: Similarity, ranks: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+def pixels(similarity: Similarity, ranks: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     sizes = list(enumerate(SIZES[:ranks]))
     labels = [labels_of(n, rank) for rank, (n, _) in sizes]
-    # The last rank's positions are all ignored: it keeps no cycle.
+    # The last rank's pixels are all ignored: it keeps no cycle.
     labels[-1] = torch.full_like(labels[-1], 255)
     sources = [domain(n, CHANNELS, similarity, rank) for rank, (n, _) in sizes]
     return sources, [domain(n, CHANNELS, similarity, 10 + rank) for rank, (_, n) in sizes], labels
@@ -73,8 +73,6 @@ def refined(case: Case, rank: int) -> tuple[dict[str, Any], dict[str, bool]]:
 
 
 def all_cases(rank: int, ranks: int) -> list[dict[str, Any]]:
-    # The way of the fused kernels, with plain PyTorch's tiles.
-    split_rows._kernels = lambda _: blockwise
     groups = [dist.new_group(members) for members in nodes(ranks)]
     return [one_rank(rank, ranks, groups[rank // 2], case) for case in CASES]
 
@@ -82,7 +80,7 @@ def all_cases(rank: int, ranks: int) -> list[dict[str, Any]]:
 def one_rank(rank: int, ranks: int, node: dist.ProcessGroup, case: Case) -> dict[str, Any]:
     similarity, scope, exchange, implementation, detach, _ = case
     own, switches = refined(case, rank)
-    sources, targets, labels = positions(similarity, ranks)
+    sources, targets, labels = pixels(similarity, ranks)
     weight = torch.eye(CHANNELS, dtype=torch.float64, requires_grad=True)
     found = associate(
         through(weight, sources[rank], similarity),
@@ -113,13 +111,13 @@ def one_rank(rank: int, ranks: int, node: dist.ProcessGroup, case: Case) -> dict
 
 def one_process(ranks: int, case: Case) -> dict[str, torch.Tensor]:
     similarity, scope, _, _, detach, _ = case
-    sources, targets, labels = positions(similarity, ranks)
-    pools = {"world": [list(range(ranks))], "rank": [[rank] for rank in range(ranks)], "node": nodes(ranks)}[scope]
+    sources, targets, labels = pixels(similarity, ranks)
+    candidates = {"world": [list(range(ranks))], "rank": [[rank] for rank in range(ranks)], "node": nodes(ranks)}[scope]
     weight = torch.eye(CHANNELS, dtype=torch.float64, requires_grad=True)
     truth = [labels_of(len(target), rank) for rank, target in enumerate(targets)]
 
     def joined(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [torch.cat([parts[rank] for rank in pool]) for pool in pools]
+        return [torch.cat([parts[rank] for rank in ranks_of]) for ranks_of in candidates]
 
     drawn = [refined(case, rank)[0] for rank in range(ranks)]
     options: dict[str, Any] = {
@@ -157,9 +155,9 @@ def test_ranks_equal_one_process_in_every_scope_and_exchange(tmp_path: Path, ran
 
 
 def in_several_types(rank: int, ranks: int) -> dict[str, Any]:
-    sources, targets, labels = positions("cosine", ranks)
+    sources, targets, labels = pixels("cosine", ranks)
     results: dict[str, Any] = {}
-    for exchange, dtype, wire in product(("gather", "ring"), ("fp32", "bf16"), ("fp32", "bf16")):
+    for exchange, dtype, comm_dtype in product(("gather", "ring"), ("fp32", "bf16"), ("fp32", "bf16")):
         source = sources[rank].float().requires_grad_()
         found = associate(
             source,
@@ -168,18 +166,18 @@ def in_several_types(rank: int, ranks: int) -> dict[str, Any]:
             num_classes=CLASSES,
             exchange=exchange,  # type: ignore[arg-type]
             dtype=dtype,  # type: ignore[arg-type]
-            wire_dtype=wire,  # type: ignore[arg-type]
+            wire_dtype=comm_dtype,  # type: ignore[arg-type]
         )
         found.loss.backward()
         loss = found.loss.detach().clone()
         dist.all_reduce(loss)
         sent = int(found.exchanged_bytes)
-        results[f"{exchange} {dtype} {wire}"] = {"loss": loss / ranks, "grad": source.grad, "sent": sent}
+        results[f"{exchange} {dtype} {comm_dtype}"] = {"loss": loss / ranks, "grad": source.grad, "sent": sent}
     return results
 
 
-def test_products_and_wires_of_either_type_find_the_same_loss(tmp_path: Path) -> None:
-    sources, targets, labels = positions("cosine", 3)
+def test_matmul_and_comm_dtypes_of_either_kind_find_the_same_loss(tmp_path: Path) -> None:
+    sources, targets, labels = pixels("cosine", 3)
     expected = associate(
         torch.cat(sources), torch.cat(targets), torch.cat(labels), num_classes=CLASSES, implementation="reference"
     ).loss.float()
@@ -193,7 +191,7 @@ def test_products_and_wires_of_either_type_find_the_same_loss(tmp_path: Path) ->
 
 
 def repeated(rank: int, ranks: int) -> list[torch.Tensor | None]:
-    sources, targets, labels = positions("cosine", ranks)
+    sources, targets, labels = pixels("cosine", ranks)
     gradients = []
     for _ in range(3):
         source = sources[rank].float().requires_grad_()
@@ -233,7 +231,7 @@ def test_a_wrong_tensor_on_one_rank_is_an_error_on_all_that_names_rank_and_tenso
     assert nan == "rank 1: source has 20 values that are NaN or infinite"
     assert label == "rank 1: labels range from 9 to 9; they must be 0 to 1, or 255"
     assert channels == "rank 1: source [5, 3] has other channels than rank 0, which has 4"
-    assert empty.startswith("rank 1: source [5, 4] or target [0, 4] has a pool without positions")
+    assert empty.startswith("rank 1: source [5, 4] or target [0, 4] has a candidate set without pixels")
     assert argument == "rank 1: was called with other arguments than rank 0"
     assert none == ""
 
@@ -303,7 +301,7 @@ def test_a_wrong_refinement_on_one_rank_is_an_error_on_all_that_names_rank_and_t
 
 
 def without_a_kept_cycle(rank: int, ranks: int) -> list[torch.Tensor]:
-    sources, targets, labels = positions("cosine", ranks)
+    sources, targets, labels = pixels("cosine", ranks)
     results = []
     for weight, seen, exchange in product((0.0, 1.0), (255, None), ("gather", "ring")):
         source, target = sources[rank].clone().requires_grad_(), targets[rank].clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""A budget of positions: how many, of which classes, and always the same for a seed."""
+"""A budget of pixels: how many, of which classes, and always the same for a seed."""
 
 import torch
 from hypothesis import given
@@ -27,7 +27,7 @@ def test_a_random_grid_uses_most_of_its_budget_and_keeps_proportions() -> None:
 
 
 @given(counts=st.lists(st.integers(0, 60), min_size=2, max_size=6), budget=st.integers(1, 100), seed=st.integers(0, 99))
-def test_class_balanced_positions_share_the_budget_as_equally_as_there_are_positions(
+def test_class_balanced_pixels_share_the_budget_as_equally_as_there_are_pixels(
     counts: list[int], budget: int, seed: int
 ) -> None:
     labels = torch.cat([torch.full((count,), index) for index, count in enumerate(counts)] + [torch.full((30,), 255)])
@@ -45,7 +45,7 @@ def test_class_balanced_positions_share_the_budget_as_equally_as_there_are_posit
     assert all(int(t) >= most - 1 or int(t) == count for t, count in zip(taken, counts, strict=True))
 
 
-def test_other_seeds_pick_other_positions() -> None:
+def test_other_seeds_pick_other_pixels() -> None:
     labels = torch.zeros(500, dtype=torch.int64)
     assert not torch.equal(class_balanced(labels, 50, 255, 0), class_balanced(labels, 50, 255, 1))
     assert not torch.equal(random_grid(30, 30, 50, 0), random_grid(30, 30, 50, 1))

@@ -1,4 +1,4 @@
-"""The streamed loss equals the dense definition, in whatever blocks rows and columns come."""
+"""The streamed loss equals the dense definition, whatever the tiles."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_pca.association import associate, associate_pairs, blockwise, split_rows
-from dist_pca.association.associate import Association
+from dist_pca.association import Association, associate, associate_pairs, tiles
 from dist_pca.association.similarity import Similarity
-from tests.association.positions import CLASSES, domain, labels_of, refinements
+from tests.association.pixels import CLASSES, domain, labels_of, refinements
 
 
 def value_and_gradients(
@@ -37,21 +36,13 @@ def assert_equal(found: tuple[Association, ...], expected: tuple[Association, ..
         )
 
 
-@pytest.fixture
-def rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Single processes take the way of fused kernels and rings, with plain PyTorch's tiles."""
-    monkeypatch.setattr(split_rows, "_kernels", lambda _: blockwise)
-
-
 @contextmanager
-def blocks_of(height: int, group: int) -> Iterator[None]:
-    """Small tiles, and for `triton` those of plain PyTorch."""
+def tiles_of(height: int, group: int) -> Iterator[None]:
+    """Small tiles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "CPU_TILE_BYTES", 1)
-        patch.setattr(blockwise, "MIN_ROWS", height)
-        patch.setattr(blockwise, "GROUP", group)
-        patch.setattr(split_rows, "KERNEL_ROWS", height)
-        patch.setattr(split_rows, "_kernels", lambda _: blockwise)
+        patch.setattr(tiles, "CPU_TILE_BYTES", 1)
+        patch.setattr(tiles, "MIN_ROWS", height)
+        patch.setattr(tiles, "MAX_GROUP", group)
         yield
 
 
@@ -65,9 +56,9 @@ def blocks_of(height: int, group: int) -> Iterator[None]:
     seed=st.integers(0, 1000),
     height=st.integers(1, 20),
     group=st.integers(1, 8),
-    split=st.booleans(),
+    online=st.booleans(),
 )
-def test_streamed_equals_reference_whatever_the_blocks(
+def test_streamed_equals_reference_whatever_the_tiles(
     similarity: Similarity,
     n_source: int,
     n_target: int,
@@ -76,14 +67,14 @@ def test_streamed_equals_reference_whatever_the_blocks(
     seed: int,
     height: int,
     group: int,
-    split: bool,
+    online: bool,
 ) -> None:
     source, target = domain(n_source, channels, similarity, seed), domain(n_target, channels, similarity, seed + 1)
     labels = labels_of(n_source, seed)
     options = {"similarity": similarity, "detach_statistics": detach}
     expected = value_and_gradients(source, target, labels, implementation="reference", **options)
-    with blocks_of(height, group):
-        implementation = "triton" if split else "blockwise"
+    with tiles_of(height, group):
+        implementation = "online_softmax" if online else "blockwise"
         found = value_and_gradients(source, target, labels, implementation=implementation, **options)
     if min(n_source, n_target) > 2:
         assert_equal(found, expected, 1e-8)
@@ -105,7 +96,7 @@ def test_streamed_equals_reference_whatever_the_blocks(
     seed=st.integers(0, 1000),
     height=st.integers(1, 20),
     group=st.integers(1, 8),
-    split=st.booleans(),
+    online=st.booleans(),
 )
 def test_refinements_streamed_equal_those_of_the_reference(
     similarity: Similarity,
@@ -119,9 +110,9 @@ def test_refinements_streamed_equal_those_of_the_reference(
     seed: int,
     height: int,
     group: int,
-    split: bool,
+    online: bool,
 ) -> None:
-    pools = [
+    pairs = [
         (domain(s, channels, similarity, seed + k), domain(t, channels, similarity, seed + 9 + k))
         for k, (s, t) in enumerate(sizes)
     ]
@@ -139,14 +130,14 @@ def test_refinements_streamed_equal_those_of_the_reference(
     options |= {"guide_keys": guide == "keys", "target_labels": [labels_of(t, seed + 5) for _, t in sizes]}
 
     def outcome(implementation: str) -> tuple[Any, ...]:
-        sources, targets = ([x.clone().requires_grad_() for x in rows] for rows in zip(*pools, strict=True))
+        sources, targets = ([x.clone().requires_grad_() for x in rows] for rows in zip(*pairs, strict=True))
         found = associate_pairs(sources, targets, labels, num_classes=CLASSES, implementation=implementation, **options)  # type: ignore[arg-type]
         found.loss.backward()
         return found, *(x.grad for x in (*sources, *targets))
 
     expected = outcome("reference")
-    with blocks_of(height, group):
-        found = outcome("triton" if split else "blockwise")
+    with tiles_of(height, group):
+        found = outcome("online_softmax" if online else "blockwise")
     assert_equal(found, expected, 1e-8)
     for name in ("confusion", "kept_confusion"):
         assert torch.equal(getattr(found[0], name), getattr(expected[0], name))
@@ -155,9 +146,8 @@ def test_refinements_streamed_equal_those_of_the_reference(
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "kl"])
-@pytest.mark.parametrize("implementation", ["reference", "blockwise", "triton"])
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "online_softmax"])
 @pytest.mark.parametrize("guide_keys", [False, True])
-@pytest.mark.usefixtures("rows_are_split")
 def test_gradient_with_refinements_is_that_of_finite_differences(
     similarity: Similarity, implementation: str, guide_keys: bool
 ) -> None:
@@ -185,8 +175,7 @@ def test_gradient_with_refinements_is_that_of_finite_differences(
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "kl"])
-@pytest.mark.parametrize("implementation", ["reference", "blockwise", "triton"])
-@pytest.mark.usefixtures("rows_are_split")
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "online_softmax"])
 def test_gradient_is_that_of_finite_differences(similarity: Similarity, implementation: str) -> None:
     source, target = domain(9, 5, similarity, 3), domain(8, 5, similarity, 4)
     labels = labels_of(9, 3)
@@ -214,9 +203,8 @@ def clustered(n: int, channels: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "kl"])
-@pytest.mark.parametrize("implementation", ["blockwise", "triton"])
+@pytest.mark.parametrize("implementation", ["blockwise", "online_softmax"])
 @pytest.mark.parametrize("channels", [11, 64, 300])
-@pytest.mark.usefixtures("rows_are_split")
 def test_fp32_is_fp64_to_rounding(similarity: Similarity, implementation: str, channels: int) -> None:
     (source, labels), (target, _) = clustered(700, channels, 0), clustered(500, channels, 1)
     if similarity == "kl":
@@ -228,9 +216,8 @@ def test_fp32_is_fp64_to_rounding(similarity: Similarity, implementation: str, c
     assert_equal(found, expected, 1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["blockwise", "triton"])
-@pytest.mark.usefixtures("rows_are_split")
-def test_bf16_products_move_the_loss_by_less_than_a_hundredth(implementation: str) -> None:
+@pytest.mark.parametrize("implementation", ["blockwise", "online_softmax"])
+def test_bf16_matmuls_move_the_loss_by_less_than_a_hundredth(implementation: str) -> None:
     (source, labels), (target, _) = clustered(700, 64, 0), clustered(500, 64, 1)
     expected = value_and_gradients(source, target, labels, implementation="reference")
     found = value_and_gradients(source.float(), target.float(), labels, implementation=implementation, dtype="bf16")
@@ -239,10 +226,9 @@ def test_bf16_products_move_the_loss_by_less_than_a_hundredth(implementation: st
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected_gradient.flatten(), dim=0) > 0.97
 
 
-@pytest.mark.parametrize("implementation", ["blockwise", "triton"])
+@pytest.mark.parametrize("implementation", ["blockwise", "online_softmax"])
 @pytest.mark.parametrize("guide_keys", [False, True])
-@pytest.mark.usefixtures("rows_are_split")
-def test_a_guide_with_bf16_products_moves_the_loss_by_less_than_a_hundredth(
+def test_a_guide_with_bf16_matmuls_moves_the_loss_by_less_than_a_hundredth(
     implementation: str, guide_keys: bool
 ) -> None:
     (source, labels), (target, _) = clustered(700, 64, 0), clustered(500, 64, 1)
@@ -257,8 +243,21 @@ def test_a_guide_with_bf16_products_moves_the_loss_by_less_than_a_hundredth(
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected_gradient.flatten(), dim=0) > 0.97
 
 
+@pytest.mark.parametrize("implementation", ["blockwise", "online_softmax"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_fp64_inputs_may_have_bf16_matmuls(implementation: str, guided: bool) -> None:
+    (source, labels), (target, _) = clustered(90, 16, 0), clustered(70, 16, 1)
+    options: dict[str, Any] = {"implementation": implementation, "dtype": "bf16"}
+    if guided:
+        options["guide"] = source, target
+    found = value_and_gradients(source, target, labels, **options)
+    expected = value_and_gradients(source.float(), target.float(), labels, **options)
+    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-2, atol=0, check_dtype=False)
+    assert found[1].dtype == found[2].dtype == torch.float64
+
+
 def test_the_grouped_maximum_is_the_first_of_equals() -> None:
     tile = torch.randint(0, 4, (50, 1000), generator=torch.Generator().manual_seed(0)).float()
-    value, index = blockwise.row_maximum(tile)
+    value, index = tiles.row_maximum(tile)
     assert torch.equal(value, tile.amax(dim=1))
     assert torch.equal(index, (tile == value[:, None]).to(torch.uint8).argmax(dim=1))

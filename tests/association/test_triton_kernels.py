@@ -17,9 +17,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dist_pca.association import associate, triton_kernels
-from dist_pca.association.blockwise import Match
-from dist_pca.association.triton_kernels import match, sweep
+from dist_pca.association import associate, triton_launch
+from dist_pca.association.kernels import BlockMatch
+from dist_pca.association.triton_launch import TritonKernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -27,7 +27,7 @@ TYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 if torch.cuda.is_available() and not INTERPRETED:
-    on_device = pytest.mark.skipif(not triton_kernels.can_run(DEVICE), reason="the GPU is older than Ampere")
+    on_device = pytest.mark.skipif(not triton_launch.can_run(DEVICE), reason="the GPU is older than Ampere")
 else:
     on_device = pytest.mark.skipif(
         not INTERPRETED, reason="no GPU: these run interpreted, within test_kernels_are_the_formulas_when_interpreted"
@@ -69,29 +69,28 @@ def largest_product(query: torch.Tensor, key: torch.Tensor) -> float:
     return float(query.double().norm(dim=1).max() * key.double().norm(dim=1).max())
 
 
-def assert_matches(found: Match, query: torch.Tensor, key: torch.Tensor, tolerance: float) -> None:
+def assert_matches(found: BlockMatch, query: torch.Tensor, key: torch.Tensor, tolerance: float) -> None:
     z = query.double() @ key.double().T
     size = largest_product(query, key)
-    assert found.best.dtype == torch.int64
-    assert_near(found.value, z.amax(dim=1), tolerance * size)
+    assert found.key_index.dtype == torch.int64
+    assert_near(found.logit, z.amax(dim=1), tolerance * size)
     # A product that rounding may have put above the largest is as good an answer.
-    assert_near(z.gather(1, found.best[:, None])[:, 0], z.amax(dim=1), tolerance * size)
-    assert_near(found.squares, z.square().sum(dim=1), tolerance * (size**2 + z.square().sum(dim=1)))
-    if found.log_sum is not None:
-        assert_near(found.log_sum, z.logsumexp(dim=1), tolerance * (1 + size))
+    assert_near(z.gather(1, found.key_index[:, None])[:, 0], z.amax(dim=1), tolerance * size)
+    if found.logsumexp is not None:
+        assert_near(found.logsumexp, z.logsumexp(dim=1), tolerance * (1 + size))
 
 
-def assert_sweeps(
+def assert_backward(
     query: torch.Tensor, key: torch.Tensor, weighted: torch.Tensor, deterministic: bool, tolerance: float
 ) -> None:
     z = query.double() @ key.double().T
-    log_sum = z.logsumexp(dim=1)
-    p = torch.exp(z - log_sum[:, None])
+    logsumexp = z.logsumexp(dim=1)
+    p = torch.exp(z - logsumexp[:, None])
     # Exponentials are as uncertain as products.
     tolerance = max(tolerance, 1e-6 * largest_product(query, key))
     before = rows(len(key), key.shape[1], torch.float32, seed=99)
     key_gradient = before.clone()
-    query_sum = sweep(query, key, weighted, log_sum.float(), key_gradient, deterministic=deterministic)
+    query_sum = TritonKernels(deterministic).backward(query, key, weighted, logsumexp.float(), key_gradient)
     assert query_sum.dtype == torch.float32
     assert_near(query_sum, p @ key.double(), tolerance * (p @ key.double().abs()))
     added = key_gradient.double() - before.double()
@@ -104,14 +103,16 @@ widths = st.sampled_from([11, 19, 40, 1, 16, 32, 64, 65])
 
 @on_device
 @settings(max_examples=12)
-@given(n=sizes, m=sizes, channels=widths, dtype=st.sampled_from(TYPES), log_sum=st.booleans(), seed=st.integers(0, 99))
-@example(n=5, m=300, channels=19, dtype=torch.float32, log_sum=True, seed=0)
+@given(
+    n=sizes, m=sizes, channels=widths, dtype=st.sampled_from(TYPES), logsumexp=st.booleans(), seed=st.integers(0, 99)
+)
+@example(n=5, m=300, channels=19, dtype=torch.float32, logsumexp=True, seed=0)
 def test_match_is_the_plain_formula(
-    n: int, m: int, channels: int, dtype: torch.dtype, log_sum: bool, seed: int
+    n: int, m: int, channels: int, dtype: torch.dtype, logsumexp: bool, seed: int
 ) -> None:
     query, key = rows(n, channels, dtype, seed, scale=5), rows(m, channels, dtype, seed + 1)
-    found = match(query, key, log_sum=log_sum)
-    assert (found.log_sum is not None) == log_sum
+    found = TritonKernels().match(query, key, logsumexp=logsumexp)
+    assert (found.logsumexp is not None) == logsumexp
     # The input is what it is, so products of bf16 rows are exact to fp32 too.
     assert_matches(found, query, key, 1e-5)
 
@@ -126,57 +127,59 @@ def test_match_is_the_plain_formula(
     deterministic=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_sweep_is_the_plain_formula(
+def test_backward_is_the_plain_formula(
     n: int, m: int, channels: int, dtype: torch.dtype, deterministic: bool, seed: int
 ) -> None:
     query, key, weighted = (rows(size, channels, dtype, seed + i, 3) for i, size in enumerate((n, m, n)))
-    assert_sweeps(query, key, weighted, deterministic, TOLERANCE[dtype])
+    assert_backward(query, key, weighted, deterministic, TOLERANCE[dtype])
 
 
 @on_device
 @settings(max_examples=5)
 @given(n=sizes, m=sizes, channels=widths, dtype=st.sampled_from(TYPES), seed=st.integers(0, 99))
 @example(n=140, m=200, channels=40, dtype=torch.bfloat16, seed=0)
-def test_sweep_of_wide_rows_is_the_plain_formula(n: int, m: int, channels: int, dtype: torch.dtype, seed: int) -> None:
+def test_backward_of_wide_rows_is_the_plain_formula(
+    n: int, m: int, channels: int, dtype: torch.dtype, seed: int
+) -> None:
     query, key, weighted = (rows(size, channels, dtype, seed + i, 3) for i, size in enumerate((n, m, n)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_kernels, "FUSED_CHANNELS", {torch.float32: 0, torch.bfloat16: 0})
+        patch.setattr(triton_launch, "FUSED_CHANNELS", {torch.float32: 0, torch.bfloat16: 0})
         # Several tiles of 64 x 64.
-        patch.setattr(triton_kernels, "SCRATCH_BYTES", 64 * 64 * dtype.itemsize)
-        assert_sweeps(query, key, weighted, False, TOLERANCE[dtype])
+        patch.setattr(triton_launch, "SCRATCH_BYTES", 64 * 64 * dtype.itemsize)
+        assert_backward(query, key, weighted, False, TOLERANCE[dtype])
 
 
 @on_device
 @pytest.mark.parametrize("dtype", TYPES)
-def test_rows_wider_than_one_block_of_channels_match_and_sweep(dtype: torch.dtype) -> None:
+def test_rows_wider_than_one_block_of_channels_match_and_backward(dtype: torch.dtype) -> None:
     query, key = rows(9, 331, dtype, 0, scale=5), rows(21, 331, dtype, 1)
-    assert_matches(match(query, key, log_sum=True), query, key, 1e-5)
-    assert_sweeps(query, key, rows(9, 331, dtype, 2), False, TOLERANCE[dtype])
+    assert_matches(TritonKernels().match(query, key, logsumexp=True), query, key, 1e-5)
+    assert_backward(query, key, rows(9, 331, dtype, 2), False, TOLERANCE[dtype])
 
 
 @on_device
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_rows_shared_out_among_many_programs_match_and_sweep(
+def test_rows_shared_out_among_many_programs_match_and_backward(
     dtype: torch.dtype, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_kernels, "_processors", lambda device: 64)
+    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: 64)
     query, key = rows(200, 19, dtype, 0, scale=5), rows(300, 19, dtype, 1)
-    assert triton_kernels._spans(200, 300, DEVICE, triton_kernels.SWEEP_WAVES) == (128, 3)
-    assert_matches(match(query, key, log_sum=True), query, key, 1e-5)
-    assert_sweeps(query, key, rows(200, 19, dtype, 2), deterministic, TOLERANCE[dtype])
+    assert triton_launch._chunks(200, 300, DEVICE, triton_launch.BACKWARD_WAVES) == (128, 3)
+    assert_matches(TritonKernels().match(query, key, logsumexp=True), query, key, 1e-5)
+    assert_backward(query, key, rows(200, 19, dtype, 2), deterministic, TOLERANCE[dtype])
 
 
 @on_device
 @pytest.mark.parametrize("processors", [1, 64])
 def test_ties_go_to_the_lowest_index(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "_processors", lambda device: processors)
+    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: processors)
     key = torch.zeros(300, 12, device=DEVICE)
     key[[7, 9, 100, 250], 0] = 1.0
     key[[280, 299], 1] = 1.0
     query = torch.zeros(4, 12, device=DEVICE)
     query[0, 0], query[1, 1], query[2, 0] = 1.0, 2.0, -1.0
-    assert match(query, key, log_sum=False).best.tolist() == [7, 280, 0, 0]
+    assert TritonKernels().match(query, key, logsumexp=False).key_index.tolist() == [7, 280, 0, 0]
 
 
 @on_device
@@ -184,31 +187,30 @@ def test_ties_go_to_the_lowest_index(processors: int, monkeypatch: pytest.Monkey
 @given(n=st.integers(1, 40), first=st.integers(1, 60), second=st.integers(1, 60), seed=st.integers(0, 99))
 def test_two_parts_of_the_keys_combine_to_the_whole(n: int, first: int, second: int, seed: int) -> None:
     query, key = rows(n, 19, torch.float32, seed, scale=5), rows(first + second, 19, torch.float32, seed + 1)
-    whole, one, two = (match(query, part, log_sum=True) for part in (key, key[:first], key[first:]))
-    assert whole.log_sum is not None
-    assert one.log_sum is not None
-    assert two.log_sum is not None
+    whole, one, two = (TritonKernels().match(query, part, logsumexp=True) for part in (key, key[:first], key[first:]))
+    assert whole.logsumexp is not None
+    assert one.logsumexp is not None
+    assert two.logsumexp is not None
     size = largest_product(query, key)
-    assert_near(torch.logaddexp(one.log_sum, two.log_sum), whole.log_sum, 1e-5 * (1 + size))
-    assert_near(torch.maximum(one.value, two.value), whole.value, 1e-6 * size)
-    assert_near(one.squares + two.squares, whole.squares, 1e-5 * whole.squares)
-    index = torch.where(two.value > one.value, first + two.best, one.best)
-    assert torch.equal(index, whole.best)
+    assert_near(torch.logaddexp(one.logsumexp, two.logsumexp), whole.logsumexp, 1e-5 * (1 + size))
+    assert_near(torch.maximum(one.logit, two.logit), whole.logit, 1e-6 * size)
+    index = torch.where(two.logit > one.logit, first + two.key_index, one.key_index)
+    assert torch.equal(index, whole.key_index)
 
 
 @on_device
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("channels", [19, 40, 300])
-def test_deterministic_sweeps_agree_bit_by_bit(channels: int, dtype: torch.dtype) -> None:
+def test_deterministic_backward_passes_agree_bit_by_bit(channels: int, dtype: torch.dtype) -> None:
     query, key, weighted = (rows(n, channels, dtype, seed) for seed, n in enumerate((50, 70, 50)))
-    log_sum = match(query, key, log_sum=True).log_sum
-    assert log_sum is not None
+    logsumexp = TritonKernels().match(query, key, logsumexp=True).logsumexp
+    assert logsumexp is not None
     results = []
     for _ in range(2):
         key_gradient = torch.zeros(70, channels, device=DEVICE)
-        results.append((sweep(query, key, weighted, log_sum, key_gradient, deterministic=True), key_gradient))
+        results.append((TritonKernels(True).backward(query, key, weighted, logsumexp, key_gradient), key_gradient))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    without_key_gradient = sweep(query, key, weighted, log_sum, None, deterministic=True)
+    without_key_gradient = TritonKernels(True).backward(query, key, weighted, logsumexp, None)
     assert torch.equal(without_key_gradient, results[0][0])
 
 
@@ -225,11 +227,11 @@ def test_products_in_the_thousands_stay_finite(dtype: torch.dtype, deterministic
     key = (3 + 0.1 * rows(45, 11, torch.float32, 1) + 0 * channels).to(dtype)
     z = query.double() @ key.double().T
     assert float((sign * z).min()) > 900
-    found = match(query, key, log_sum=True)
+    found = TritonKernels().match(query, key, logsumexp=True)
     assert_matches(found, query, key, 1e-5)
-    assert found.log_sum is not None
+    assert found.logsumexp is not None
     key_gradient = torch.zeros(45, 11, device=DEVICE)
-    query_sum = sweep(query, key, query, found.log_sum, key_gradient, deterministic=deterministic)
+    query_sum = TritonKernels(deterministic).backward(query, key, query, found.logsumexp, key_gradient)
     p = z.softmax(dim=1)
     # One unit in the last place of a product is 6e-5, and its exponential is as uncertain.
     tolerance = max(1e-3, TOLERANCE[dtype])
@@ -242,11 +244,11 @@ def test_products_in_the_thousands_stay_finite(dtype: torch.dtype, deterministic
 @pytest.mark.parametrize("channels", [19, 300])
 def test_no_query_rows_give_empty_results(channels: int, deterministic: bool) -> None:
     query, key = rows(0, channels, torch.bfloat16, 0), rows(5, channels, torch.bfloat16, 1)
-    found = match(query, key, log_sum=True)
-    assert found.log_sum is not None
-    assert [len(part) for part in (found.value, found.best, found.squares, found.log_sum)] == [0] * 4
+    found = TritonKernels().match(query, key, logsumexp=True)
+    assert found.logsumexp is not None
+    assert [len(part) for part in (found.logit, found.key_index, found.logsumexp)] == [0] * 3
     key_gradient = torch.ones(5, channels, device=DEVICE)
-    query_sum = sweep(query, key, query, found.log_sum, key_gradient, deterministic=deterministic)
+    query_sum = TritonKernels(deterministic).backward(query, key, query, found.logsumexp, key_gradient)
     assert query_sum.shape == (0, channels)
     assert torch.equal(key_gradient, torch.ones_like(key_gradient))
 
@@ -308,32 +310,32 @@ def test_refinements_through_the_kernels_are_the_definition(similarity: Any, gui
 
 def test_only_a_gpu_or_the_interpreter_can_run_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not triton_kernels.can_run(torch.device("cpu"))
+    assert not triton_launch.can_run(torch.device("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton_kernels.can_run(torch.device("cpu"))
+    assert triton_launch.can_run(torch.device("cpu"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not triton_kernels.can_run(torch.device("cpu"))
+    assert not triton_launch.can_run(torch.device("cpu"))
 
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 86: 99 << 10}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "match": ("match_kernel", {"LOG_SUM": True}),
+    "match": ("match_kernel", {"LOGSUMEXP": True}),
     "probability": ("probability_kernel", {}),
-    "query side": ("sweep_kernel", {"OWNS_KEYS": False, "ATOMIC": False}),
-    "key side": ("sweep_kernel", {"OWNS_KEYS": True, "ATOMIC": False}),
-    "atomic": ("sweep_kernel", {"OWNS_KEYS": True, "ATOMIC": True}),
+    "query side": ("backward_kernel", {"KEYS_STATIONARY": False, "ATOMIC": False}),
+    "key side": ("backward_kernel", {"KEYS_STATIONARY": True, "ATOMIC": False}),
+    "atomic": ("backward_kernel", {"KEYS_STATIONARY": True, "ATOMIC": True}),
 }
 
 
 def takes(variant: str, channels: int, type_name: str) -> bool:
     """Whether rows of this width go through the kernel; wider ones take another route."""
     name, constants = VARIANTS[variant]
-    limit = triton_kernels.FUSED_CHANNELS[torch.bfloat16 if type_name == "bf16" else torch.float32]
-    return name != "sweep_kernel" or channels <= (triton_kernels.ATOMIC_CHANNELS if constants["ATOMIC"] else limit)
+    limit = triton_launch.FUSED_CHANNELS[torch.bfloat16 if type_name == "bf16" else torch.float32]
+    return name != "backward_kernel" or channels <= (triton_launch.ATOMIC_CHANNELS if constants["ATOMIC"] else limit)
 
 
-INPUTS = {"query", "key", "owned", "streamed", "weighted", "probability"}
-SUMS = {"value", "squares", "log_sum", "owned_sum", "streamed_sum"}
+INPUTS = {"query", "key", "stationary", "streaming", "values", "probability"}
+SUMS = {"logit", "logsumexp", "stationary_sum", "streaming_sum"}
 
 
 def compiled(kernel: Any, capability: int, type_name: str, shape: Any, constants: dict[str, Any]) -> tuple[int, int]:
@@ -379,11 +381,11 @@ def compiled(kernel: Any, capability: int, type_name: str, shape: Any, constants
     [case for case in product(VARIANTS, [32, 256, 2048], ["bf16", "fp32"]) if takes(*case)],
 )
 def test_kernels_compile_and_fit(variant: str, channels: int, type_name: str, capability: int) -> None:
-    from dist_pca.association import triton_programs
+    from dist_pca.association import triton_kernels
 
     name, constants = VARIANTS[variant]
-    kernel = getattr(triton_programs, name)
-    shapes = triton_programs.shapes(kernel, type_name == "bf16", channels)
+    kernel = getattr(triton_kernels, name)
+    shapes = triton_kernels.shapes(kernel, type_name == "bf16", channels)
     # GPUs with little shared memory need one shape that fits; the first and the last must fit the others.
     for shape in shapes[-1:] if capability == 86 else (shapes[0], shapes[-1]):
         shared, spilled = compiled(kernel, capability, type_name, shape, {**constants, "C": channels})

@@ -127,7 +127,7 @@ def _triton_runs() -> bool:
     """Whether Triton's kernels run compiled: its interpreter says nothing about speed."""
     if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return False
-    from dist_pca.association.triton_kernels import can_run
+    from dist_pca.association.triton_launch import can_run
 
     return can_run(torch.device("cuda"))
 

@@ -1,4 +1,4 @@
-"""Collectives over all ranks, with gradients that flow home."""
+"""Collectives over all ranks, differentiable where a loss needs it."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ import torch.distributed as dist
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Ranks in the group (the world by default); 1 outside of torch.distributed."""
+    """Return the number of ranks in the group (default: the world); 1 outside of torch.distributed."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def all_reduce_sum(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Sum of a tensor over ranks, without a gradient; the tensor itself is left alone."""
+    """Sum a tensor over ranks into a new tensor, without gradient. Collective."""
     total = value.detach().clone()
     if world_size(group) > 1:
         dist.all_reduce(total, group=group)
@@ -20,10 +20,17 @@ def all_reduce_sum(value: torch.Tensor, group: dist.ProcessGroup | None = None) 
 
 
 def all_gather(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Rows of all ranks, in rank order: [n_r, ...] on each rank r, uneven or empty, gives [sum n_r, ...] on all.
+    """Concatenate the rows of all ranks in rank order, with gradient. Collective, as is the backward pass.
 
-    The gradient of every rank's copy is summed and returned to the rank that owns the row (reduce-scatter). A loss on
+    The gradients of all ranks' copies of a row are summed on the rank that owns it (reduce-scatter). A loss on
     gathered rows whose gradients are later averaged over W ranks must therefore be `W * local sum / global count`.
+
+    Args:
+        x: [n_r, ...] on each rank r; n_r may differ between ranks and be 0.
+        group: Ranks to gather from; None is the world.
+
+    Returns:
+        [sum of n_r, ...] on every rank.
     """
     if world_size(group) == 1:
         return x
@@ -39,7 +46,7 @@ class _AllGather(torch.autograd.Function):
         dist.all_gather(counts, torch.tensor([len(x)], device=x.device), group=group)
         ctx.group, ctx.counts = group, [int(count) for count in counts]
         ctx.rank = dist.get_rank(group)
-        # Collectives want equal shapes on every rank, so all travel padded to the largest.
+        # Collectives need equal shapes on every rank, so rows are padded to the largest count.
         parts = [x.new_empty((max(ctx.counts), *x.shape[1:])) for _ in range(ranks)]
         dist.all_gather(parts, _padded(x, max(ctx.counts)), group=group)
         return torch.cat([part[:count] for part, count in zip(parts, ctx.counts, strict=True)])
@@ -47,9 +54,9 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         parts = [_padded(part, max(ctx.counts)) for part in torch.split(gradient, ctx.counts)]
-        home = torch.empty_like(parts[0])
-        dist.reduce_scatter(home, parts, group=ctx.group)
-        return home[: ctx.counts[ctx.rank]], None
+        local = torch.empty_like(parts[0])
+        dist.reduce_scatter(local, parts, group=ctx.group)
+        return local[: ctx.counts[ctx.rank]], None
 
 
 def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:

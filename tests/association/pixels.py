@@ -1,4 +1,4 @@
-"""Drawn positions of two domains, for the tests of this folder."""
+"""Drawn pixels of two domains, for the tests of this folder."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def refinements(
     weights: bool = False,
     guide: bool = False,
 ) -> dict[str, Any]:
-    """Optional inputs of `associate`, drawn: classes with some 255, weights with some 0, and a guide's rows."""
+    """Optional inputs of `associate`, drawn: classes with some 255, weights with some 0, and a guide's pixels."""
     drawn: dict[str, Any] = {}
     if classes:
         drawn["target_classes"] = labels_of(n_target, seed + 2)

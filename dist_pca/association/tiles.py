@@ -1,0 +1,101 @@
+"""Tiles of the similarity matrix in plain PyTorch, on any device; the whole matrix never exists.
+
+A tile is a block of queries against a block of keys, small enough to stay in the cache. Its matmul may be in bf16;
+accumulation is in fp32, or fp64 for fp64 inputs.
+"""
+
+import torch
+
+CPU_TILE_BYTES, GPU_TILE_BYTES = 8 << 20, 256 << 20
+"""Memory of one tile [bytes]. Larger ones leave a CPU's cache, and every pass over them waits for memory."""
+ROW_MULTIPLE = 32
+"""Rows of a tile are a multiple of this."""
+MIN_ROWS = 256
+"""Least rows of a tile, whatever its memory: with fewer, matmuls wait for the keys, which every tile reads again."""
+MAX_GROUP = 64
+"""Columns whose maximum is taken first: PyTorch's maximum is vectorised on CPUs, its argmax is not."""
+KEY_ROWS = 2048
+"""Rows of a key gradient that a CPU accumulates at a time."""
+# On processors to which MKL gives no AVX-512, oneDNN multiplies twice as fast; PyTorch uses it only for bf16.
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+
+
+def row_blocks(rows: int, columns: int, device: torch.device, element_size: int = 4) -> list[slice]:
+    """Split rows into blocks whose tiles fit the memory budget.
+
+    Args:
+        rows: Number of rows to split.
+        columns: Columns of a tile.
+        device: Where tiles are computed.
+        element_size: Memory of one logit [bytes].
+    """
+    budget = CPU_TILE_BYTES if device.type == "cpu" else GPU_TILE_BYTES
+    height = max(MIN_ROWS, budget // max(1, element_size * columns) // ROW_MULTIPLE * ROW_MULTIPLE)
+    return [slice(start, start + height) for start in range(0, rows, height)]
+
+
+def logits_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Compute `query @ key.T` [n, m] in fp32 or fp64."""
+    return upcast(matmul(query, key.T))
+
+
+def upcast(tile: torch.Tensor) -> torch.Tensor:
+    """Convert to fp32; fp32 and fp64 tensors are returned as they are."""
+    return tile.to(torch.promote_types(tile.dtype, torch.float32))
+
+
+def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Compute `left @ right`; bf16 accumulates in fp32, and the result is fp32 on GPUs and rounded to bf16 on CPUs."""
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    if _ONEDNN and left.device.type == "cpu" and left.dtype == torch.float32 and left.numel() and right.numel():
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
+        return result
+    return left @ right
+
+
+def row_maximum(tile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the largest value of each row and its column, the lowest where several tie, of [n, m]."""
+    columns = tile.shape[1]
+    if tile.is_cuda or columns < 4 * MAX_GROUP:
+        value, index = tile.max(dim=1)
+        return value, index
+    # Maximum of each group of columns; the last group overlaps the one before if columns are not a multiple.
+    full = columns // MAX_GROUP * MAX_GROUP
+    maxima = torch.unflatten(tile[:, :full], 1, (-1, MAX_GROUP)).amax(dim=2)
+    if full < columns:
+        maxima = torch.cat([maxima, tile[:, -MAX_GROUP:].amax(dim=1, keepdim=True)], dim=1)
+    # First group with the maximum, and first column of the maximum within it.
+    first = (maxima.argmax(dim=1) * MAX_GROUP).clamp(max=columns - MAX_GROUP)
+    group = tile.gather(1, first[:, None] + torch.arange(MAX_GROUP, device=tile.device))
+    within = group.argmax(dim=1, keepdim=True)
+    return group.gather(1, within)[:, 0], first + within[:, 0]
+
+
+def backward_matmuls(
+    probabilities: torch.Tensor, key: torch.Tensor, weighted: torch.Tensor, key_gradient: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute dq = `P @ key` [n, C] of a tile P [n, m], and add dk = `P.T @ weighted` to `key_gradient`.
+
+    Args:
+        probabilities: [n, m], P.
+        key: [m, C].
+        weighted: [n, C], queries scaled by weight and temperature.
+        key_gradient: [m, C]; None where keys have no gradient.
+    """
+    probabilities = probabilities.to(key.dtype)
+    if key_gradient is None:
+        return upcast(matmul(probabilities, key))
+    if key.is_cuda and key.dtype != torch.bfloat16:
+        key_gradient.addmm_(probabilities.T, weighted)
+    elif key.is_cuda:
+        key_gradient += matmul(probabilities.T, weighted)
+    else:
+        # In parts that are still in the cache when they are added.
+        for columns, part in zip(
+            torch.split(probabilities, KEY_ROWS, dim=1), torch.split(key_gradient, KEY_ROWS), strict=True
+        ):
+            part += matmul(columns.T, weighted)
+    return upcast(matmul(probabilities, key))

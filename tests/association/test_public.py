@@ -1,0 +1,85 @@
+"""The public names: imported when first used, and one loss behind the function and the module."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dist_pca
+from dist_pca.association import CycleAssociationLoss, associate, associate_pairs, cycle_association
+from dist_pca.association.loss import cycle_association_pairs
+from tests.association.pixels import CLASSES, domain, labels_of, refinements
+
+OTHER_PACKAGES = (
+    *("accelerate", "deepspeed", "numpy", "omegaconf", "pydantic", "safetensors", "timm", "torchvision", "webdataset"),
+    *("dist_pca.config", "dist_pca.data", "dist_pca.errors", "dist_pca.model", "dist_pca.objective"),
+    *("dist_pca.shards", "dist_pca.training"),
+)
+
+
+def run(code: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    run("import sys, dist_pca; assert dir(dist_pca); sys.exit('torch' in sys.modules)")
+
+
+def test_every_public_name_resolves() -> None:
+    for name in dist_pca.__all__:
+        assert getattr(dist_pca, name) is not None
+        assert name in dir(dist_pca)
+    assert dist_pca.cycle_association is cycle_association
+    assert dist_pca.CycleAssociationLoss is CycleAssociationLoss
+    with pytest.raises(AttributeError, match="has no attribute 'cycle'"):
+        dist_pca.cycle  # noqa: B018
+
+
+def test_the_first_names_of_the_functions_are_aliases() -> None:
+    assert associate is cycle_association
+    assert associate_pairs is cycle_association_pairs
+
+
+def test_types_are_part_of_the_package() -> None:
+    assert (Path(dist_pca.__file__).parent / "py.typed").is_file()
+
+
+def test_the_association_needs_torch_alone() -> None:
+    run(
+        f"import sys\nfor name in {OTHER_PACKAGES}: sys.modules[name] = None\n"
+        "import torch\nfrom dist_pca.association import CycleAssociationLoss\n"
+        "criterion = CycleAssociationLoss(num_classes=2, similarity='kl')\n"
+        "source, target = (torch.rand(9, 4, requires_grad=True).softmax(1) for _ in range(2))\n"
+        "criterion(source, target, torch.zeros(9, dtype=torch.int64)).loss.backward()"
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"similarity": "kl", "detach_statistics": False, "dtype": "bf16"},
+        {"class_balanced": True, "guide_keys": True, "implementation": "reference", "deterministic": True},
+        {"exchange": "local", "wire_dtype": "bf16", "implementation": "online_softmax"},
+    ],
+)
+def test_the_module_is_the_function_bit_for_bit(options: dict[str, Any]) -> None:
+    similarity, guided = options.get("similarity", "cosine"), options.get("guide_keys", False)
+    inputs = refinements(30, 20, 6, similarity, 2, classes=True, weights=True, guide=guided)
+    inputs["target_labels"] = labels_of(20, 9)
+    criterion = CycleAssociationLoss(CLASSES, **options)
+    results = []
+    for compute in (criterion, lambda *args, **kw: cycle_association(*args, num_classes=CLASSES, **options, **kw)):
+        source, target = (domain(n, 6, similarity, n).float().requires_grad_() for n in (30, 20))
+        found = compute(source, target, labels_of(30, 0), **inputs)
+        found.loss.backward()
+        results.append([*vars(found).values(), source.grad, target.grad])
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*results, strict=True))
+    assert not list(criterion.parameters())
+    assert f"num_classes={CLASSES}" in repr(criterion)
