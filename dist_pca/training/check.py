@@ -26,6 +26,7 @@ class Plan(NamedTuple):
     """What a run needs, once all of it is known to be there and to fit together."""
 
     config: RunConfig
+    """With the launcher's ZeRO stage and offload: what runs, and what the run folder and its checkpoints say."""
     sources: tuple[Manifest, ...]
     targets: tuple[Manifest, ...]
     """Empty where the run does not adapt."""
@@ -39,11 +40,12 @@ class Plan(NamedTuple):
 def check(config: RunConfig, *, world_size: int, resume: bool | None) -> Plan:
     """Everything that can be refused before a process group exists: launcher, data, classes, sizes, network, folder.
 
+    The one place where the launcher's settings are merged into the config.
+
     Raises:
         UserError: something does not fit.
     """
-    config = fit_accumulation(config, world_size)
-    reconcile_launcher(config)
+    config = reconcile_launcher(fit_accumulation(config, world_size))
     cache = cache_settings(config.data.cache)
     sources = tuple(open_manifest(folder, cache) for folder in config.data.folders("source"))
     targets = tuple(open_manifest(folder, cache) for folder in config.data.folders("target") if config.objective.adapt)

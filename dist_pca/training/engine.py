@@ -129,13 +129,15 @@ def _check_offload(run: RunConfig) -> None:
 def start_world(config: RunConfig) -> World:
     """Join the other processes, as `accelerate launch` started them; alone if nothing did.
 
+    Args:
+        config: The run as `reconcile_launcher` returned it.
+
     Raises:
-        UserError: launcher and config disagree, or the processes that came up are not those that were launched.
+        UserError: the processes that came up are not those that were launched.
     """
     import deepspeed
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    config = reconcile_launcher(config)
     # On a CPU DeepSpeed would compile a reduction for inference at first start, and fail without a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name in list(os.environ):

@@ -63,7 +63,7 @@ def open_session(plan: Plan) -> Iterator[Session]:
     """Start a run, or take it up at its folder's newest checkpoint. Collective, and so is its end.
 
     Raises:
-        UserError: launcher and config disagree, another job trains in the folder, or a checkpoint cannot be read.
+        UserError: another job trains in the folder, or a checkpoint cannot be read.
     """
     config, training = plan.config, plan.config.training
     world = start_world(config)

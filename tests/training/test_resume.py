@@ -13,6 +13,7 @@ from dist_pca.tools.demo.streets import DAY, write_streets
 from dist_pca.training.check import check
 from dist_pca.training.checkpoint import code_version
 from dist_pca.training.resume import check_resume
+from dist_pca.training.run import create_run
 
 
 def demo(folder: Path, *overrides: str) -> RunConfig:
@@ -68,6 +69,26 @@ def test_resume_consents_to_changed_keys_and_no_resume_to_no_run(made: Path) -> 
 @pytest.mark.parametrize("resume", [None, True, False])
 def test_a_folder_without_a_run_starts_one(tmp_path: Path, resume: bool | None) -> None:
     check_resume(demo(tmp_path), resume)
+
+
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_the_launchers_stage_is_the_runs_and_no_changed_key_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    for name in ("day", "dusk"):
+        write_streets(tmp_path / f"raw_{name}", DAY, split=name, indices=range(2), seed=0, size=(64, 96))
+        build_shards("folder", tmp_path / f"raw_{name}", tmp_path / name, workers=1)
+    config = demo(
+        tmp_path,
+        *(f"data.source={tmp_path}/day", f"data.target={tmp_path}/dusk"),
+        *("data.shorter_edge=[40,56]", "data.crop=[40,56]"),
+        *("model.backbone=test_resnet", "model.weights=scratch", "model.output_stride=null"),
+    )
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    plan = check(config, world_size=1, resume=None)
+    create_run(plan.config, plan.classes, world_size=1, start_step=0)
+    assert load_config(config.folder / "config.yaml").training.zero_stage == int(stage)
+    assert check(config, world_size=1, resume=None).config == plan.config
 
 
 def test_a_world_that_cannot_share_the_batch_is_refused_with_the_sizes_that_would_work(tmp_path: Path) -> None:

@@ -131,9 +131,6 @@ def engine_steps(
     from dist_pca.training.ema import start_average, update_average
     from dist_pca.training.loss_scale import LossScale
 
-    if config.training.precision == "fp16":
-        # Refused to users, as most CPUs have no such convolutions, or slow ones.
-        module.reconcile_launcher = lambda config: config
     world = module.start_world(config)
     torch.set_num_threads(1)
     model = network(config)

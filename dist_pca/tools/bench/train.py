@@ -24,7 +24,7 @@ from dist_pca.tools.bench.demonstration import train_demonstration
 from dist_pca.tools.bench.report import Record
 from dist_pca.train import resolve_config
 from dist_pca.training.check import Plan, check
-from dist_pca.training.engine import deepspeed_config, reconcile_launcher
+from dist_pca.training.engine import deepspeed_config
 from dist_pca.training.loop import train
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.signals import StopRequest
@@ -85,7 +85,7 @@ def bare_steps(plan: Plan, device: torch.device) -> Iterator[None]:
     config, training = plan.config, plan.config.training
     network: torch.nn.Module = build_segmenter(config.model, len(plan.classes))
     optimizer = build_optimizer(config.optimizer, network)  # type: ignore[arg-type]
-    settings = deepspeed_config(reconcile_launcher(config))
+    settings = deepspeed_config(config)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
     domains: Sequence[tuple[Sequence[Manifest], Domain, int]] = (
         (plan.sources, "source", training.source_batch),
