@@ -15,7 +15,7 @@ from dist_pca.objective.feature_distance import thing_classes
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import fit_accumulation
-from dist_pca.training.engine import reconcile_launcher
+from dist_pca.training.deepspeed_config import reconcile_launcher
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.resume import check_resume
 from dist_pca.training.trackers import check_trackers

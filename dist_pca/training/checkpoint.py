@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 
 import dist_pca
 from dist_pca.errors import UserError
-from dist_pca.training.zero import persistent_buffers, set_optimizer
+from dist_pca.training.deepspeed_internals import torch_optimizer
+from dist_pca.training.zero import persistent_buffers, set_optimizer_state
 
 Pointer = Literal["latest", "best"]
 Weights = Literal["ema", "trained"]
@@ -129,7 +130,7 @@ def load_optimizer(engine: Any, checkpoint: Path) -> None:
     for name, value in found.items():
         parameter, _, key = name.rpartition("/")
         state.setdefault(key, {})[parameter] = value
-    kind = type(engine.optimizer.optimizer)
+    kind = type(torch_optimizer(engine))
     keys = {"momentum_buffer"} if kind is torch.optim.SGD else {"exp_avg", "exp_avg_sq"}
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     other = state.keys() - keys or next((tensors.keys() ^ trained for tensors in state.values()), set())
@@ -138,7 +139,7 @@ def load_optimizer(engine: Any, checkpoint: Path) -> None:
             f"{checkpoint}: its optimiser's state does not fit {kind.__name__} of this network, by "
             f"{_some(sorted(other))}; use the optimizer.name and model.* it was trained with"
         )
-    set_optimizer(engine, state, None if steps is None else float(steps))
+    set_optimizer_state(engine, state, None if steps is None else float(steps))
 
 
 def has_average(checkpoint: Path) -> bool:

@@ -19,8 +19,8 @@ from typing_extensions import Self
 
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
-from dist_pca.training.agreement import refuse_together
 from dist_pca.training.checkpoint import Pointer, code_version, pointed_at, read_state
+from dist_pca.training.distributed import raise_on_all_ranks
 from dist_pca.training.ema import Average, whole_network
 from dist_pca.training.rank_statistics import FILE, averaged_statistics, gather_statistics
 from dist_pca.training.zero import gather, optimizer_partitions, optimizer_steps
@@ -121,7 +121,7 @@ class CheckpointWriter:
         error, self._error = self._error, None
         if error is not None and not isinstance(error, UserError):
             raise error
-        refuse_together(None if error is None else str(error))
+        raise_on_all_ranks(None if error is None else str(error))
 
     def _write(self, name: str, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
         try:

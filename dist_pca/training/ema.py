@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from dist_pca.model.batch_norm import running_statistics
-from dist_pca.training.zero import partitions, persistent_buffers, scatter, whole_parameters
+from dist_pca.training.zero import fp32_partitions, gather_parameters, persistent_buffers, scatter
 
 
 class Average(NamedTuple):
     """Averages that one rank holds."""
 
     partitions: list[torch.Tensor]
-    """Of the weights, in the layout of `zero.partitions`."""
+    """Of the weights, in the layout of `zero.fp32_partitions`."""
     statistics: dict[str, torch.Tensor]
     """Running means and variances of batch norms, by name."""
 
@@ -26,7 +26,7 @@ class Average(NamedTuple):
 def start_average(engine: Any, saved: Mapping[str, torch.Tensor] | None = None) -> Average:
     """Averages that begin at the weights as they are, or go on from whole saved tensors by name."""
     average = Average(
-        [partition.detach().clone() for partition in partitions(engine)],
+        [partition.detach().clone() for partition in fp32_partitions(engine)],
         {name: value.detach().clone() for name, value in running_statistics(engine.module).items()},
     )
     if saved is not None:
@@ -44,7 +44,7 @@ def update_average(average: Average, engine: Any, decay: float, step: int) -> No
     far: a short run is not held back by the weights that it began with.
     """
     share = 1 - min(decay, step / (step + 1))
-    for mean, value in zip(average.partitions, partitions(engine), strict=True):
+    for mean, value in zip(average.partitions, fp32_partitions(engine), strict=True):
         mean.lerp_(value, share)
     for name, value in running_statistics(engine.module).items():
         average.statistics[name].lerp_(value, share)
@@ -55,6 +55,6 @@ def whole_network(engine: Any, average: Average | None) -> Iterator[tuple[str, t
 
     Collective; to be exhausted by all ranks. Batch-norm statistics are this rank's.
     """
-    yield from whole_parameters(engine, partitions(engine) if average is None else average.partitions)
+    yield from gather_parameters(engine, fp32_partitions(engine) if average is None else average.partitions)
     statistics = {} if average is None else average.statistics
     yield from ((name, statistics.get(name, buffer)) for name, buffer in persistent_buffers(engine.module))

@@ -20,7 +20,7 @@ import psutil  # type: ignore[import-untyped]
 import torch.distributed as dist
 
 from dist_pca.errors import UserError
-from dist_pca.training.agreement import refuse_together
+from dist_pca.training.distributed import raise_on_all_ranks
 from dist_pca.training.outcome import ExitCode, leave, say_error
 
 BEAT_SECONDS = 10.0
@@ -57,7 +57,7 @@ def run_lock(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
             _take(path, _this_process(), patience)
         except UserError as error:
             refusal = str(error)
-    refuse_together(refusal)
+    raise_on_all_ranks(refusal)
     released = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, _this_process(), released), daemon=True)
     if mine:

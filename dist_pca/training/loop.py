@@ -49,7 +49,7 @@ def train(plan: Plan, stop: StopRequest) -> ExitCode:
             for group, base in zip(session.optimizer.param_groups, session.base_rates, strict=True):
                 group["lr"] = base * factor
             # Dropout draws anew from (seed, step, rank), so that no generator state has to be stored.
-            torch.manual_seed(hash((config.seed, step, session.world.rank)) % 2**63)
+            torch.manual_seed(hash((config.seed, step, session.environment.rank)) % 2**63)
             session.bad_steps.begin()
             for micro in micro_batches(session, plan, step):
                 clock.enter("backward")
@@ -75,7 +75,7 @@ def train(plan: Plan, stop: StopRequest) -> ExitCode:
                 },
                 skipped=skipped,
             )
-            stopping = stop.agree(step + 1, session.world.device)
+            stopping = stop.agree(step + 1, session.environment.device)
             session.checkpoints.poll()
             if (step + 1) % training.checkpoint_every == 0 or last or stopping or mean_iou is not None:
                 clock.enter("checkpoint")
@@ -116,7 +116,7 @@ def micro_batches(session: Session, plan: Plan, step: int) -> Iterator[MicroBatc
             *(None if domain is None else finite(domain) for domain in domains),  # type: ignore[arg-type]
             step=step,
             accumulation=1 if pooled else training.accumulation,
-            node=session.world.node,
+            node=session.environment.node_group,
             things=plan.things,
         )
 
@@ -143,9 +143,9 @@ def score(session: Session, plan: Plan, step: int, *, last: bool) -> float | Non
         plan.validation,
         plan.classes,
         plan.config,
-        rank=session.world.rank,
-        world_size=session.world.size,
+        rank=session.environment.rank,
+        world_size=session.environment.world_size,
         progress=partial(session.clock.enter, "validation"),
     )
-    session.telemetry.collect({"validation_mean_iou": torch.tensor(mean_iou, device=session.world.device)}, ())
+    session.telemetry.collect({"validation_mean_iou": torch.tensor(mean_iou, device=session.environment.device)}, ())
     return mean_iou

@@ -19,8 +19,8 @@ from dist_pca.training.bad_steps import BadSteps
 from dist_pca.training.check import Plan
 from dist_pca.training.checkpoint import latest_checkpoint, load_average, load_model, load_optimizer, read_state
 from dist_pca.training.checkpoint_writer import CheckpointWriter
+from dist_pca.training.distributed import DistributedEnvironment, connect_store, init_distributed
 from dist_pca.training.ema import Average, start_average
-from dist_pca.training.engine import World, connect_store, start_world
 from dist_pca.training.lock import run_lock
 from dist_pca.training.loss_scale import LossScale
 from dist_pca.training.optimizer import build_optimizer
@@ -36,7 +36,7 @@ from dist_pca.training.watchdog import Watchdog
 class Session(NamedTuple):
     """Everything that a step needs."""
 
-    world: World
+    environment: DistributedEnvironment
     engine: Any
     """DeepSpeed's."""
     optimizer: torch.optim.Optimizer
@@ -66,30 +66,36 @@ def open_session(plan: Plan) -> Iterator[Session]:
         UserError: another job trains in the folder, or a checkpoint cannot be read.
     """
     config, training = plan.config, plan.config.training
-    world = start_world(config)
+    environment = init_distributed(config)
     with ExitStack() as stack:
         watchdog = stack.enter_context(
-            Watchdog(connect_store(), world.rank, world.size, timeout=training.stall_timeout, folder=config.folder)
+            Watchdog(
+                connect_store(),
+                environment.rank,
+                environment.world_size,
+                timeout=training.stall_timeout,
+                folder=config.folder,
+            )
         )
         # Ranks of a start that was cut short may still be leaving, on a node that is slow to hear of it.
         again = any(int(os.environ.get(f"{name}_RESTART_COUNT", 0)) for name in ("SLURM", "TORCHELASTIC"))
         stack.enter_context(run_lock(config.folder, patience=training.stall_timeout / 2 if again else 0.0))
         flops = network_flops(plan.model, *config.data.crop)
         # Before a checkpoint's weights take the place of those that the run began with.
-        pretrained = _pretrained_backbone(plan, world)
-        engine, optimizer, average, state = _start_engine(plan, world)
+        pretrained = _pretrained_backbone(plan, environment)
+        engine, optimizer, average, state = _start_engine(plan, environment)
         start_step = int(state["step"])
-        if world.rank == 0:
-            create_run(config, plan.classes, world.size, start_step)
+        if environment.rank == 0:
+            create_run(config, plan.classes, environment.world_size, start_step)
             forget_outcome(config.folder)
         dist.barrier()
-        clock = stack.enter_context(PhaseClock(watchdog, world.device))
+        clock = stack.enter_context(PhaseClock(watchdog, environment.device))
         telemetry = stack.enter_context(
             Telemetry(
                 config,
                 plan.classes,
                 clock,
-                device=world.device,
+                device=environment.device,
                 start_step=start_step,
                 flops=flops,
                 windows=state["windows"],
@@ -97,10 +103,10 @@ def open_session(plan: Plan) -> Iterator[Session]:
         )
 
         def batches(manifests: Sequence[Manifest], domain: DomainName, global_batch: int) -> Iterator[Batch]:
-            return stack.enter_context(closing(_stream(plan, manifests, domain, global_batch, world, start_step)))
+            return stack.enter_context(closing(_stream(plan, manifests, domain, global_batch, environment, start_step)))
 
         yield Session(
-            world,
+            environment,
             engine,
             optimizer,
             base_rates=[group["lr"] for group in optimizer.param_groups],
@@ -114,24 +120,26 @@ def open_session(plan: Plan) -> Iterator[Session]:
             bad_steps=BadSteps(engine.module, config.folder, training.max_bad_steps),
             loss_scale=LossScale(engine, enabled=training.precision == "fp16", state=state),
             checkpoints=stack.enter_context(
-                CheckpointWriter(config.folder / "checkpoints", config, device=world.device)
+                CheckpointWriter(config.folder / "checkpoints", config, device=environment.device)
             ),
         )
 
 
-def _pretrained_backbone(plan: Plan, world: World) -> FrozenBackbone | None:
+def _pretrained_backbone(plan: Plan, environment: DistributedEnvironment) -> FrozenBackbone | None:
     if plan.config.objective.feature_distance.weight == 0:
         return None
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.config.training.precision]
-    return FrozenBackbone(plan.model, autocast=autocast).to(world.device)
+    return FrozenBackbone(plan.model, autocast=autocast).to(environment.device)
 
 
-def _start_engine(plan: Plan, world: World) -> tuple[Any, torch.optim.Optimizer, Average | None, dict[str, Any]]:
+def _start_engine(
+    plan: Plan, environment: DistributedEnvironment
+) -> tuple[Any, torch.optim.Optimizer, Average | None, dict[str, Any]]:
     config = plan.config
     checkpoint = latest_checkpoint(config.folder / "checkpoints")
     if checkpoint is not None:
         load_model(plan.model, checkpoint)
-    engine, optimizer = world.accelerator.prepare(plan.model, build_optimizer(config.optimizer, plan.model))
+    engine, optimizer = environment.accelerator.prepare(plan.model, build_optimizer(config.optimizer, plan.model))
     if checkpoint is not None:
         load_optimizer(engine, checkpoint)
     average = None
@@ -144,18 +152,23 @@ def _start_engine(plan: Plan, world: World) -> tuple[Any, torch.optim.Optimizer,
 
 
 def _stream(
-    plan: Plan, manifests: Sequence[Manifest], domain: DomainName, global_batch: int, world: World, start_step: int
+    plan: Plan,
+    manifests: Sequence[Manifest],
+    domain: DomainName,
+    global_batch: int,
+    environment: DistributedEnvironment,
+    start_step: int,
 ) -> Generator[Batch, None, None]:
     batches = stream(
         plan.config.data,
         manifests,
         domain,
         seed=plan.config.seed,
-        rank=world.rank,
-        world_size=world.size,
+        rank=environment.rank,
+        world_size=environment.world_size,
         global_batch=global_batch,
         accumulation=plan.config.training.accumulation,
         start_step=start_step,
         targets=plan.targets,
     )
-    return to_device(batches, world.device)
+    return to_device(batches, environment.device)

@@ -15,14 +15,14 @@ def teach(rank: int, ranks: int, port: int, folder: Path, config: RunConfig) -> 
     """Train two steps, pass images through teacher and student, train a third; save everything."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from dist_pca.training import engine as module
+    from dist_pca.training.distributed import init_distributed
     from dist_pca.training.ema import start_average, update_average, whole_network
     from dist_pca.training.teacher import teacher_weights
 
-    world = module.start_world(config)
+    environment = init_distributed(config)
     torch.set_num_threads(1)
     model = network(config)
-    engine, _ = world.accelerator.prepare(model, build_optimizer(config.optimizer, model))
+    engine, _ = environment.accelerator.prepare(model, build_optimizer(config.optimizer, model))
     engine.train()
     average = start_average(engine)
     # The last step trains on a network that has been the teacher in between.

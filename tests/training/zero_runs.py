@@ -125,18 +125,18 @@ def engine_steps(
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from dist_pca.training import engine as module
     from dist_pca.training.checkpoint import load_average, load_model, load_optimizer
     from dist_pca.training.checkpoint_writer import CheckpointWriter
+    from dist_pca.training.distributed import init_distributed
     from dist_pca.training.ema import start_average, update_average
     from dist_pca.training.loss_scale import LossScale
 
-    world = module.start_world(config)
+    environment = init_distributed(config)
     torch.set_num_threads(1)
     model = network(config)
     if load:
         load_model(model, load)
-    engine, _ = world.accelerator.prepare(model, build_optimizer(config.optimizer, model))
+    engine, _ = environment.accelerator.prepare(model, build_optimizer(config.optimizer, model))
     if load:
         load_optimizer(engine, load)
     average = start_average(engine, load_average(load) if load else None) if config.training.ema_decay else None
@@ -150,7 +150,7 @@ def engine_steps(
             overflowed = scale.update(float(engine.get_global_grad_norm()))
         if average:
             update_average(average, engine, config.training.ema_decay, step + 1)
-    with CheckpointWriter(folder, config, device=world.device) as checkpoints:
+    with CheckpointWriter(folder, config, device=environment.device) as checkpoints:
         checkpoints.save(engine, last, average=average)
     torch.distributed.destroy_process_group()
 

@@ -24,7 +24,7 @@ from dist_pca.tools.bench.demonstration import train_demonstration
 from dist_pca.tools.bench.report import Record
 from dist_pca.train import resolve_config
 from dist_pca.training.check import Plan, check
-from dist_pca.training.engine import deepspeed_config
+from dist_pca.training.deepspeed_config import deepspeed_config
 from dist_pca.training.loop import train
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.signals import StopRequest
