@@ -74,7 +74,7 @@ def file_size_limit(folder: Path) -> Iterator[Path]:
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path: Path, limit: object) -> None:
     with limit(tmp_path / "disk") as folder:  # type: ignore[operator]
         save(folder, 1, width=16)
-        with pytest.raises(UserError, match=r"step-00000002: cannot be written .*; step-00000001 is whole") as refused:
+        with pytest.raises(UserError, match=r"step-00000002: cannot be written .*; step-00000001 is intact") as refused:
             save(folder, 2, width=1024)
         assert "\n" not in str(refused.value)
         assert names(folder) == ["latest", "step-00000001"]
@@ -183,11 +183,11 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_one_before(tmp_path: Path) -
     ("model", "message"),
     [
         (torch.nn.Linear(5, 4), r"other shapes: weight \[4, 4\] where the config has \[4, 5\]"),
-        (torch.nn.Linear(4, 4, bias=False), "it alone has bias"),
-        (torch.nn.BatchNorm1d(4), "it lacks num_batches_tracked, running_mean, running_var; other shapes: weight"),
+        (torch.nn.Linear(4, 4, bias=False), "unexpected bias"),
+        (torch.nn.BatchNorm1d(4), "missing num_batches_tracked, running_mean, running_var; other shapes: weight"),
         (
             torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)),
-            "it lacks 0.bias, 0.weight, 1.bias and 1 more",
+            "missing 0.bias, 0.weight, 1.bias and 1 more",
         ),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_moving_average_that_a_checkpoint_does_not_have_is_refused(tmp_path: P
     save(tmp_path, 1, width=4)
     found = latest_checkpoint(tmp_path)
     assert found is not None
-    with pytest.raises(UserError, match=r"holds no moving average \(training.ema_decay was 0\)"):
+    with pytest.raises(UserError, match=r"has no moving average \(training.ema_decay was 0\)"):
         load_model(torch.nn.Linear(4, 4), found, ema=True)
 
 

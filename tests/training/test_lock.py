@@ -103,13 +103,13 @@ def test_a_start_with_patience_waits_for_a_job_that_is_leaving(
 ) -> None:
     path = held_by(tmp_path, socket.gethostname(), other.pid, psutil.Process(other.pid).create_time())
     threading.Timer(1.5, path.unlink).start()
-    with run_lock(tmp_path, patience=60):
+    with run_lock(tmp_path, wait=60):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     held_by(tmp_path, "elsewhere", 999_999_999, 0.0)
     threading.Timer(0.3, os.utime, [path]).start()
     refused = pytest.raises(UserError, match="process 999999999 on elsewhere trains in this folder")
     began = time.monotonic()
-    with refused, run_lock(tmp_path, patience=2):
+    with refused, run_lock(tmp_path, wait=2):
         pass
     assert time.monotonic() - began >= 2
 

@@ -10,8 +10,8 @@ from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.tools.demo.streets import DAY, write_streets
-from dist_pca.training.check import check
 from dist_pca.training.checkpoint import code_version
+from dist_pca.training.prepare import prepare_run
 from dist_pca.training.resume import check_resume
 from dist_pca.training.run import create_run
 
@@ -85,10 +85,10 @@ def test_the_launchers_stage_is_the_runs_and_no_changed_key_when_it_goes_on(
         *("model.backbone=test_resnet", "model.weights=scratch", "model.output_stride=null"),
     )
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
-    plan = check(config, world_size=1, resume=None)
+    plan = prepare_run(config, world_size=1, resume=None)
     create_run(plan.config, plan.classes, world_size=1, start_step=0)
     assert load_config(config.folder / "config.yaml").training.zero_stage == int(stage)
-    assert check(config, world_size=1, resume=None).config == plan.config
+    assert prepare_run(config, world_size=1, resume=None).config == plan.config
 
 
 def test_a_world_that_cannot_share_the_batch_is_refused_with_the_sizes_that_would_work(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_world_that_cannot_share_the_batch_is_refused_with_the_sizes_that_woul
         r"use 8 or 16 samples or a world size out of \[1, 2, 3, 6\]"
     )
     with pytest.raises(UserError, match=message):
-        check(config, world_size=4, resume=None)
+        prepare_run(config, world_size=4, resume=None)
 
 
 def test_going_on_with_other_code_is_told(made: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -123,4 +123,4 @@ def test_going_on_with_other_code_is_told(made: Path, caplog: pytest.LogCaptureF
         assert caplog.messages == []
         (checkpoint / "state.json").write_text('{"step": 4, "code": "0.0.0+abc"}')
         check_resume(demo(made), None)
-    assert caplog.messages == [f"going on with dist-pca {code_version()}; step-00000004 was made by 0.0.0+abc"]
+    assert caplog.messages == [f"resuming with dist-pca {code_version()}; step-00000004 was saved by 0.0.0+abc"]
