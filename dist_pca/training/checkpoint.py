@@ -1,4 +1,4 @@
-"""Checkpoints, which are written atomically: reading them, and restoring from them.
+"""Checkpoints, which are written atomically: finding them, and reading state and weights.
 
     checkpoints/
         step-00000400/
@@ -18,7 +18,7 @@ their mean over ranks; a run that resumes on as many ranks restores each rank's 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +29,7 @@ from safetensors.torch import load_file
 
 import dist_pca
 from dist_pca.errors import UserError
-from dist_pca.training.deepspeed_internals import torch_optimizer
-from dist_pca.training.zero import persistent_buffers, set_optimizer_state
+from dist_pca.training.zero import persistent_buffers
 
 Pointer = Literal["latest", "best"]
 Weights = Literal["ema", "trained"]
@@ -101,7 +100,7 @@ def load_model(model: torch.nn.Module, checkpoint: Path, *, ema: bool = False) -
     """
     if ema and not has_ema(checkpoint):
         raise UserError(f"{checkpoint}: has no moving average (training.ema_decay was 0); use the trained weights")
-    state = _load(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
+    state = load_tensors(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
     own = dict(model.named_parameters()) | dict(persistent_buffers(model))
     shapes = [
         f"{name} {list(state[name].shape)} where the config has {list(own[name].shape)}"
@@ -113,7 +112,7 @@ def load_model(model: torch.nn.Module, checkpoint: Path, *, ema: bool = False) -
         "unexpected": sorted(state.keys() - own.keys()),
         "other shapes:": shapes,
     }
-    if found := [f"{what} {_abbreviate(names)}" for what, names in differences.items() if names]:
+    if found := [f"{what} {abbreviate(names)}" for what, names in differences.items() if names]:
         raise UserError(
             f"{checkpoint}: belongs to another network than model.* and the classes describe: {'; '.join(found)}; "
             "use the config it was trained with"
@@ -121,47 +120,24 @@ def load_model(model: torch.nn.Module, checkpoint: Path, *, ema: bool = False) -
     model.load_state_dict(state, strict=False)
 
 
-def load_optimizer(engine: Any, checkpoint: Path) -> None:
-    """Load a checkpoint's optimiser state into a prepared engine.
-
-    Raises:
-        UserError: the file is damaged, or another optimiser or network wrote it.
-    """
-    found = _load(checkpoint / "optimizer.safetensors")
-    steps = found.pop("step", None)
-    state: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in found.items():
-        parameter, _, key = name.rpartition("/")
-        state.setdefault(key, {})[parameter] = value
-    kind = type(torch_optimizer(engine))
-    keys = {"momentum_buffer"} if kind is torch.optim.SGD else {"exp_avg", "exp_avg_sq"}
-    trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
-    other = state.keys() - keys or next((tensors.keys() ^ trained for tensors in state.values()), set())
-    if other:
-        raise UserError(
-            f"{checkpoint}: its optimiser's state does not fit {kind.__name__} of this network, by "
-            f"{_abbreviate(sorted(other))}; use the optimizer.name and model.* it was trained with"
-        )
-    set_optimizer_state(engine, state, None if steps is None else float(steps))
-
-
 def has_ema(checkpoint: Path) -> bool:
     """Whether a checkpoint has a moving average of the weights."""
     return (checkpoint / "ema.safetensors").is_file()
 
 
-def load_ema(checkpoint: Path) -> Mapping[str, torch.Tensor] | None:
-    """Load a checkpoint's moving average as full tensors by name; None if it has none."""
-    return _load(checkpoint / "ema.safetensors") if has_ema(checkpoint) else None
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Load a file of tensors by name.
 
-
-def _load(path: Path) -> dict[str, torch.Tensor]:
+    Raises:
+        UserError: it is missing or damaged.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); point checkpoints/latest at another step-*") from None
 
 
-def _abbreviate(names: Sequence[str]) -> str:
+def abbreviate(names: Sequence[str]) -> str:
+    """Join the first few names, and count the others."""
     rest = len(names) - _MAX_NAMES
     return ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")

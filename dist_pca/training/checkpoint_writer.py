@@ -6,10 +6,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,10 +19,8 @@ from typing_extensions import Self
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
 from dist_pca.training.checkpoint import Pointer, code_version, pointed_at, read_state
+from dist_pca.training.checkpoint_parts import CheckpointPart
 from dist_pca.training.distributed import raise_on_all_ranks
-from dist_pca.training.ema import EMAShards, gather_network
-from dist_pca.training.rank_statistics import FILE, averaged_statistics, gather_statistics
-from dist_pca.training.zero import gather, optimizer_partitions, optimizer_steps
 
 Tensors = dict[str, torch.Tensor]
 
@@ -56,19 +53,15 @@ class CheckpointWriter:
         elif self._thread is not None:
             self._thread.join()
 
-    def save(
-        self, engine: Any, step: int, *, ema: EMAShards | None = None, state: Mapping[str, object] | None = None
-    ) -> float:
+    def save(self, parts: Sequence[CheckpointPart], step: int, *, state: Mapping[str, object] | None = None) -> float:
         """Start writing a checkpoint after `step` updates, once the previous one is written. Collective.
 
         When it is complete, `latest` is set to it and `best` to the one of highest `mean_iou`, and all but the newest
-        and the best are removed. Until then rank 0 keeps a copy of the state in memory. Batch-norm statistics are saved
-        as their mean over ranks, and separately for each rank, to resume from.
+        and the best are removed. Until then rank 0 keeps a copy of all tensors in memory.
 
         Args:
-            engine: DeepSpeed's.
+            parts: What to save, in files of its own.
             step: Number of updates.
-            ema: The moving average of the weights, if the run keeps one.
             state: Further values for state.json.
 
         Returns:
@@ -79,12 +72,8 @@ class CheckpointWriter:
         """
         began = time.perf_counter()
         self._finish()
-        own_statistics = gather_statistics(engine, ema)
-        with averaged_statistics(engine, ema):
-            tensors = _snapshot(engine, ema)
+        tensors = _snapshot(parts)
         if dist.get_rank() == 0:
-            if own_statistics is not None:
-                tensors[FILE] = {FILE: own_statistics.cpu()}
             values = {
                 "step": step,
                 "world_size": dist.get_world_size(),
@@ -134,26 +123,18 @@ class CheckpointWriter:
             self._error = error
 
 
-def _snapshot(engine: Any, ema: EMAShards | None) -> dict[str, Tensors]:
-    """Copy every file's tensors to rank 0's CPU memory; empty on other ranks. Collective."""
-    moments = optimizer_partitions(engine)
-    parts: dict[str, Any] = {
-        "model": gather_network(engine, None),
-        "optimizer": (
-            (f"{name}/{key}", value) for key, values in moments.items() for name, value in gather(engine, values)
-        ),
-    }
-    if ema is not None:
-        parts["ema"] = gather_network(engine, ema)
-    tensors: dict[str, Tensors] = {part: {} for part in parts}
+def _snapshot(parts: Sequence[CheckpointPart]) -> dict[str, Tensors]:
+    """Copy the tensors of every file to rank 0's CPU memory; empty on other ranks. Collective."""
     is_rank0 = dist.get_rank() == 0
-    for part, values in parts.items():
-        for name, value in values:
+    files: dict[str, Tensors] = {}
+    for part in parts:
+        tensors: Tensors = {}
+        for name, value in part.tensors():
             if is_rank0:
-                tensors[part][name] = value.detach().to("cpu", copy=True).contiguous()
-    if (steps := optimizer_steps(engine)) is not None:
-        tensors["optimizer"]["step"] = torch.tensor(steps)
-    return tensors
+                tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        if tensors or not part.optional:
+            files[part.file] = tensors
+    return files
 
 
 def _write_checkpoint(folder: Path, name: str, tensors: dict[str, Tensors], state: dict[str, object]) -> None:

@@ -40,7 +40,7 @@ def reconcile_launcher(config: RunConfig) -> RunConfig:
         if section[name] is None:
             section[name] = int(theirs) if theirs.isdigit() else theirs
             continue
-        # The launcher always exports its defaults, which say nothing.
+        # The launcher always exports its defaults, which are no contradiction.
         is_default = theirs in ("1", "1.0") and key != "training.zero_stage"
         if not is_default and not _equal(theirs, section[name]):
             raise UserError(

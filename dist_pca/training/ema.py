@@ -23,17 +23,20 @@ class EMAShards(NamedTuple):
 
 
 @torch.no_grad()
-def init_ema(engine: Any, saved: Mapping[str, torch.Tensor] | None = None) -> EMAShards:
-    """Start an average at the current weights, or at saved full tensors by name."""
-    ema = EMAShards(
+def init_ema(engine: Any) -> EMAShards:
+    """Start an average at the current weights."""
+    return EMAShards(
         [partition.detach().clone() for partition in fp32_partitions(engine)],
         {name: value.detach().clone() for name, value in running_statistics(engine.module).items()},
     )
-    if saved is not None:
-        scatter(engine, saved, ema.partitions)
-        for name, value in ema.statistics.items():
-            value.copy_(saved[name])
-    return ema
+
+
+@torch.no_grad()
+def load_shards(ema: EMAShards, engine: Any, saved: Mapping[str, torch.Tensor]) -> None:
+    """Set an average to saved full tensors by name."""
+    scatter(engine, saved, ema.partitions)
+    for name, value in ema.statistics.items():
+        value.copy_(saved[name])
 
 
 @torch.no_grad()

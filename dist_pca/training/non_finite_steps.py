@@ -30,7 +30,7 @@ class Diverged(UserError):
 
 
 class MicroBatchReport(NamedTuple):
-    """What a report of a non-finite step says about one micro-batch."""
+    """One micro-batch in the report of a non-finite step."""
 
     keys: dict[str, list[str]]
     """Sample keys by domain."""

@@ -21,7 +21,8 @@ from dist_pca.model.frozen import FrozenBackbone
 from dist_pca.objective import Domains, objective
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import Loss, MicroBatch, grad_cache, separate_losses
-from dist_pca.training.checkpoint import latest_checkpoint, load_ema, load_model, load_optimizer, read_state
+from dist_pca.training.checkpoint import latest_checkpoint, load_model, read_state
+from dist_pca.training.checkpoint_parts import checkpoint_parts, restore
 from dist_pca.training.checkpoint_writer import CheckpointWriter
 from dist_pca.training.distributed import connect_store, init_distributed
 from dist_pca.training.ema import init_ema, update_ema
@@ -33,7 +34,6 @@ from dist_pca.training.non_finite_steps import NonFiniteSteps, zero_non_finite
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.phases import PhaseClock
 from dist_pca.training.prepare import PreparedRun
-from dist_pca.training.rank_statistics import load_statistics
 from dist_pca.training.run import create_run
 from dist_pca.training.schedule import learning_rate_factor
 from dist_pca.training.signals import StopRequest
@@ -184,7 +184,7 @@ class Trainer:
         """Start writing a checkpoint after step `step` (from 1). Collective."""
         self.clock.enter("checkpoint")
         state = {"mean_iou": mean_iou, "windows": self.metrics.state(), **self.loss_scale.state}
-        self.checkpoints.save(self.engine, step, ema=self.ema, state=state)
+        self.checkpoints.save(self.parts, step, state=state)
 
     def _set_up(self, stack: ExitStack) -> None:
         run, config, training = self.run, self.run.config, self.run.config.training
@@ -249,13 +249,10 @@ class Trainer:
         self.engine, self.optimizer = self.environment.accelerator.prepare(
             model, build_optimizer(config.optimizer, model)
         )
+        self.ema = init_ema(self.engine) if config.training.ema_decay > 0 else None
+        self.parts = checkpoint_parts(self.engine, self.ema)
         if checkpoint is not None:
-            load_optimizer(self.engine, checkpoint)
-        averaged = config.training.ema_decay > 0
-        saved = load_ema(checkpoint) if averaged and checkpoint is not None else None
-        self.ema = init_ema(self.engine, saved) if averaged else None
-        if checkpoint is not None:
-            load_statistics(self.engine, self.ema, checkpoint)
+            restore(self.parts, checkpoint)
         self.engine.train()
         return {"step": 0, "windows": []} if checkpoint is None else read_state(checkpoint)
 

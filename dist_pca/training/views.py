@@ -75,9 +75,11 @@ def student_views(
         return Views(View(source_images, source_view))
     target_view = partial(Domain, labels=target.labels, seeds=_seeds(target, config.seed, "target"))
     # Even if no loss term needs it, the target's pass updates running statistics.
-    shown = objective.shows_target or config.model.running_statistics == "target"
-    hidden = labels_target and objective.masked_consistency.weight > 0
-    target_images = change(target.images, target.positions, domain="target") if shown or hidden else target.images
+    uses_target = objective.shows_target or config.model.running_statistics == "target"
+    masks_target = labels_target and objective.masked_consistency.weight > 0
+    target_images = (
+        change(target.images, target.positions, domain="target") if uses_target or masks_target else target.images
+    )
     mixed = masked = None
     if associates or labels_target:
         with as_teacher():
@@ -104,7 +106,7 @@ def student_views(
                 change(images, target.positions, domain="target"),
                 partial(labelled, labels=torch.where(pasted, source.labels.long(), labels), trusted=pasted),
             )
-        if hidden:
+        if masks_target:
             visible = block_mask(
                 target.images,
                 target.positions,
@@ -113,7 +115,9 @@ def student_views(
                 ratio=objective.masked_consistency.ratio,
             )
             masked = View(target_images * visible, partial(labelled, labels=labels))
-    return Views(View(source_images, source_view), View(target_images, target_view) if shown else None, mixed, masked)
+    return Views(
+        View(source_images, source_view), View(target_images, target_view) if uses_target else None, mixed, masked
+    )
 
 
 def forward_views(
@@ -132,24 +136,24 @@ def forward_views(
         keep_statistics: Returns a context in which batch norm's running statistics are not updated; for all separate
             passes but that of the view with most of the target.
     """
-    shown = [view for view in views if view is not None]
+    present = [view for view in views if view is not None]
     tracked = views.target or views.mixed or views.masked or views.source
-    if joint and len(shown) > 1:
-        sizes = [len(view.images) for view in shown]
+    if joint and len(present) > 1:
+        sizes = [len(view.images) for view in present]
         # Images without photometric augmentation are still uint8; others are floating point.
-        all_uint8 = all(view.images.dtype == torch.uint8 for view in shown)
-        images = [view.images if all_uint8 else _unit(view.images) for view in shown]
+        all_uint8 = all(view.images.dtype == torch.uint8 for view in present)
+        images = [view.images if all_uint8 else _unit(view.images) for view in present]
         outputs = _split(network(torch.cat(images)), sizes)
     else:
         outputs = []
-        for view in shown:
+        for view in present:
             with nullcontext() if view is tracked else keep_statistics():
                 outputs.append(network(view.images))
     # The feature distance uses the source alone.
     outputs[1:] = [output._replace(deepest=None) for output in outputs[1:]]
     domains = iter(
         view.to_domain(output.logits, output.features, deepest=output.deepest)
-        for view, output in zip(shown, outputs, strict=True)
+        for view, output in zip(present, outputs, strict=True)
     )
     return Domains(*(None if view is None else next(domains) for view in views))  # type: ignore[arg-type]
 

@@ -102,7 +102,7 @@ def test_a_rank_that_waits_for_its_data_is_named_and_not_those_that_wait_for_it(
     said = [line for process in ranks for line in process.communicate(timeout=60)[1].splitlines()]
     assert len(said) == 1
     assert "rank 1 " in said[0]
-    assert "has not moved" in said[0]
+    assert "has not progressed" in said[0]
     assert "in step 7, data" in said[0]
 
 

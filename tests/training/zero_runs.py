@@ -125,7 +125,8 @@ def engine_steps(
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from dist_pca.training.checkpoint import load_ema, load_model, load_optimizer
+    from dist_pca.training.checkpoint import load_model
+    from dist_pca.training.checkpoint_parts import checkpoint_parts, restore
     from dist_pca.training.checkpoint_writer import CheckpointWriter
     from dist_pca.training.distributed import init_distributed
     from dist_pca.training.ema import init_ema, update_ema
@@ -137,9 +138,10 @@ def engine_steps(
     if load:
         load_model(model, load)
     engine, _ = environment.accelerator.prepare(model, build_optimizer(config.optimizer, model))
+    ema = init_ema(engine) if config.training.ema_decay else None
+    parts = checkpoint_parts(engine, ema)
     if load:
-        load_optimizer(engine, load)
-    ema = init_ema(engine, load_ema(load) if load else None) if config.training.ema_decay else None
+        restore(parts, load)
     scale = LossScale(engine, enabled=config.training.precision == "fp16", state={})
     for step in range(first, last):
         overflowed = True
@@ -151,7 +153,7 @@ def engine_steps(
         if ema:
             update_ema(ema, engine, config.training.ema_decay, step + 1)
     with CheckpointWriter(folder, config, device=environment.device) as checkpoints:
-        checkpoints.save(engine, last, ema=ema)
+        checkpoints.save(parts, last)
     torch.distributed.destroy_process_group()
 
 
