@@ -115,7 +115,7 @@ def test_a_start_with_patience_waits_for_a_job_that_is_leaving(
 
 
 def test_a_held_lock_is_touched_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.05)
     with run_lock(tmp_path):
         os.utime(tmp_path / "lock.json", (0, 0))
         time.sleep(0.5)
