@@ -102,8 +102,8 @@ def train(
     """
     from dist_pca.config.telemetry import profile_overrides
     from dist_pca.train import resolve_config
-    from dist_pca.training.check import check
-    from dist_pca.training.launch import launch, launch_command, process_count, shown
+    from dist_pca.training.launch import launch, launch_command, process_count, quote_command
+    from dist_pca.training.prepare import prepare_run
     from dist_pca.training.resume import is_finished
 
     settings = [*(overrides or []), *(profile_overrides(profile) if profile else [])]
@@ -111,12 +111,12 @@ def train(
     stage = run.training.zero_stage
     command = launch_command(config, settings, launcher=launcher, processes=processes, zero_stage=stage, resume=resume)
     # What cannot run is said here, before a launcher that follows every failure with a traceback of its own.
-    check(run, world_size=process_count(command), resume=resume)
+    prepare_run(run, world_size=process_count(command), resume=resume)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if is_finished(run):
         console.print(f"{run.folder}: all {run.training.steps} steps are made already", markup=False)
         return
-    console.print(shown(command), style="dim", markup=False)
+    console.print(quote_command(command), style="dim", markup=False)
     sys.exit(launch(command, run.folder))
 
 

@@ -15,12 +15,12 @@ from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
 from dist_pca.options import Resume
 from dist_pca.resources import resource
-from dist_pca.training.outcome import SUPERVISED, ExitCode, leave, record_outcome, say_error
+from dist_pca.training.exit_status import SUPERVISED, ExitCode, exit_process, print_error, write_exit_status
 from dist_pca.training.signals import StopRequest
 
 
 def resolve_config(name: str, overrides: list[str]) -> RunConfig:
-    """The run described by a file or a shipped config's name, and overrides."""
+    """Load a run's config from a file or a shipped config's name, and overrides."""
     path = Path(name)
     return load_config(
         path if path.suffix in (".yaml", ".yml") or path.is_file() else resource("configs", name), overrides
@@ -28,7 +28,7 @@ def resolve_config(name: str, overrides: list[str]) -> RunConfig:
 
 
 def _set_up_logging() -> None:
-    """Tell what this package logs; keep libraries from telling every rank what a reader cannot use."""
+    """Show this package's log on stderr, and silence warnings of libraries that the user can do nothing about."""
     import torch
 
     if not torch.cuda.is_available():
@@ -40,14 +40,14 @@ def _set_up_logging() -> None:
     handler = RichHandler(
         console=Console(stderr=True, soft_wrap=True), show_time=False, show_level=False, show_path=False
     )
-    ours = logging.getLogger("dist_pca")
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    # The root logger of a library that configured it would say all of it again.
-    ours.propagate = False
+    logger = logging.getLogger("dist_pca")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # A library that has configured the root logger would print every message again.
+    logger.propagate = False
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
 
 
@@ -56,46 +56,47 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=100")] = None,
     resume: Resume = None,
 ) -> None:
-    """Train a run in this process, as one of those that `accelerate launch` started."""
+    """Train a run as one of the processes that `accelerate launch` started."""
     stop = StopRequest()
     rank = int(os.environ.get("RANK", "0"))
     try:
         run = resolve_config(config, overrides or [])
         _set_up_logging()
-        # After parsing: a wrong key should not wait for these imports.
+        # A wrong key should be reported before these slow imports.
         import torch.distributed as dist
 
-        from dist_pca.training.check import check
-        from dist_pca.training.loop import train
+        from dist_pca.training.prepare import prepare_run
         from dist_pca.training.resume import is_finished
+        from dist_pca.training.trainer import Trainer
 
-        plan = check(run, world_size=int(os.environ.get("WORLD_SIZE", "1")), resume=resume)
+        prepared = prepare_run(run, world_size=int(os.environ.get("WORLD_SIZE", "1")), resume=resume)
         if is_finished(run):
             if rank == 0:
-                _say(f"{run.folder}: all {run.training.steps} steps are made already")
+                _print(f"{run.folder}: all {run.training.steps} steps are made already")
             return
     except UserError as error:
         if rank != 0:
-            # Every rank finds the same; the launcher ends this one once rank 0 has said it.
+            # Every rank finds the same error; the launcher ends this one once rank 0 has printed it and exited.
             stop.wait(30)
         else:
-            say_error(str(error))
+            print_error(str(error))
         sys.exit(UserError.EXIT_CODE)
     try:
-        code = train(plan, stop)
+        with Trainer(prepared, stop) as trainer:
+            code = trainer.train()
     except UserError as error:
         message = str(error) if error.EXIT_CODE == ExitCode.DIVERGED else f"rank {rank}: {error}"
-        record_outcome(run.folder, error.EXIT_CODE, message)
-        say_error(message)
-        leave(run.folder, error.EXIT_CODE)
+        write_exit_status(run.folder, error.EXIT_CODE, message)
+        print_error(message)
+        exit_process(run.folder, error.EXIT_CODE)
     if rank == 0:
-        made = f"{run.folder}: step {stop.step} of {run.training.steps} is made and saved"
-        message = made if code == ExitCode.DONE else f"{stop.reason}: {made}; the same command goes on from there"
-        record_outcome(run.folder, code, message)
+        saved = f"{run.folder}: saved after step {stop.step} of {run.training.steps}"
+        message = saved if code == ExitCode.DONE else f"{stop.reason}: {saved}; run the same command again to resume"
+        write_exit_status(run.folder, code, message)
         if code != ExitCode.DONE:
-            _say(message)
+            _print(message)
     if dist.is_initialized():
-        # Left to the interpreter's end, gloo's threads now and then abort a process that has done everything.
+        # If this is left to interpreter shutdown, gloo's threads sometimes abort a process that has finished.
         dist.destroy_process_group()
     sys.exit(0 if SUPERVISED in os.environ else code)
 

@@ -124,7 +124,7 @@ def evaluate(
     from dist_pca.evaluation.evaluate import evaluate as score
     from dist_pca.evaluation.label_files import cityscapes_ids
     from dist_pca.evaluation.report import table
-    from dist_pca.training.engine import join_ranks
+    from dist_pca.training.distributed import join_ranks
     from dist_pca.training.run import load_run
 
     config, classes, model = load_run(run, checkpoint, weights=weights)

@@ -1,1 +1,1 @@
-"""How a run goes on, survives and reports."""
+"""The trainer: engine, checkpoints and logs of a run, and what keeps it running on many machines."""

@@ -1,4 +1,4 @@
-"""The micro-batches of one update, each with its own loss or all with the one of the batch that they make up."""
+"""Gradient accumulation: each micro-batch with its own loss, or all with one loss by GradCache."""
 
 from collections.abc import Callable, Iterator, Sequence
 from math import gcd
@@ -20,24 +20,24 @@ class MicroBatch(NamedTuple, Generic[T]):
     """One forward pass, ready for backward."""
 
     loss: torch.Tensor
-    """Scalar; the gradients of an update are the mean over its micro-batches of this one's."""
+    """Scalar; the gradient of an update is the mean of its micro-batches' gradients."""
     terms: dict[str, torch.Tensor]
-    """What to tell of it."""
+    """Values to log, by name."""
     domains: Domains
-    """What the network said."""
+    """Network outputs."""
     batch: T
-    """What it was shown."""
+    """Network inputs."""
 
 
 def fit_accumulation(config: RunConfig, world_size: int) -> RunConfig:
-    """The run with the least `training.accumulation` that keeps to its `max_micro_batch`, if it has one.
+    """Set the least `training.accumulation` that respects `training.max_micro_batch`, if the run has one.
 
     Args:
         config: The run.
         world_size: Number of ranks.
 
     Raises:
-        UserError: the batches do not share out evenly over ranks, or not over any such number of micro-batches.
+        UserError: the batches cannot be divided evenly over ranks, or over any such number of micro-batches.
     """
     training = config.training
     if training.max_micro_batch is None:
@@ -51,68 +51,68 @@ def fit_accumulation(config: RunConfig, world_size: int) -> RunConfig:
             fitted = training.model_copy(update={"accumulation": accumulation})
             return config.model_copy(update={"training": fitted})
     raise UserError(
-        f"training.max_micro_batch: a rank's {' and '.join(map(str, images))} images of the two domains do not share "
-        f"out over micro-batches of at most {training.max_micro_batch}; use {max(images) // shared} or more"
+        f"training.max_micro_batch: a rank's {' and '.join(map(str, images))} images of the two domains cannot be "
+        f"divided evenly into micro-batches of at most {training.max_micro_batch}; use {max(images) // shared} or more"
     )
 
 
 def separate_losses(
     next_batch: Callable[[], T], forward: Callable[[T], Domains], loss_of: Callable[[Domains], Loss], count: int
 ) -> Iterator[MicroBatch[T]]:
-    """`count` micro-batches, each with a loss of its own."""
+    """Yield `count` micro-batches, each with its own loss."""
     for _ in range(count):
         batch = next_batch()
         domains = forward(batch)
         yield MicroBatch(*loss_of(domains), domains, batch)
-        # Before the next ones are made.
+        # Frees its activations before the next ones are allocated.
         del batch, domains
 
 
-def one_loss(
+def grad_cache(
     next_batch: Callable[[], T],
     forward: Callable[[T], Domains],
     loss_of: Callable[[Domains], Loss],
     count: int,
     module: torch.nn.Module,
 ) -> Iterator[MicroBatch[T]]:
-    """`count` micro-batches whose gradients add up to those of one loss over all of them (GradCache, Gao et al. 2021).
+    """Yield `count` micro-batches whose gradients sum to that of one loss over all (GradCache, Gao et al. 2021).
 
-    A first pass without gradients gives what the network says of every micro-batch; the loss of all that, taken once,
-    gives a gradient for each output; a second pass, one micro-batch at a time, carries it into the network. No more
-    activations are held than by `separate_losses`, for one more forward pass. Dropout draws the same in both passes,
-    and buffers, such as running statistics, move in the second alone.
+    A first pass without gradients computes the outputs of every micro-batch. One loss over all of them gives a gradient
+    for each output. A second pass, one micro-batch at a time, backpropagates it through the network. This needs no more
+    memory for activations than `separate_losses`, and one more forward pass. Dropout masks are the same in both passes;
+    buffers, such as running statistics, are updated in the second alone.
 
     Args:
-        next_batch: Gives a micro-batch.
-        forward: Gives the network's outputs for it.
-        loss_of: Gives the loss and its terms for outputs, of one or of many micro-batches.
-        count: Micro-batches.
+        next_batch: Returns a micro-batch.
+        forward: Returns the network's outputs for it.
+        loss_of: Returns the loss and its terms for the outputs of one or of many micro-batches.
+        count: Number of micro-batches.
         module: The network, for its buffers.
     """
     batches = [next_batch() for _ in range(count)]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     buffers = [buffer.clone() for buffer in module.buffers()]
     with torch.no_grad(), torch.random.fork_rng(devices):
-        said = [forward(batch) for batch in batches]
+        outputs = [forward(batch) for batch in batches]
         for buffer, before in zip(module.buffers(), buffers, strict=True):
             buffer.copy_(before)
-    joined = Domains(*(_joined(views) for views in zip(*said, strict=True)))  # type: ignore[arg-type]
-    loss, terms = loss_of(joined)
-    gradients = torch.autograd.grad(loss, _outputs(joined), allow_unused=True)
+    combined = Domains(*(_concatenate_domain(views) for views in zip(*outputs, strict=True)))  # type: ignore[arg-type]
+    loss, terms = loss_of(combined)
+    gradients = torch.autograd.grad(loss, _outputs(combined), allow_unused=True)
     parts = [None if g is None else g.chunk(count) for g in gradients]
     for index, batch in enumerate(batches):
         domains = forward(batch)
-        carried = [
+        products = [
             (values.float() * part[index]).sum()
             for values, part in zip(_outputs(domains), parts, strict=True)
             if part is not None
         ]
-        # Its value is no loss; its gradient is. The mean over micro-batches is made a sum.
-        yield MicroBatch(count * torch.stack(carried).sum(), terms, domains, batch)
+        # Only the gradient of this sum is meaningful. The factor turns the mean over micro-batches into a sum.
+        yield MicroBatch(count * torch.stack(products).sum(), terms, domains, batch)
 
 
 def _outputs(domains: Domains) -> list[torch.Tensor]:
-    """What the network has computed, one domain after the other."""
+    """Tensors that the network has computed, one domain after the other."""
     return [
         values
         for domain in domains
@@ -122,20 +122,20 @@ def _outputs(domains: Domains) -> list[torch.Tensor]:
     ]
 
 
-def _joined(views: Sequence[Domain | None]) -> Domain | None:
-    """Join one domain's micro-batches to one; outputs of the network are in fp32 and get a gradient."""
+def _concatenate_domain(views: Sequence[Domain | None]) -> Domain | None:
+    """Concatenate one domain's micro-batches, with the network's outputs as fp32 leaves that require gradients."""
     domains = [domain for domain in views if domain is not None]
     if not domains:
         return None
-    joined = Domain(*(_concatenated(values) for values in zip(*domains, strict=True)))
-    return joined._replace(
-        logits=joined.logits.float().requires_grad_(),
-        features=joined.features.float().requires_grad_(),
-        deepest=None if joined.deepest is None else joined.deepest.float().requires_grad_(),
+    combined = Domain(*(_concatenate(values) for values in zip(*domains, strict=True)))
+    return combined._replace(
+        logits=combined.logits.float().requires_grad_(),
+        features=combined.features.float().requires_grad_(),
+        deepest=None if combined.deepest is None else combined.deepest.float().requires_grad_(),
     )
 
 
-def _concatenated(values: Sequence[Any]) -> Any:
+def _concatenate(values: Sequence[Any]) -> Any:
     if torch.is_tensor(values[0]):
         return torch.cat(list(values))
     return None if values[0] is None else [item for part in values for item in part]

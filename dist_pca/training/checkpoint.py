@@ -1,25 +1,24 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints, which are written atomically: finding them, and reading state and weights.
 
     checkpoints/
         step-00000400/
             model.safetensors       parameters in fp32 and buffers, by name
-            ema.safetensors         the same of the moving average, where training.ema_decay keeps one
+            ema.safetensors         parameters and buffers of the moving average, if training.ema_decay keeps one
             optimizer.safetensors   optimiser tensors, by parameter name
-            statistics.safetensors  every rank's own batch-norm statistics, where they differ
+            statistics.safetensors  batch-norm statistics of each rank, where they differ
             state.json              step, world size, code, config, mIoU, loss scale
-        latest                      the name of the newest whole one
-        best                        the name of the one with the highest validation mIoU
+        latest                      name of the newest checkpoint
+        best                        name of the one with the highest validation mIoU
 
-No generator states are stored, because there are none: the learning rate, the order of samples, augmentation in every
-loader process and dropout on every rank are pure functions of (seed, step), so the step number says all of it. Batch
-norm's running statistics are their mean over ranks in model.safetensors and ema.safetensors; a run that goes on on as
-many ranks takes up each rank's own.
+No generator states are stored: learning rate, sample order, augmentation in every loader process and dropout on every
+rank are pure functions of (seed, step). Batch-norm running statistics in model.safetensors and ema.safetensors are
+their mean over ranks; a run that resumes on as many ranks restores each rank's own.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -30,24 +29,24 @@ from safetensors.torch import load_file
 
 import dist_pca
 from dist_pca.errors import UserError
-from dist_pca.training.zero import persistent_buffers, set_optimizer
+from dist_pca.training.zero import persistent_buffers
 
 Pointer = Literal["latest", "best"]
 Weights = Literal["ema", "trained"]
-_NAMED = 3
-"""Tensors that a message names; of the others it says how many they are."""
+_MAX_NAMES = 3
+"""Number of tensors that a message names; the others are counted."""
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint below a `checkpoints` folder, None where there is none."""
+    """The newest checkpoint in a `checkpoints` folder; None if there is none."""
     return pointed_at(folder, "latest")
 
 
 def pointed_at(folder: Path, pointer: Pointer) -> Path | None:
-    """The checkpoint that a pointer names, None where there is no such pointer.
+    """The checkpoint that a pointer names; None if there is no such pointer.
 
     Raises:
-        UserError: it names something else.
+        UserError: it names something that is not a checkpoint.
     """
     file = folder / pointer
     if not file.is_file():
@@ -61,7 +60,11 @@ def pointed_at(folder: Path, pointer: Pointer) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `state.json` holds."""
+    """Read a checkpoint's `state.json`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -70,13 +73,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_step(checkpoint: Path) -> int:
-    """Updates made before the checkpoint was written."""
+    """Number of steps trained before the checkpoint was written."""
     return int(read_state(checkpoint)["step"])
 
 
 @cache
 def code_version() -> str:
-    """This package's version, and a hash of its source files: changes without a new version count too."""
+    """This package's version, with a hash of its source files, which also tells unreleased changes apart."""
     digest = hashlib.sha256()
     package = Path(dist_pca.__file__).parent
     for file in sorted(package.rglob("*.py")):
@@ -85,7 +88,7 @@ def code_version() -> str:
 
 
 def load_model(model: torch.nn.Module, checkpoint: Path, *, ema: bool = False) -> None:
-    """Put a checkpoint's weights and buffers into a model that DeepSpeed has not partitioned yet.
+    """Load a checkpoint's weights and buffers into a model that DeepSpeed has not partitioned yet.
 
     Args:
         model: The model.
@@ -93,11 +96,11 @@ def load_model(model: torch.nn.Module, checkpoint: Path, *, ema: bool = False) -
         ema: The moving average rather than the trained weights.
 
     Raises:
-        UserError: the file is missing or damaged, or belongs to another network: what differs is named.
+        UserError: the file is missing or damaged, or belongs to another network; the message names what differs.
     """
-    if ema and not has_average(checkpoint):
-        raise UserError(f"{checkpoint}: holds no moving average (training.ema_decay was 0); take the trained weights")
-    state = _load(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
+    if ema and not has_ema(checkpoint):
+        raise UserError(f"{checkpoint}: has no moving average (training.ema_decay was 0); use the trained weights")
+    state = load_tensors(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
     own = dict(model.named_parameters()) | dict(persistent_buffers(model))
     shapes = [
         f"{name} {list(state[name].shape)} where the config has {list(own[name].shape)}"
@@ -105,59 +108,36 @@ def load_model(model: torch.nn.Module, checkpoint: Path, *, ema: bool = False) -
         if own[name].shape != state[name].shape
     ]
     differences = {
-        "it lacks": sorted(own.keys() - state.keys()),
-        "it alone has": sorted(state.keys() - own.keys()),
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
         "other shapes:": shapes,
     }
-    if found := [f"{what} {_some(names)}" for what, names in differences.items() if names]:
+    if found := [f"{what} {abbreviate(names)}" for what, names in differences.items() if names]:
         raise UserError(
-            f"{checkpoint}: holds another network than model.* and the classes describe: {'; '.join(found)}; "
+            f"{checkpoint}: belongs to another network than model.* and the classes describe: {'; '.join(found)}; "
             "use the config it was trained with"
         )
     model.load_state_dict(state, strict=False)
 
 
-def load_optimizer(engine: Any, checkpoint: Path) -> None:
-    """Put a checkpoint's optimiser state into a prepared engine.
-
-    Raises:
-        UserError: the file is damaged, or another optimiser or network wrote it.
-    """
-    found = _load(checkpoint / "optimizer.safetensors")
-    steps = found.pop("step", None)
-    state: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in found.items():
-        parameter, _, key = name.rpartition("/")
-        state.setdefault(key, {})[parameter] = value
-    kind = type(engine.optimizer.optimizer)
-    keys = {"momentum_buffer"} if kind is torch.optim.SGD else {"exp_avg", "exp_avg_sq"}
-    trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
-    other = state.keys() - keys or next((tensors.keys() ^ trained for tensors in state.values()), set())
-    if other:
-        raise UserError(
-            f"{checkpoint}: its optimiser's state does not fit {kind.__name__} of this network, by "
-            f"{_some(sorted(other))}; use the optimizer.name and model.* it was trained with"
-        )
-    set_optimizer(engine, state, None if steps is None else float(steps))
-
-
-def has_average(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds a moving average of the weights."""
+def has_ema(checkpoint: Path) -> bool:
+    """Whether a checkpoint has a moving average of the weights."""
     return (checkpoint / "ema.safetensors").is_file()
 
 
-def load_average(checkpoint: Path) -> Mapping[str, torch.Tensor] | None:
-    """A checkpoint's moving average of the weights, whole, by name; None where it has none."""
-    return _load(checkpoint / "ema.safetensors") if has_average(checkpoint) else None
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Load a file of tensors by name.
 
-
-def _load(path: Path) -> dict[str, torch.Tensor]:
+    Raises:
+        UserError: it is missing or damaged.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); point checkpoints/latest at another step-*") from None
 
 
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+def abbreviate(names: Sequence[str]) -> str:
+    """Join the first few names, and count the others."""
+    rest = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")

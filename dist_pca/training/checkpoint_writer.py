@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on: copied to memory at once, to disk from a thread of rank 0."""
+"""Asynchronous checkpoints: copied to rank 0's memory at once, and written to disk by a thread."""
 
 import json
 import math
@@ -6,10 +6,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,25 +18,23 @@ from typing_extensions import Self
 
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
-from dist_pca.training.agreement import refuse_together
 from dist_pca.training.checkpoint import Pointer, code_version, pointed_at, read_state
-from dist_pca.training.ema import Average, whole_network
-from dist_pca.training.rank_statistics import FILE, averaged_statistics, gather_statistics
-from dist_pca.training.zero import gather, optimizer_partitions, optimizer_steps
+from dist_pca.training.checkpoint_parts import CheckpointPart
+from dist_pca.training.distributed import raise_on_all_ranks
 
 Tensors = dict[str, torch.Tensor]
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time; at the end of its context all are written."""
+    """Writes a run's checkpoints, one at a time; leaving its context waits for the last."""
 
     def __init__(self, folder: Path, config: RunConfig, *, device: torch.device) -> None:
-        """Write nothing yet.
+        """Prepare to write checkpoints.
 
         Args:
             folder: The `checkpoints` folder.
-            config: The run, which goes into state.json; says how many checkpoints are kept.
-            device: Where collectives' tensors must be.
+            config: The run, for state.json and the number of checkpoints to keep.
+            device: Device of tensors in collectives.
         """
         self._folder, self._device = folder, device
         self._keep, self._config = config.training.keep_checkpoints, config.model_dump(mode="json")
@@ -56,35 +53,27 @@ class CheckpointWriter:
         elif self._thread is not None:
             self._thread.join()
 
-    def save(
-        self, engine: Any, step: int, *, average: Average | None = None, state: Mapping[str, object] | None = None
-    ) -> float:
-        """Begin a checkpoint after `step` updates, once the one before is written.
+    def save(self, parts: Sequence[CheckpointPart], step: int, *, state: Mapping[str, object] | None = None) -> float:
+        """Start writing a checkpoint after `step` updates, once the previous one is written. Collective.
 
-        When it is whole, `latest` moves to it, `best` to the one of highest `mean_iou`, and all but the newest and the
-        best are dropped. Collective; rank 0 holds a copy of the state in memory until then. Batch-norm statistics are
-        saved as their mean over ranks, and beside it as each rank's own, with which training goes on.
+        When it is complete, `latest` is set to it and `best` to the one of highest `mean_iou`, and all but the newest
+        and the best are removed. Until then rank 0 keeps a copy of all tensors in memory.
 
         Args:
-            engine: DeepSpeed's.
-            step: Updates made.
-            average: The moving average of the weights, if the run keeps one.
-            state: More for state.json.
+            parts: What to save, in files of its own.
+            step: Number of updates.
+            state: Further values for state.json.
 
         Returns:
-            Seconds that the caller has waited, for the checkpoint before and for the copy.
+            Seconds that this call took, for the previous checkpoint and for the copy.
 
         Raises:
-            UserError: on every rank, the checkpoint before could not be written.
+            UserError: on every rank, the previous checkpoint could not be written.
         """
         began = time.perf_counter()
         self._finish()
-        own_statistics = gather_statistics(engine, average)
-        with averaged_statistics(engine, average):
-            tensors = _snapshot(engine, average)
+        tensors = _snapshot(parts)
         if dist.get_rank() == 0:
-            if own_statistics is not None:
-                tensors[FILE] = {FILE: own_statistics.cpu()}
             values = {
                 "step": step,
                 "world_size": dist.get_world_size(),
@@ -98,11 +87,11 @@ class CheckpointWriter:
         return time.perf_counter() - began
 
     def poll(self) -> None:
-        """See whether the checkpoint in flight has failed, if there is one. Collective, to be called every step.
+        """Check for a failure of the checkpoint that is being written. Collective, to be called every step.
 
         Raises:
-            UserError: on every rank, it could not be written, most often for want of space; those before it are as they
-                were.
+            UserError: on every rank, it could not be written, mostly as the disk is full; earlier checkpoints are
+                intact.
         """
         if not self._in_flight:
             return
@@ -121,7 +110,7 @@ class CheckpointWriter:
         error, self._error = self._error, None
         if error is not None and not isinstance(error, UserError):
             raise error
-        refuse_together(None if error is None else str(error))
+        raise_on_all_ranks(None if error is None else str(error))
 
     def _write(self, name: str, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
         try:
@@ -130,70 +119,62 @@ class CheckpointWriter:
             for old in self._folder.glob("step-*"):
                 if old.name not in kept:
                     _remove(old)
-        except Exception as error:  # The thread has nobody to raise it to.
+        except Exception as error:  # Raised by the next `poll` or `save`, on all ranks.
             self._error = error
 
 
-def _snapshot(engine: Any, average: Average | None) -> dict[str, Tensors]:
-    """Every file's tensors on rank 0's CPU; nothing on others."""
-    moments = optimizer_partitions(engine)
-    parts: dict[str, Any] = {
-        "model": whole_network(engine, None),
-        "optimizer": (
-            (f"{name}/{key}", value) for key, values in moments.items() for name, value in gather(engine, values)
-        ),
-    }
-    if average is not None:
-        parts["ema"] = whole_network(engine, average)
-    tensors: dict[str, Tensors] = {part: {} for part in parts}
-    first = dist.get_rank() == 0
-    for part, values in parts.items():
-        for name, value in values:
-            if first:
-                tensors[part][name] = value.detach().to("cpu", copy=True).contiguous()
-    if (steps := optimizer_steps(engine)) is not None:
-        tensors["optimizer"]["step"] = torch.tensor(steps)
-    return tensors
+def _snapshot(parts: Sequence[CheckpointPart]) -> dict[str, Tensors]:
+    """Copy the tensors of every file to rank 0's CPU memory; empty on other ranks. Collective."""
+    is_rank0 = dist.get_rank() == 0
+    files: dict[str, Tensors] = {}
+    for part in parts:
+        tensors: Tensors = {}
+        for name, value in part.tensors():
+            if is_rank0:
+                tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        if tensors or not part.optional:
+            files[part.file] = tensors
+    return files
 
 
 def _write_checkpoint(folder: Path, name: str, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
-    aside, target = folder / f".{name}.partial", folder / name
-    shutil.rmtree(aside, ignore_errors=True)
+    partial, target = folder / f".{name}.partial", folder / name
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        partial.mkdir(parents=True)
         for part, values in tensors.items():
-            save_file(values, aside / f"{part}.safetensors")
-        (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        for path in (*aside.iterdir(), aside):
+            save_file(values, partial / f"{part}.safetensors")
+        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        for path in (*partial.iterdir(), partial):
             _sync(path)
         if target.exists():
             _remove(target)
-        aside.rename(target)
+        partial.rename(target)
         _point(folder, "latest", name)
         if (best := _best(folder)) is not None:
             _point(folder, "best", best)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         before = pointed_at(folder, "latest")
         raise UserError(
-            f"{target}: cannot be written ({error}); {before.name if before else 'no checkpoint'} is whole, so make "
+            f"{target}: cannot be written ({error}); {before.name if before else 'no checkpoint'} is intact, so make "
             "room there and start the run again"
         ) from error
 
 
 def _best(folder: Path) -> str | None:
-    """The checkpoint of highest validation mIoU, of equal ones the earliest; None where none has been validated."""
+    """Name of the checkpoint of highest validation mIoU, the earliest of equals; None if none has been validated."""
     scores = {path.name: read_state(path).get("mean_iou") for path in sorted(folder.glob("step-*"))}
     known = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
     return max(known, key=lambda name: known[name], default=None)
 
 
 def _remove(checkpoint: Path) -> None:
-    # Under a name of its own, so that no half-removed one is ever taken for a checkpoint.
-    aside = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    # Renamed first, so that a partly removed folder is never taken for a checkpoint.
+    partial = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -206,8 +187,8 @@ def _sync(path: Path) -> None:
 
 def _point(folder: Path, pointer: Pointer, name: str) -> None:
     path = folder / pointer
-    aside = path.with_name(f".{pointer}.partial")
-    aside.write_text(name + "\n")
-    _sync(aside)
-    aside.replace(path)
+    partial = path.with_name(f".{pointer}.partial")
+    partial.write_text(name + "\n")
+    _sync(partial)
+    partial.replace(path)
     _sync(folder)

@@ -1,7 +1,7 @@
-"""Exponential moving average of the weights under every ZeRO stage.
+"""Exponential moving average (EMA) of the weights under every ZeRO stage.
 
 Each rank averages the partitions that it owns, so the network is never gathered for it. Running statistics of batch
-norms, which every rank holds whole, are averaged likewise; all other buffers are those of the trained network.
+norms, of which every rank has its own, are averaged in the same way; other buffers are those of the trained network.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,51 +10,54 @@ from typing import Any, NamedTuple
 import torch
 
 from dist_pca.model.batch_norm import running_statistics
-from dist_pca.training.zero import partitions, persistent_buffers, scatter, whole_parameters
+from dist_pca.training.zero import fp32_partitions, gather_parameters, persistent_buffers, scatter
 
 
-class Average(NamedTuple):
-    """Averages that one rank holds."""
+class EMAShards(NamedTuple):
+    """This rank's shards of the moving average."""
 
     partitions: list[torch.Tensor]
-    """Of the weights, in the layout of `zero.partitions`."""
+    """Averaged weights, in the layout of `zero.fp32_partitions`."""
     statistics: dict[str, torch.Tensor]
-    """Running means and variances of batch norms, by name."""
+    """Averaged running means and variances of batch norms, by name."""
 
 
 @torch.no_grad()
-def start_average(engine: Any, saved: Mapping[str, torch.Tensor] | None = None) -> Average:
-    """Averages that begin at the weights as they are, or go on from whole saved tensors by name."""
-    average = Average(
-        [partition.detach().clone() for partition in partitions(engine)],
+def init_ema(engine: Any) -> EMAShards:
+    """Start an average at the current weights."""
+    return EMAShards(
+        [partition.detach().clone() for partition in fp32_partitions(engine)],
         {name: value.detach().clone() for name, value in running_statistics(engine.module).items()},
     )
-    if saved is not None:
-        scatter(engine, saved, average.partitions)
-        for name, value in average.statistics.items():
-            value.copy_(saved[name])
-    return average
 
 
 @torch.no_grad()
-def update_average(average: Average, engine: Any, decay: float, step: int) -> None:
-    """Take in the weights after update number `step` (from 1).
+def load_shards(ema: EMAShards, engine: Any, saved: Mapping[str, torch.Tensor]) -> None:
+    """Set an average to saved full tensors by name."""
+    scatter(engine, saved, ema.partitions)
+    for name, value in ema.statistics.items():
+        value.copy_(saved[name])
+
+
+@torch.no_grad()
+def update_ema(ema: EMAShards, engine: Any, decay: float, step: int) -> None:
+    """Update the average with the weights after step `step` (from 1).
 
     Until it reaches `decay`, the decay is step / (step + 1), which makes the average the plain mean of all weights so
-    far: a short run is not held back by the weights that it began with.
+    far: a short run is not held back by its initial weights.
     """
     share = 1 - min(decay, step / (step + 1))
-    for mean, value in zip(average.partitions, partitions(engine), strict=True):
+    for mean, value in zip(ema.partitions, fp32_partitions(engine), strict=True):
         mean.lerp_(value, share)
     for name, value in running_statistics(engine.module).items():
-        average.statistics[name].lerp_(value, share)
+        ema.statistics[name].lerp_(value, share)
 
 
-def whole_network(engine: Any, average: Average | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and persistent buffer by name, one after the other: the trained ones, or their averages.
+def gather_network(engine: Any, ema: EMAShards | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every full parameter and persistent buffer by name, one at a time: trained values, or their averages.
 
-    Collective; to be exhausted by all ranks. Batch-norm statistics are this rank's.
+    Collective; all ranks must exhaust it. Batch-norm statistics are this rank's.
     """
-    yield from whole_parameters(engine, partitions(engine) if average is None else average.partitions)
-    statistics = {} if average is None else average.statistics
+    yield from gather_parameters(engine, fp32_partitions(engine) if ema is None else ema.partitions)
+    statistics = {} if ema is None else ema.statistics
     yield from ((name, statistics.get(name, buffer)) for name, buffer in persistent_buffers(engine.module))

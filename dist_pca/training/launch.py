@@ -1,4 +1,4 @@
-"""The `accelerate launch` line of a run."""
+"""Launching a run: its `accelerate launch` command, signals, and exit code."""
 
 import os
 import shlex
@@ -16,11 +16,11 @@ import yaml
 from dist_pca.cores import usable_cores
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
-from dist_pca.training.outcome import SUPERVISED, ExitCode, forget_outcome, read_outcome
+from dist_pca.training.exit_status import SUPERVISED, ExitCode, clear_exit_status, read_exit_status
 from dist_pca.training.signals import SIGNALS
 
 SHUTDOWN_SECONDS = 600
-"""Time the launcher gives its ranks to save after a SIGTERM of its own; it would be 30."""
+"""Time that the launcher leaves its ranks to save after its own SIGTERM; its default is 30."""
 
 
 def launch_command(
@@ -32,15 +32,15 @@ def launch_command(
     zero_stage: int | None = None,
     resume: bool | None = None,
 ) -> list[str]:
-    """The command that trains a run under `accelerate launch`.
+    """Build the command that trains a run under `accelerate launch`.
 
     Args:
         config: A YAML file or a shipped config's name.
         overrides: `key=value`s.
-        launcher: A YAML file for accelerate or a shipped one's name; None takes one process per GPU, or two on the CPU.
-        processes: Processes on this machine; None takes the launcher file's.
-        zero_stage: The config's ZeRO stage, which a launcher chosen here is for.
-        resume: None goes on with the same run; True also where keys differ; False refuses a folder that holds a run.
+        launcher: A YAML file for accelerate or a shipped one's name; None uses one process per GPU, or two on the CPU.
+        processes: Processes on this machine; None uses the launcher file's.
+        zero_stage: The config's ZeRO stage, for which the launcher is chosen if it is None.
+        resume: None resumes the same run; True also one whose keys differ; False refuses a folder that holds a run.
 
     Raises:
         UserError: there is no such shipped launcher.
@@ -58,10 +58,10 @@ def launch_command(
 
 
 def process_count(command: Sequence[str]) -> int:
-    """Processes that a launch command starts, on all machines together.
+    """World size of a launch command, over all machines.
 
     Raises:
-        UserError: neither the command nor its launcher file says so.
+        UserError: neither the command nor its launcher file names it.
     """
     if "--num_processes" in command:
         return int(command[command.index("--num_processes") + 1])
@@ -69,21 +69,21 @@ def process_count(command: Sequence[str]) -> int:
     try:
         return int(yaml.safe_load(file.read_text())["num_processes"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"launcher {file}: has no num_processes; write one, or give --processes") from error
+        raise UserError(f"launcher {file}: has no num_processes; add it, or pass --processes") from error
 
 
 def launch(command: Sequence[str], folder: Path) -> int:
-    """Run a launch command to its end, and give the exit code of the run as `outcome.ExitCode` has it.
+    """Run a launch command, and return the run's exit code, as `exit_status.ExitCode` lists them.
 
-    SIGINT, SIGTERM, SIGUSR1 or SIGHUP to this process makes the ranks save and leave; the launcher between them, which
-    would die of SIGUSR1 and kill ranks that save for longer than half a minute, hears nothing. A second one ends all.
+    On SIGINT, SIGTERM, SIGUSR1 or SIGHUP the ranks save and exit. The signal is not forwarded to the launcher between
+    them, which would die of SIGUSR1 and kill ranks that save for longer than half a minute. A second one kills all.
 
     Args:
-        command: What `launch_command` gave.
-        folder: The run folder, where the ranks write how the run ended.
+        command: Built by `launch_command`.
+        folder: The run folder, where the ranks write their exit status.
     """
-    forget_outcome(folder)
-    # Without the first ones the launcher warns that it sets or found them itself.
+    clear_exit_status(folder)
+    # The launcher warns about those that it would have to set itself.
     environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // process_count(command)))}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
@@ -94,20 +94,20 @@ def launch(command: Sequence[str], folder: Path) -> int:
         received.append(number)
         members = psutil.Process(process.pid).children(recursive=True)
         ranks = [member for member in members if _is_rank(member, process.pid)]
-        # SIGUSR1 is ignored by a rank that does not listen yet.
-        passed_on = number if number == signal.SIGINT else signal.SIGTERM
+        # A rank that has not installed its handlers yet ignores SIGUSR1.
+        forwarded = number if number == signal.SIGINT else signal.SIGTERM
         for rank in ranks if len(received) == 1 else members:
             with suppress(psutil.Error):
-                rank.send_signal(passed_on) if len(received) == 1 else rank.kill()
+                rank.send_signal(forwarded) if len(received) == 1 else rank.kill()
         if len(received) > 1 or not ranks:
             process.kill()
 
-    # `nohup` and shells' background jobs want theirs ignored.
+    # `nohup` and shells' background jobs have some ignored.
     numbers = [n for n in (*SIGNALS, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    # What is ignored stays so in the launcher: SLURM may signal every process of a job, it too.
+    # The launcher inherits that they are ignored: SLURM may signal it too, as every process of a job.
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
-        # In a session of its own: Ctrl-C reaches this process alone.
+        # In a new session, so that Ctrl-C reaches this process alone.
         with subprocess.Popen(command, env=environment, start_new_session=True) as process:
             for number in numbers:
                 signal.signal(number, forward)
@@ -115,11 +115,11 @@ def launch(command: Sequence[str], folder: Path) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    outcome = read_outcome(folder)
-    if outcome is not None:
-        return outcome.code
+    status = read_exit_status(folder)
+    if status is not None:
+        return status.code
     if len(received) == 1:
-        # No rank was there yet, so nothing is lost.
+        # No rank had started, so nothing is lost.
         return ExitCode.INTERRUPTED if received[0] == signal.SIGINT else ExitCode.SAVED
     if received:
         return 128 + received[-1]
@@ -132,6 +132,6 @@ def _is_rank(process: psutil.Process, launcher: int) -> bool:
     return False
 
 
-def shown(command: Sequence[str]) -> str:
-    """The command as a person would type it."""
+def quote_command(command: Sequence[str]) -> str:
+    """Quote a launch command as a person would type it."""
     return shlex.join(["accelerate", "launch", *command[3:]])

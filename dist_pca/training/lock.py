@@ -1,9 +1,9 @@
-"""One job trains in a run folder at a time.
+"""A lock on the run folder: one job trains in it at a time.
 
-The folder's `lock.json` names who does. Advisory locks (fcntl, flock) are not to be trusted on network file systems, so
-the file is made exclusively, which they do guarantee, and its owner touches it every few seconds. A lock whose owner is
-a dead process of this machine, or on another machine has not been touched for a minute, is taken over. All times are
-those that the file system gives, so that clocks may differ.
+The folder's `lock.json` names the owner. Advisory locks (fcntl, flock) are unreliable on network file systems, so the
+file is created exclusively, which they do guarantee, and its owner touches it every few seconds. A lock is stale, and
+is taken over, if its owner is a dead process of this machine, or on another machine has not touched it for a minute.
+All times are the file system's, so that clocks may differ.
 """
 
 import json
@@ -20,61 +20,61 @@ import psutil  # type: ignore[import-untyped]
 import torch.distributed as dist
 
 from dist_pca.errors import UserError
-from dist_pca.training.agreement import refuse_together
-from dist_pca.training.outcome import ExitCode, leave, say_error
+from dist_pca.training.distributed import raise_on_all_ranks
+from dist_pca.training.exit_status import ExitCode, exit_process, print_error
 
-BEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 _SETTLE_SECONDS = 0.5
-"""After which the last of several that take over a lock at once has written it."""
+"""Time after which, of several processes that take over a stale lock at once, the last has written it."""
 
 
 class Owner(NamedTuple):
-    """Who trains."""
+    """The process that holds the lock."""
 
     host: str
     processes: str
-    """Which numbering of processes `pid` is of: containers of one machine may have their own."""
+    """The namespace of process ids that `pid` belongs to: containers of one machine may have their own."""
     pid: int
     started: float
-    """When the process began, in seconds of its machine's clock: numbers of processes are used again."""
+    """Create time of the process, in seconds of its machine's clock, since process ids are reused."""
 
 
 @contextmanager
-def run_lock(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
-    """Hold a run folder for this job while the context is open. Collective; rank 0 holds it.
+def run_lock(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
+    """Lock a run folder for this job while the context is open. Collective; rank 0 owns the lock.
 
     Args:
         folder: The run folder.
-        patience: Seconds to wait for a job that trains there to leave.
+        wait: Seconds to wait for another job to release the lock.
 
     Raises:
-        UserError: on every rank, another job trains there; its machine and process are named.
+        UserError: on every rank, another job holds the lock; its host and process are named.
     """
-    path, refusal, mine = folder / "lock.json", None, dist.get_rank() == 0
-    if mine:
+    path, refusal, is_rank0 = folder / "lock.json", None, dist.get_rank() == 0
+    if is_rank0:
         try:
-            _take(path, _this_process(), patience)
+            _acquire(path, _this_process(), wait)
         except UserError as error:
             refusal = str(error)
-    refuse_together(refusal)
+    raise_on_all_ranks(refusal)
     released = threading.Event()
-    beat = threading.Thread(target=_beat, args=(path, _this_process(), released), daemon=True)
-    if mine:
-        beat.start()
+    heartbeat = threading.Thread(target=_touch_until, args=(path, _this_process(), released), daemon=True)
+    if is_rank0:
+        heartbeat.start()
     try:
         yield
     finally:
-        if mine:
+        if is_rank0:
             released.set()
-            beat.join()
+            heartbeat.join()
             if _read(path) == _this_process():
                 path.unlink(missing_ok=True)
 
 
-def _take(path: Path, own: Owner, patience: float) -> None:
+def _acquire(path: Path, own: Owner, wait: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    give_up = time.monotonic() + patience
+    deadline = time.monotonic() + wait
     first_touch = None
     while True:
         with suppress(FileExistsError), path.open("x") as file:
@@ -86,37 +86,37 @@ def _take(path: Path, own: Owner, patience: float) -> None:
         except FileNotFoundError:
             continue
         first_touch = first_touch or touched
-        here = owner is not None and owner[:2] == own[:2]
-        dead = not _is_alive(owner) if here and owner is not None else age > STALE_SECONDS
-        if not dead and (here or touched != first_touch) and time.monotonic() >= give_up:
-            who = f"process {owner.pid} on {owner.host}" if owner else "a process that is about to say which it is"
+        local = owner is not None and owner[:2] == own[:2]
+        stale = not _is_alive(owner) if local and owner is not None else age > STALE_SECONDS
+        if not stale and (local or touched != first_touch) and time.monotonic() >= deadline:
+            who = f"process {owner.pid} on {owner.host}" if owner else "a process that is writing its name"
             raise UserError(
-                f"{path}: {who} trains in this folder, and gave a sign of life {age:.0f} s ago; wait for it, end it, "
-                "or choose another name="
+                f"{path}: {who} trains in this folder, and last touched the lock {age:.0f} s ago; wait until it ends, "
+                "stop it, or choose another name="
             )
-        if dead:
-            aside = path.with_name(f".{path.name}.{own.host}.{own.pid}.partial")
-            aside.write_text(json.dumps(own._asdict()) + "\n")
-            aside.replace(path)
+        if stale:
+            partial = path.with_name(f".{path.name}.{own.host}.{own.pid}.partial")
+            partial.write_text(json.dumps(own._asdict()) + "\n")
+            partial.replace(path)
             time.sleep(_SETTLE_SECONDS)
             if _read(path) == own:
                 return
         time.sleep(1)
 
 
-def _beat(path: Path, own: Owner, released: threading.Event) -> None:
-    while not released.wait(BEAT_SECONDS):
+def _touch_until(path: Path, own: Owner, released: threading.Event) -> None:
+    while not released.wait(HEARTBEAT_SECONDS):
         owner = _read(path)
         if owner is not None and owner != own:
-            # This process was paused for so long that it passed for dead; to save now would be to write over the other.
-            say_error(f"{path}: process {owner.pid} on {owner.host} has taken over this run; leaving it to that")
-            leave(path.parent, ExitCode.REFUSED)
+            # This process was paused for so long that its lock was stale; saving now would overwrite the other's files.
+            print_error(f"{path}: process {owner.pid} on {owner.host} has taken over this run; stopping this one")
+            exit_process(path.parent, ExitCode.REFUSED)
         with suppress(OSError):
             os.utime(path)
 
 
 def _age(path: Path) -> float:
-    """Seconds since a file was touched, by the file system's clock."""
+    """Age of a file in seconds, by the file system's clock."""
     probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
     probe.touch()
     try:
@@ -126,7 +126,7 @@ def _age(path: Path) -> float:
 
 
 def _read(path: Path) -> Owner | None:
-    """The lock's owner; None where it is gone or not yet written."""
+    """Read the lock's owner; None if the file is gone or not yet written."""
     try:
         return Owner(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

@@ -1,12 +1,14 @@
-"""Dynamic loss scaling for fp16, whose smallest gradients would else be rounded to zero.
+"""Dynamic loss scaling for fp16, whose smallest gradients would otherwise be rounded to zero.
 
 DeepSpeed divides gradients and their norm by the scale that it is given. Its own scaler for autocast does not: a step
-that overflows is skipped before the scaler hears of it, so the scale never falls, and clipping compares with scaled
+that overflows is skipped before the scaler is updated, so the scale never falls, and clipping compares with scaled
 norms.
 """
 
 import math
 from typing import Any
+
+from dist_pca.training.deepspeed_internals import disable_grad_scaler, set_loss_scale
 
 FIRST, LARGEST = 2.0**16, 2.0**24
 GROWTH_STEPS = 2000
@@ -14,7 +16,7 @@ GROWTH_STEPS = 2000
 
 
 class LossScale:
-    """A power of two that halves when a gradient overflows and doubles when none has for long."""
+    """A power of two that halves when a gradient overflows and doubles after many steps in which none has."""
 
     def __init__(self, engine: Any, *, enabled: bool, state: dict[str, Any]) -> None:
         """Scale the engine's losses from now on, if enabled.
@@ -22,22 +24,27 @@ class LossScale:
         Args:
             engine: DeepSpeed's.
             enabled: Under fp16.
-            state: What `state` gave when the run was saved; empty at its start.
+            state: The `state` that was saved with the run; empty at its start.
         """
         self._engine, self._enabled = engine, enabled
         self.value = float(state.get("loss_scale", FIRST)) if enabled else 1.0
         self._finite_steps = int(state.get("loss_scale_steps", 0))
         if enabled:
-            engine.optimizer.torch_autocast_gradscaler = None
-            engine.optimizer.override_loss_scale(self.value)
+            disable_grad_scaler(engine)
+            set_loss_scale(engine, self.value)
 
     @property
     def state(self) -> dict[str, float]:
-        """What has to be saved."""
+        """Values to save with a checkpoint."""
         return {"loss_scale": self.value, "loss_scale_steps": self._finite_steps} if self._enabled else {}
 
     def update(self, gradient_norm: float) -> bool:
-        """Take note of a step's gradient norm, the same on all ranks; whether the scale was to blame for a bad one."""
+        """Adapt the scale to a step's gradient norm, which is the same on all ranks.
+
+        Returns:
+            Whether the norm was not finite because the scale was too large (found_inf), so that the step does not count
+            as non-finite.
+        """
         if not self._enabled:
             return False
         before = self.value
@@ -47,5 +54,5 @@ class LossScale:
                 self.value = min(2 * self.value, LARGEST)
         else:
             self._finite_steps, self.value = 0, max(1.0, self.value / 2)
-        self._engine.optimizer.override_loss_scale(self.value)
+        set_loss_scale(self._engine, self.value)
         return self.value < before

@@ -12,7 +12,7 @@ from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter
 from dist_pca.model.weights import plain_name
 
-# Some families leave these out of their own no_weight_decay().
+# Some families of networks leave these out of their no_weight_decay().
 _NO_DECAY = ("*pos_embed*", "*rel_pos_[hw]", "*_token", "*layer_scale*", "*.gamma")
 
 
@@ -23,7 +23,7 @@ class _Group(NamedTuple):
 
 
 def build_optimizer(config: OptimizerConfig, model: Segmenter) -> torch.optim.Optimizer:
-    """SGD or AdamW, with one parameter group for each learning rate and weight decay of the backbone and of the rest.
+    """Build SGD or AdamW, with one parameter group for each combination of part, learning rate and weight decay.
 
     The backbone's layers have `lr`, which `layer_decay` lowers from the deepest to the first; the head and the
     projection have `lr` times `head_multiplier`. AdamW decays no norm, bias, position embedding, token or layer scale.
@@ -50,30 +50,30 @@ def build_optimizer(config: OptimizerConfig, model: Segmenter) -> torch.optim.Op
 
 
 def _backbone_groups(config: OptimizerConfig, body: nn.Module) -> dict[str, _Group]:
-    """Group of each of the body's parameters by name."""
-    # What gives feature maps knows neither its family's layers nor which of its weights are not to be decayed.
+    """Parameter group of each of the body's parameters, by name."""
+    # A feature extractor has neither its family's layer groups nor its list of parameters without weight decay.
     cfg: Any = body.pretrained_cfg
     with torch.device("meta"):
-        whole: Any = timm.create_model(cfg["architecture"])
-    if config.layer_decay is not None and not hasattr(whole, "group_matcher"):
+        classifier: Any = timm.create_model(cfg["architecture"])
+    if config.layer_decay is not None and not hasattr(classifier, "group_matcher"):
         raise UserError(
             f"optimizer.layer_decay: timm does not know the layers of {cfg['architecture']}; set it to null"
         )
     adamw = config.name == "adamw"
-    spared = [*_NO_DECAY, *(whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else ())]
-    names = {parameter: plain_name(name) for name, parameter in whole.named_parameters()}
+    no_decay = [*_NO_DECAY, *(classifier.no_weight_decay() if hasattr(classifier, "no_weight_decay") else ())]
+    names = {parameter: plain_name(name) for name, parameter in classifier.named_parameters()}
     rates = {
         names[parameter]: (group["lr_scale"], group["weight_decay"])
         for group in param_groups_layer_decay(
-            whole,
+            classifier,
             weight_decay=config.weight_decay,
-            no_weight_decay_list=spared if adamw else (),
+            no_weight_decay_list=no_decay if adamw else (),
             weight_decay_exclude_1d=adamw,
             layer_decay=config.layer_decay or 1.0,
         )
         for parameter in group["params"]
     }
     own = {name: rates[plain_name(name)] for name, _ in body.named_parameters()}
-    # The whole network's last layer is its classifier, which is not here.
+    # The classifier's last layer, at scale 1, is not part of the backbone.
     deepest = max(scale for scale, _ in own.values())
     return {name: _Group("backbone", config.lr * scale / deepest, decay) for name, (scale, decay) in own.items()}

@@ -1,4 +1,4 @@
-"""How long each phase of a step takes: on a CPU by the clock, on a GPU by events among its own work."""
+"""Time of each phase of a step: by the clock on a CPU, by events in its queue on a GPU."""
 
 import time
 from collections import deque
@@ -11,21 +11,21 @@ from typing_extensions import Self
 from dist_pca.association.phases import listen
 from dist_pca.training.watchdog import Phase, Watchdog
 
-_PENDING = 256
-"""Events kept before those that have passed are read."""
+_MAX_PENDING = 256
+"""Number of events after which those that have completed are read."""
 
 
 class PhaseClock:
-    """Tells the watchdog what this rank begins, and adds up the seconds from one beginning to the next.
+    """Reports the phases of this rank to the watchdog, and sums the seconds of each.
 
     On a GPU the seconds are those between events in its queue, so a phase counts the time in which its work runs or the
-    GPU waits for it, and nothing is synchronised but where the sums are read.
+    GPU waits for it. Host and GPU are synchronised only when the sums are read.
     """
 
     def __init__(self, watchdog: Watchdog, device: torch.device) -> None:
         """Start in the phase `start`."""
         self.labelled = False
-        """Label the phases in a trace that is being made."""
+        """Label phases in the trace of a running profiler."""
         self._watchdog = watchdog
         self._on_gpu = device.type == "cuda"
         self._phase: Phase = "start"
@@ -44,7 +44,7 @@ class PhaseClock:
         listen(None)
 
     def enter(self, phase: Phase, step: int | None = None) -> Phase:
-        """A phase begins, of step number `step` (from 1) or of the same step as before; gives the one that ends."""
+        """Start a phase of step `step` (from 1), or of the current step; return the phase that ends."""
         before, self._phase = self._phase, phase
         self._watchdog.enter(phase, step)
         self._mark(before)
@@ -64,7 +64,7 @@ class PhaseClock:
         return taken
 
     def _mark(self, ended: str) -> None:
-        """The phase that began at the mark before ends here."""
+        """Record the end of the phase that started at the previous mark."""
         if not self._on_gpu:
             now = time.perf_counter()
             self._seconds[ended] = self._seconds.get(ended, 0.0) + now - self._since
@@ -73,7 +73,7 @@ class PhaseClock:
         event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         self._marks.append((ended, event))
-        if len(self._marks) > _PENDING:
+        if len(self._marks) > _MAX_PENDING:
             self._read(wait=False)
 
     def _read(self, *, wait: bool) -> None:

@@ -1,4 +1,4 @@
-"""A trace of a few steps, which chrome://tracing and Perfetto open."""
+"""Profiler traces of a few steps, for chrome://tracing and Perfetto."""
 
 import logging
 from pathlib import Path
@@ -15,15 +15,15 @@ _log = logging.getLogger("dist_pca.training")
 
 
 class Profile:
-    """Traces the steps a config names, on every rank, into the run folder's `profile`."""
+    """Traces the steps that a config selects, on every rank, into the run folder's `profile`."""
 
     def __init__(self, config: TelemetryConfig, folder: Path, clock: PhaseClock) -> None:
-        """Nothing is traced yet.
+        """Select the steps to trace.
 
         Args:
-            config: Names the steps.
+            config: Selects the steps.
             folder: The run folder.
-            clock: Labels the phases in the trace.
+            clock: Labels phases in the trace.
         """
         self._first = config.profile_start
         self._after = 0 if self._first is None else self._first + config.profile_steps
@@ -32,7 +32,7 @@ class Profile:
         self._last = 0
 
     def before(self, step: int) -> None:
-        """Step number `step` (from 1) is about to be made.
+        """Start or end the trace before step `step` (from 1).
 
         Raises:
             UserError: the trace cannot be written.
@@ -47,7 +47,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Write what is traced; nothing if that was done or did not begin."""
+        """Write the trace, if one is running."""
         trace, self._trace = self._trace, None
         if trace is None:
             return
@@ -58,6 +58,6 @@ class Profile:
             file.parent.mkdir(exist_ok=True)
             trace.export_chrome_trace(str(file))
         except OSError as error:
-            raise UserError(f"{file}: cannot be written ({error}); make room there, or leave out --profile") from error
+            raise UserError(f"{file}: cannot be written ({error}); make room there, or drop --profile") from error
         if dist.get_rank() == 0:
             _log.info("trace of steps %d to %d: %s; open it in ui.perfetto.dev", self._first, self._last, file)

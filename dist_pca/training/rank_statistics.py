@@ -1,7 +1,7 @@
-"""Batch-norm statistics that every rank keeps of its own images.
+"""Batch-norm running statistics, which each rank accumulates over its own images.
 
-A checkpoint's weights hold their mean over ranks. Training goes on with each rank's own, and finds them again beside
-the weights, so that a run saved at any step is the one that was not.
+A checkpoint's weights hold their mean over ranks. Each rank's own are saved beside them, and training resumes with
+those, so that a run that is saved and resumed at any step stays bit for bit the uninterrupted one.
 """
 
 from collections.abc import Iterator
@@ -14,15 +14,18 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dist_pca.model.batch_norm import average_over_ranks, running_statistics
-from dist_pca.training.ema import Average
+from dist_pca.training.ema import EMAShards
 
 FILE = "statistics"
 """Name of the file in a checkpoint, and of the one tensor [ranks, values] in it."""
 
 
-def gather_statistics(engine: Any, average: Average | None) -> torch.Tensor | None:
-    """Every rank's statistics and their moving averages, [ranks, values]; None where all are the same. Collective."""
-    own = _all(engine, average)
+def gather_statistics(engine: Any, ema: EMAShards | None) -> torch.Tensor | None:
+    """Gather every rank's statistics and their moving averages, [ranks, values]; None if all ranks have the same.
+
+    Collective.
+    """
+    own = _statistics(engine, ema)
     if not own:
         return None
     flat = torch.cat(own)
@@ -33,9 +36,9 @@ def gather_statistics(engine: Any, average: Average | None) -> torch.Tensor | No
 
 
 @contextmanager
-def averaged_statistics(engine: Any, average: Average | None) -> Iterator[None]:
-    """All statistics are their mean over ranks inside, and this rank's own again after. Collective."""
-    statistics = _all(engine, average)
+def averaged_statistics(engine: Any, ema: EMAShards | None) -> Iterator[None]:
+    """Replace all statistics by their mean over ranks while the context is open. Collective."""
+    statistics = _statistics(engine, ema)
     own = [value.clone() for value in statistics]
     average_over_ranks(statistics)
     yield
@@ -43,13 +46,13 @@ def averaged_statistics(engine: Any, average: Average | None) -> Iterator[None]:
         value.copy_(before)
 
 
-def load_statistics(engine: Any, average: Average | None, checkpoint: Path) -> None:
-    """Take over this rank's own statistics, where a checkpoint has those of as many ranks; else all keep the mean."""
+def load_statistics(engine: Any, ema: EMAShards | None, checkpoint: Path) -> None:
+    """Restore this rank's statistics from a checkpoint of as many ranks; otherwise keep the mean over ranks."""
     file = checkpoint / f"{FILE}.safetensors"
     if not file.is_file():
         return
     ranks = load_file(file)[FILE]
-    statistics = _all(engine, average)
+    statistics = _statistics(engine, ema)
     sizes = [value.numel() for value in statistics]
     if ranks.shape != (dist.get_world_size(), sum(sizes)):
         return
@@ -57,6 +60,6 @@ def load_statistics(engine: Any, average: Average | None, checkpoint: Path) -> N
         value.copy_(own)
 
 
-def _all(engine: Any, average: Average | None) -> list[torch.Tensor]:
-    averages = {} if average is None else average.statistics
+def _statistics(engine: Any, ema: EMAShards | None) -> list[torch.Tensor]:
+    averages = {} if ema is None else ema.statistics
     return [*running_statistics(engine.module).values(), *averages.values()]

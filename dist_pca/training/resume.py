@@ -1,4 +1,4 @@
-"""May a run go on in a folder? Yes where the folder holds the same run, by the keys that decide what is computed."""
+"""Resuming: a run may continue in a folder that holds the same run, by the keys that decide what is computed."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -15,51 +15,49 @@ FREE_KEYS = (
     *(f"training.{key}" for key in ("zero_stage", "log_every", "checkpoint_every", "keep_checkpoints")),
     *(f"training.{key}" for key in ("time_limit", "stall_timeout", "max_bad_steps")),
 )
-"""Keys and sections that say where and how a run is made, and may change when it goes on."""
-POOLED_KEYS = ("training.accumulation", "training.max_micro_batch")
-"""Likewise where all micro-batches of an update have one loss."""
+"""Keys and sections that do not change what is computed, and may differ when a run is resumed."""
+GRAD_CACHE_KEYS = ("training.accumulation", "training.max_micro_batch")
+"""Further keys of this kind under GradCache, where all micro-batches of an update have one loss."""
 
 
 def check_resume(config: RunConfig, resume: bool | None) -> None:
-    """See whether a run may start in its folder.
+    """Check that a run may start in its folder.
 
     Args:
         config: The run.
-        resume: None goes on with the same run; True also where keys differ, and logs them; False wants a folder
+        resume: None resumes the same run; True also one whose keys differ, and logs them; False accepts only a folder
             without a run.
 
     Raises:
-        UserError: the folder holds a run of another config (every differing key is named), or any run where none
-            is wanted.
+        UserError: the folder holds a run of another config (every differing key is named), or any run if `resume` is
+            False.
     """
     made = config.folder / "config.yaml"
     if not made.is_file():
         return
     if resume is False:
-        raise UserError(
-            f"{config.folder}: already holds a run; leave out --no-resume to go on, or choose another name="
-        )
+        raise UserError(f"{config.folder}: already holds a run; drop --no-resume to resume it, or choose another name=")
     differing = config_differences(load_config(made), config)
     if differing and not resume:
         raise UserError(
             f"{config.folder}: holds a run of another config ({'; '.join(differing)}); choose another name=, "
-            "or add --resume to go on with the changed keys"
+            "or add --resume to resume it with the changed keys"
         )
     for difference in differing:
-        _log.info("going on with %s", difference)
+        _log.info("resuming with %s", difference)
     checkpoint = latest_checkpoint(config.folder / "checkpoints")
     if checkpoint is not None and (before := read_state(checkpoint).get("code")) != code_version():
-        _log.info("going on with dist-pca %s; %s was made by %s", code_version(), checkpoint.name, before)
+        _log.info("resuming with dist-pca %s; %s was saved by %s", code_version(), checkpoint.name, before)
 
 
 def config_differences(made: RunConfig, wanted: RunConfig) -> list[str]:
-    """Keys that decide what is computed and differ between two runs, each as `key: made -> wanted`."""
-    free = (*FREE_KEYS, *(POOLED_KEYS if wanted.training.accumulation_pool == "update" else ()))
+    """List the keys that decide what is computed and differ between two runs, each as `key: made -> wanted`."""
+    free = (*FREE_KEYS, *(GRAD_CACHE_KEYS if wanted.training.accumulation_pool == "update" else ()))
     return list(_differences(made.model_dump(mode="json"), wanted.model_dump(mode="json"), free))
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the newest checkpoint is that of the last step."""
+    """Whether the run has a checkpoint of its last step."""
     checkpoint = latest_checkpoint(config.folder / "checkpoints")
     return checkpoint is not None and read_step(checkpoint) >= config.training.steps
 

@@ -1,4 +1,4 @@
-"""A run folder: what a run was given, where it ran, what it made."""
+"""The run folder: config, classes and environment that a run writes, and the network that is loaded from it."""
 
 import json
 import os
@@ -16,15 +16,15 @@ from dist_pca.config import RunConfig, load_config, save_config
 from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter, build_network
 from dist_pca.shards.classes import ClassInfo
-from dist_pca.training.checkpoint import Weights, has_average, latest_checkpoint, load_model, pointed_at
-from dist_pca.training.starts import record_start
+from dist_pca.training.checkpoint import Weights, has_ema, latest_checkpoint, load_model, pointed_at
+from dist_pca.training.launch_log import log_launch
 
 _CLASSES = TypeAdapter(tuple[ClassInfo, ...])
 PACKAGES = ("torch", "deepspeed", "accelerate", "timm", "webdataset")
 
 
 def create_run(config: RunConfig, classes: tuple[ClassInfo, ...], world_size: int, start_step: int) -> None:
-    """Make the run folder: resolved config, class table, environment, and the start after `start_step` steps."""
+    """Write the run folder: resolved config, class table and environment; log the launch after `start_step` steps."""
     config.folder.mkdir(parents=True, exist_ok=True)
     save_config(config, config.folder / "config.yaml")
     (config.folder / "classes.json").write_text(json.dumps([asdict(info) for info in classes], indent=1) + "\n")
@@ -37,18 +37,18 @@ def create_run(config: RunConfig, classes: tuple[ClassInfo, ...], world_size: in
         "command": sys.argv,
     }
     (config.folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
-    record_start(config.folder, start_step, world_size, os.environ)
+    log_launch(config.folder, start_step, world_size, os.environ)
 
 
 def read_run(folder: Path) -> tuple[RunConfig, tuple[ClassInfo, ...]]:
-    """Config and class table of a run folder.
+    """Read the config and class table of a run folder.
 
     Raises:
         UserError: the folder is not a run.
     """
     if not (folder / "config.yaml").is_file() or not (folder / "classes.json").is_file():
         raise UserError(
-            f"{folder}: not a run folder (no config.yaml or classes.json); give the folder that training wrote"
+            f"{folder}: not a run folder (no config.yaml or classes.json); name the folder that training wrote"
         )
     classes = _CLASSES.validate_json((folder / "classes.json").read_text())
     return load_config(folder / "config.yaml"), classes
@@ -57,12 +57,12 @@ def read_run(folder: Path) -> tuple[RunConfig, tuple[ClassInfo, ...]]:
 def load_run(
     folder: Path, checkpoint: str | None = None, *, weights: Weights | None = None
 ) -> tuple[RunConfig, tuple[ClassInfo, ...], Segmenter]:
-    """Config, class table and network of a run, in evaluation mode on the CPU.
+    """Load a run's config, class table and network, which is in evaluation mode on the CPU.
 
     Args:
         folder: The run folder.
-        checkpoint: Step or name of a checkpoint, or `best`; None takes the newest.
-        weights: The moving average or the trained weights; None takes the average where the checkpoint has one.
+        checkpoint: Step or name of a checkpoint, or `best`; None loads the newest.
+        weights: The moving average or the trained weights; None loads the average if the checkpoint has one.
 
     Raises:
         UserError: the folder is not a run, has no checkpoint or not this one, or no such weights.
@@ -70,12 +70,12 @@ def load_run(
     config, classes = read_run(folder)
     chosen = find_checkpoint(folder, checkpoint)
     model = build_network(config.model, len(classes))
-    load_model(model, chosen, ema=weights == "ema" or (weights is None and has_average(chosen)))
+    load_model(model, chosen, ema=weights == "ema" or (weights is None and has_ema(chosen)))
     return config, classes, model.eval()
 
 
 def find_checkpoint(folder: Path, wanted: str | None = None) -> Path:
-    """Find a checkpoint of a run folder by its step, its name or `best`; None takes the newest.
+    """Find a checkpoint of a run folder by its step, its name or `best`; None loads the newest.
 
     Raises:
         UserError: there is none, or not this one.

@@ -1,4 +1,4 @@
-"""Which samples each step was made of, where a run is asked to write that down."""
+"""The sample log: which samples each step was trained on, where `telemetry.sample_keys` asks for it."""
 
 import json
 from collections.abc import Iterable
@@ -8,27 +8,27 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_pca.data.batch import Batch
-from dist_pca.training.lines import append_line, drop_lines_after
+from dist_pca.training.json_lines import append_line, drop_lines_after
 
 
 class SampleLog:
-    """Writes `samples.jsonl`: every step's sample keys of both domains, of all ranks, in their global order."""
+    """Writes `samples.jsonl`: the sample keys of each step by domain, over all ranks, in their global order."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        """Go on after `start_step` steps in a run folder."""
+        """Open the log of a run folder, without lines after `start_step`."""
         self._file = folder / "samples.jsonl"
         self._own: list[tuple[int, int, str]] = []
         if dist.get_rank() == 0:
             drop_lines_after(self._file, start_step)
 
-    def collect(self, batches: Iterable[Batch | None]) -> None:
-        """Add a micro-batch of source and target."""
+    def accumulate(self, batches: Iterable[Batch | None]) -> None:
+        """Add a micro-batch's source and target batch."""
         for domain, batch in enumerate(batches):
             if batch is not None:
                 self._own += [(domain, *sample) for sample in zip(batch.positions, batch.keys, strict=True)]
 
-    def step(self, step: int) -> None:
-        """Write what was collected as that of step number `step` (from 1). Collective.
+    def write(self, step: int) -> None:
+        """Write the accumulated keys as those of step `step` (from 1). Collective.
 
         Raises:
             UserError: on rank 0, it cannot be written.

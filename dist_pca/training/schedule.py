@@ -4,7 +4,7 @@ from dist_pca.config import RunConfig
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:
-    """Factor on every group's base learning rate at a step: linear warm-up times the poly decay."""
+    """Factor on every group's base learning rate at a step (from 0): linear warm-up times poly decay."""
     schedule = config.schedule
     factor = 1.0
     if schedule.warmup_steps > 0:

@@ -1,4 +1,4 @@
-"""A teacher: the moving average of the student's weights, used for a forward pass without a network of its own."""
+"""The mean teacher: the moving average of the student's weights, without a network of its own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,26 +7,26 @@ from typing import Any
 import torch
 
 from dist_pca.model.batch_norm import running_statistics
-from dist_pca.training.ema import Average
+from dist_pca.training.ema import EMAShards
 from dist_pca.training.zero import swapped_parameters
 
 
 @contextmanager
-def teacher_weights(engine: Any, average: Average) -> Iterator[None]:
-    """Turn the engine's network into the teacher while the context is open (Tarvainen and Valpola, 2017). Collective.
+def teacher_weights(engine: Any, ema: EMAShards) -> Iterator[None]:
+    """Run the engine's network as the teacher while the context is open (Tarvainen and Valpola, 2017). Collective.
 
     The network is in evaluation mode with the averaged weights and running statistics: no dropout and no drop path, and
-    what it says of an image does not depend on the other images. No gradients are recorded.
+    an image's outputs do not depend on the rest of its batch. No gradients are recorded.
 
     Args:
         engine: DeepSpeed's, in training mode.
-        average: The moving average of its weights.
+        ema: The moving average of its weights.
     """
     statistics = running_statistics(engine.module)
     own = {name: value.clone() for name, value in statistics.items()}
-    with torch.no_grad(), swapped_parameters(engine, average.partitions):
+    with torch.no_grad(), swapped_parameters(engine, ema.partitions):
         for name, value in statistics.items():
-            value.copy_(average.statistics[name])
+            value.copy_(ema.statistics[name])
         engine.eval()
         yield
         engine.train()

@@ -1,4 +1,4 @@
-"""What a run gets out of its machine: floating-point operations of its network, the device's peak rate, memory."""
+"""Throughput: floating-point operations of the network, the device's peak rate, peak memory."""
 
 import resource
 import sys
@@ -30,25 +30,25 @@ PEAK_TERAFLOPS = {
     "RTX A6000": (154.8, 77.4),
     "MI300X": (1307.4, 653.7),
 }
-"""Dense peak rates by what a device's name holds, the more special name first: of half precision with sums in fp32, and
+"""Dense peak rates by a part of the device's name, the most specific first: of half precision accumulated in fp32, and
 of fp32 as PyTorch convolves it by default, which is TF32 where the device has it."""
 
 
 def network_flops(model: torch.nn.Module, height: int, width: int) -> int:
-    """Floating-point operations of a forward and backward pass over one image: convolutions and matrix products.
+    """Count floating-point operations of a forward and backward pass over one image [3, height, width].
 
-    Counted on tensors without values, so that it takes no memory and a fraction of a second. What activation
-    checkpointing computes anew does not count.
+    Convolutions and matrix products count, on meta tensors, which takes no memory and a fraction of a second.
+    Recomputation by activation checkpointing does not count.
     """
     meta = {
         name: torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
     image = torch.empty(1, 3, height, width, device="meta")
-    # In evaluation mode, because shared batch-norm statistics ask other ranks.
+    # In evaluation mode, since synchronised batch norm would communicate.
     training = model.training
     model.eval()
-    # Computing anew would happen in backward, where the module has its own tensors again.
+    # Recomputation would run in backward, after the module's own tensors have replaced the meta tensors.
     checkpointed: list[Any] = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
     for module in checkpointed:
         module.grad_checkpointing = False
@@ -64,10 +64,10 @@ def network_flops(model: torch.nn.Module, height: int, width: int) -> int:
 
 
 def network_passes(config: RunConfig) -> float:
-    """Images that pass the network forward and backward in one update, over all ranks.
+    """Number of forward and backward passes of single images in one update, over all ranks.
 
-    The student's views count each; an image that the teacher sees, or that serves running statistics alone, counts a
-    third, as its pass is forward alone.
+    Each of the student's views counts as one; a pass of the teacher, or one for running statistics alone, counts as a
+    third, as it is forward only.
     """
     objective, training = config.objective, config.training
     if not objective.adapt:
@@ -82,7 +82,7 @@ def network_passes(config: RunConfig) -> float:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak operations per second of a device at fp32, bf16 or fp16; None where it is not known, as on a CPU."""
+    """Peak operations per second of a device at fp32, bf16 or fp16; None if unknown, as on a CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -91,7 +91,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes of this process at their highest so far: of tensors on the GPU, or on the CPU of all that is resident."""
+    """Peak memory of this process so far, in bytes: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and others, each through Accelerate's class for it. Rank 0 alone opens them."""
+"""Trackers, such as TensorBoard and Weights & Biases, through Accelerate's classes. Only rank 0 opens them."""
 
 import json
 import logging
@@ -13,14 +13,14 @@ from dist_pca.errors import UserError
 
 _log = logging.getLogger("dist_pca.training")
 _PACKAGES = {"comet_ml": "comet-ml"}
-"""What a tracker's package is called where that is not the tracker's name."""
+"""Package of a tracker, where it has another name."""
 
 
 def check_trackers(config: RunConfig) -> None:
-    """See whether every tracker's package is installed.
+    """Check that every tracker's package is installed.
 
     Raises:
-        UserError: one is not; the command that installs it is named.
+        UserError: one is not; the message has the command that installs it.
     """
     for tracker in config.telemetry.trackers:
         if find_spec(tracker) is None:
@@ -33,11 +33,11 @@ class Trackers:
     """All trackers of a run."""
 
     def __init__(self, config: RunConfig, start_step: int) -> None:
-        """Start them, or take a run up again where a tracker can.
+        """Start all trackers; those that can do so resume the run.
 
         Args:
             config: The run.
-            start_step: Steps already made.
+            start_step: Steps already trained.
 
         Raises:
             UserError: one does not start.
@@ -56,34 +56,34 @@ class Trackers:
             except Exception as error:
                 why = " ".join(str(error).split())
                 raise UserError(
-                    f"telemetry.trackers: {name} does not start ({why}); mend telemetry.tracker_options.{name}, or "
-                    "leave it out"
+                    f"telemetry.trackers: {name} does not start ({why}); fix telemetry.tracker_options.{name}, or "
+                    "remove the tracker"
                 ) from error
             self._open.append(tracker)
-            # TensorBoard would open a run of its own for them.
+            # TensorBoard would open a separate run for the config.
             if name != "tensorboard":
                 tracker.store_init_configuration(config.model_dump(mode="json"))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Tell all of them the values of a step; one that fails is dropped, as it must not cost the run."""
+        """Log the values of a step to all trackers; one that fails is dropped, so that it cannot end the run."""
         for tracker in tuple(self._open):
             try:
                 tracker.log(dict(values), step=step)
             except Exception as error:
                 self._open.remove(tracker)
-                _log.warning("the run goes on without %s: %s", tracker.name, error)
+                _log.warning("continuing without tracker %s: %s", tracker.name, error)
 
     def close(self) -> None:
-        """Write what is under way."""
+        """Close all trackers, which write what they have buffered."""
         for tracker in self._open:
             try:
                 tracker.finish()
             except Exception as error:
-                _log.warning("%s did not end as it should: %s", tracker.name, error)
+                _log.warning("tracker %s did not close: %s", tracker.name, error)
 
 
 def _options(tracker: str, config: RunConfig, start_step: int) -> dict[str, Any]:
-    """What makes a tracker go on with the run, where it can, and name it."""
+    """Options with which a tracker resumes the run, where it can, and names it."""
     if tracker == "tensorboard":
         return {"purge_step": start_step + 1}
     if tracker == "wandb":
@@ -95,7 +95,7 @@ def _options(tracker: str, config: RunConfig, start_step: int) -> dict[str, Any]
 
 
 def _run_id(folder: Path, tracker: str) -> str:
-    """The same at every start of a run."""
+    """A random id, which every launch of the run reads back from its folder."""
     file = folder / f"{tracker}.json"
     if not file.is_file():
         file.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}) + "\n")

@@ -1,4 +1,4 @@
-"""How good a run is while it trains: the score that `dist-pca evaluate` would give the next checkpoint."""
+"""Validation during training: the score that `dist-pca evaluate` would give the next checkpoint."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,15 +12,15 @@ from dist_pca.evaluation.report import label_set_members
 from dist_pca.model.segmenter import build_network
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
-from dist_pca.training.ema import Average, whole_network
+from dist_pca.training.ema import EMAShards, gather_network
 from dist_pca.training.rank_statistics import averaged_statistics
 
 
 def open_validation(config: RunConfig, classes: Sequence[ClassInfo]) -> Manifest | None:
-    """The shards of data.validation, known to have what a score needs; None where there are none.
+    """Open the shards of data.validation and check that they can be scored; None if the run has none.
 
     Raises:
-        UserError: they cannot be read, or have no labels or none of the classes, or a label set is not covered.
+        UserError: they cannot be read, have no labels or none of the classes, or a label set has an unknown class.
     """
     if config.data.validation is None:
         return None
@@ -34,7 +34,7 @@ def open_validation(config: RunConfig, classes: Sequence[ClassInfo]) -> Manifest
 
 def validate(
     engine: Any,
-    average: Average | None,
+    ema: EMAShards | None,
     manifest: Manifest,
     classes: Sequence[ClassInfo],
     config: RunConfig,
@@ -43,15 +43,15 @@ def validate(
     world_size: int,
     progress: Callable[[], object],
 ) -> float:
-    """Mean IoU on labelled shards of the moving average, or without one of the trained weights.
+    """Compute the mean IoU on labelled shards, of the moving average if there is one, else of the trained weights.
 
-    Collective; ranks share the images out. Each holds a plain copy of the whole network meanwhile, since under ZeRO 3
-    ranks with different numbers of images would wait for each other's parameters. Its batch-norm statistics are their
-    mean over ranks, as in a checkpoint.
+    Collective; images are divided over ranks. Each rank builds a full copy of the network, since under ZeRO 3 ranks
+    with different numbers of images would wait for each other's parameters. Its batch-norm statistics are their mean
+    over ranks, as in a checkpoint.
 
     Args:
         engine: DeepSpeed's.
-        average: The moving average.
+        ema: The moving average.
         manifest: The shards.
         classes: Classes by train id.
         config: The run.
@@ -64,8 +64,8 @@ def validate(
     """
     network = build_network(config.model, len(classes)).to(engine.device)
     state = network.state_dict()
-    with averaged_statistics(engine, average):
-        for name, value in whole_network(engine, average):
+    with averaged_statistics(engine, ema):
+        for name, value in gather_network(engine, ema):
             state[name].copy_(value)
     network.register_forward_pre_hook(lambda *_: progress() and None)
     scores = evaluate(

@@ -1,4 +1,4 @@
-"""What the student is shown of a micro-batch, once the teacher has labelled its target images."""
+"""Views of a micro-batch that the student is trained on, with pseudo labels of the teacher."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -26,11 +26,11 @@ class View(NamedTuple):
     images: torch.Tensor
     """[B, 3, H, W], uint8 or floating point in 0..1."""
     to_domain: Callable[..., Domain]
-    """Joins the network's logits, features and deepest map for them with what is known of them."""
+    """Combines the network's logits, features and deepest map with labels and other known values to a `Domain`."""
 
 
 class Views(NamedTuple):
-    """All that the student is shown of a micro-batch."""
+    """All views of a micro-batch."""
 
     source: View
     target: View | None = None
@@ -48,7 +48,7 @@ def student_views(
     *,
     step: int,
 ) -> Views:
-    """Label the target's clean images by the teacher, then augment, mix and mask them for the student.
+    """Label the target's clean images with the teacher, then augment, mix and mask them for the student.
 
     Collective where a term needs the teacher. Everything random is a function of the seed and sample indices. Before
     the first step of a term, its teacher pass and its views are left out.
@@ -56,12 +56,11 @@ def student_views(
     Args:
         config: The run.
         source: Labelled crops.
-        target: Unlabelled crops, None where the run trains on the source alone.
-        network: Gives logits and features for images.
-        as_teacher: Opens a context in which `network` is the teacher.
-        pretrained: Gives the frozen backbone's deepest map of what the student sees of the source, where the feature
-            distance asks for it.
-        step: Update, from 0.
+        target: Unlabelled crops; None if the run trains on the source alone.
+        network: Returns logits and features for images.
+        as_teacher: Returns a context in which `network` is the teacher.
+        pretrained: Returns the frozen backbone's deepest map of the source view, if the feature distance needs it.
+        step: Step, from 0.
     """
     objective = config.objective
     association, self_training = objective.association, objective.self_training
@@ -75,22 +74,24 @@ def student_views(
     if target is None:
         return Views(View(source_images, source_view))
     target_view = partial(Domain, labels=target.labels, seeds=_seeds(target, config.seed, "target"))
-    # Without a term of its own, the target's pass is what its running statistics are taken from.
-    shown = objective.shows_target or config.model.running_statistics == "target"
-    hidden = labels_target and objective.masked_consistency.weight > 0
-    target_images = change(target.images, target.positions, domain="target") if shown or hidden else target.images
+    # Even if no loss term needs it, the target's pass updates running statistics.
+    uses_target = objective.shows_target or config.model.running_statistics == "target"
+    masks_target = labels_target and objective.masked_consistency.weight > 0
+    target_images = (
+        change(target.images, target.positions, domain="target") if uses_target or masks_target else target.images
+    )
     mixed = masked = None
     if associates or labels_target:
         with as_teacher():
-            taught = network(target.images)
+            of_target = network(target.images)
             of_source = network(source.images) if associates and association.teacher_matches else None
         if associates:
-            target_view = partial(target_view, teacher_logits=taught.logits, teacher_features=taught.features)
+            target_view = partial(target_view, teacher_logits=of_target.logits, teacher_features=of_target.features)
         if of_source is not None:
             source_view = partial(source_view, teacher_logits=of_source.logits, teacher_features=of_source.features)
     if labels_target:
         labels, confident = pseudo_labels(
-            taught.logits,
+            of_target.logits,
             target.images.shape[-2:],
             threshold=self_training.threshold,
             ignore_top=self_training.ignore_top,
@@ -105,7 +106,7 @@ def student_views(
                 change(images, target.positions, domain="target"),
                 partial(labelled, labels=torch.where(pasted, source.labels.long(), labels), trusted=pasted),
             )
-        if hidden:
+        if masks_target:
             visible = block_mask(
                 target.images,
                 target.positions,
@@ -114,43 +115,45 @@ def student_views(
                 ratio=objective.masked_consistency.ratio,
             )
             masked = View(target_images * visible, partial(labelled, labels=labels))
-    return Views(View(source_images, source_view), View(target_images, target_view) if shown else None, mixed, masked)
+    return Views(
+        View(source_images, source_view), View(target_images, target_view) if uses_target else None, mixed, masked
+    )
 
 
-def see(
+def forward_views(
     network: Network,
     views: Views,
     *,
     joint: bool,
     keep_statistics: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Domains:
-    """Pass all views through the network.
+    """Run the network on all views.
 
     Args:
-        network: Gives logits and features for images.
-        views: What is shown.
-        joint: As one batch, rather than in turn.
-        keep_statistics: Opens a context in which batch norm's running statistics stay as they are, for passes in turn
-            over all views but the one that shows most of the target.
+        network: Returns logits and features for images.
+        views: Source view, and further ones.
+        joint: Concatenate all views to one batch, rather than pass one after the other.
+        keep_statistics: Returns a context in which batch norm's running statistics are not updated; for all separate
+            passes but that of the view with most of the target.
     """
-    shown = [view for view in views if view is not None]
+    present = [view for view in views if view is not None]
     tracked = views.target or views.mixed or views.masked or views.source
-    if joint and len(shown) > 1:
-        sizes = [len(view.images) for view in shown]
-        # Images in their own colours travel as bytes; changed ones do not.
-        bytes_alone = all(view.images.dtype == torch.uint8 for view in shown)
-        images = [view.images if bytes_alone else _unit(view.images) for view in shown]
+    if joint and len(present) > 1:
+        sizes = [len(view.images) for view in present]
+        # Images without photometric augmentation are still uint8; others are floating point.
+        all_uint8 = all(view.images.dtype == torch.uint8 for view in present)
+        images = [view.images if all_uint8 else _unit(view.images) for view in present]
         outputs = _split(network(torch.cat(images)), sizes)
     else:
         outputs = []
-        for view in shown:
+        for view in present:
             with nullcontext() if view is tracked else keep_statistics():
                 outputs.append(network(view.images))
-    # The feature distance is over the source alone.
+    # The feature distance uses the source alone.
     outputs[1:] = [output._replace(deepest=None) for output in outputs[1:]]
     domains = iter(
         view.to_domain(output.logits, output.features, deepest=output.deepest)
-        for view, output in zip(shown, outputs, strict=True)
+        for view, output in zip(present, outputs, strict=True)
     )
     return Domains(*(None if view is None else next(domains) for view in views))  # type: ignore[arg-type]
 
@@ -165,5 +168,5 @@ def _unit(images: torch.Tensor) -> torch.Tensor:
 
 
 def _seeds(batch: Batch, seed: int, domain: DomainName) -> list[int]:
-    # A function of each crop's sample index, so that every number of ranks picks the same pixels.
+    # A function of each crop's sample index, so that the same pixels are selected on any number of ranks.
     return [int(draw(1, seed, domain, Purpose.POSITIONS, index)[0] >> 1) for index in batch.positions]

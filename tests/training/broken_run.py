@@ -9,14 +9,14 @@ import typer
 
 from dist_pca import train
 from dist_pca.objective import Domains
-from dist_pca.training import loop
+from dist_pca.training import trainer
 
 steps = count(1)
-sound_see, sound_objective = loop.see, loop.objective
+sound_forward_views, sound_objective = trainer.forward_views, trainer.objective
 
 
-def see(*arguments: Any, **options: Any) -> Domains:
-    domains = sound_see(*arguments, **options)
+def forward_views(*arguments: Any, **options: Any) -> Domains:
+    domains = sound_forward_views(*arguments, **options)
     if next(steps) != 3:
         return domains
     return domains._replace(source=domains.source._replace(logits=domains.source.logits * torch.nan))
@@ -31,5 +31,5 @@ def objective(*arguments: Any, step: int, **options: Any) -> tuple[torch.Tensor,
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
-        loop.see, loop.objective = see, objective  # type: ignore[assignment]
+        trainer.forward_views, trainer.objective = forward_views, objective  # type: ignore[assignment]
     typer.run(train.main)

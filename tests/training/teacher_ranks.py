@@ -15,34 +15,34 @@ def teach(rank: int, ranks: int, port: int, folder: Path, config: RunConfig) -> 
     """Train two steps, pass images through teacher and student, train a third; save everything."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from dist_pca.training import engine as module
-    from dist_pca.training.ema import start_average, update_average, whole_network
+    from dist_pca.training.distributed import init_distributed
+    from dist_pca.training.ema import gather_network, init_ema, update_ema
     from dist_pca.training.teacher import teacher_weights
 
-    world = module.start_world(config)
+    environment = init_distributed(config)
     torch.set_num_threads(1)
     model = network(config)
-    engine, _ = world.accelerator.prepare(model, build_optimizer(config.optimizer, model))
+    engine, _ = environment.accelerator.prepare(model, build_optimizer(config.optimizer, model))
     engine.train()
-    average = start_average(engine)
+    average = init_ema(engine)
     # The last step trains on a network that has been the teacher in between.
     found: dict[str, Any] = {}
     for step in range(3):
         for micro in micro_batches(engine, config, step, rank, ranks):
             engine.backward(micro.loss)
             engine.step()
-        update_average(average, engine, config.training.ema_decay, step + 1)
+        update_ema(average, engine, config.training.ema_decay, step + 1)
         if step == 1:
-            before = {name: value.clone() for name, value in whole_network(engine, None)}
-            found["average"] = {name: value.clone().cpu() for name, value in whole_network(engine, average)}
+            before = {name: value.clone() for name, value in gather_network(engine, None)}
+            found["average"] = {name: value.clone().cpu() for name, value in gather_network(engine, average)}
             with teacher_weights(engine, average):
                 logits, features, _ = engine(batch(9, 4)[0])
             assert not logits.requires_grad
             assert engine.module.training
             found |= {"logits": logits, "features": features}
             found["unchanged"] = {
-                name: torch.equal(value, before[name]) for name, value in whole_network(engine, None)
-            } | {"average": all(torch.equal(v, found["average"][n]) for n, v in whole_network(engine, average))}
-    found["trained"] = {name: value.clone().cpu() for name, value in whole_network(engine, None)}
+                name: torch.equal(value, before[name]) for name, value in gather_network(engine, None)
+            } | {"average": all(torch.equal(v, found["average"][n]) for n, v in gather_network(engine, average))}
+    found["trained"] = {name: value.clone().cpu() for name, value in gather_network(engine, None)}
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -22,7 +22,8 @@ import dist_pca
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
 from dist_pca.train import resolve_config
-from dist_pca.training.checkpoint import latest_checkpoint, load_model, load_optimizer, pointed_at, read_state
+from dist_pca.training.checkpoint import latest_checkpoint, load_model, pointed_at, read_state
+from dist_pca.training.checkpoint_parts import CheckpointPart, OptimizerPart, checkpoint_parts
 from dist_pca.training.checkpoint_writer import CheckpointWriter
 from tests.disk import small_disk
 
@@ -45,13 +46,17 @@ def engine(width: int) -> SimpleNamespace:
     return SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 2)
 
 
+def parts(engine: SimpleNamespace) -> list[CheckpointPart]:
+    return checkpoint_parts(engine, None)
+
+
 def writer(folder: Path) -> CheckpointWriter:
     return CheckpointWriter(folder, CONFIG, device=torch.device("cpu"))
 
 
 def save(folder: Path, step: int, width: int, **state: object) -> None:
     with writer(folder) as checkpoints:
-        checkpoints.save(engine(width), step, state=state)
+        checkpoints.save(parts(engine(width)), step, state=state)
 
 
 def names(folder: Path) -> list[str]:
@@ -74,7 +79,7 @@ def file_size_limit(folder: Path) -> Iterator[Path]:
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path: Path, limit: object) -> None:
     with limit(tmp_path / "disk") as folder:  # type: ignore[operator]
         save(folder, 1, width=16)
-        with pytest.raises(UserError, match=r"step-00000002: cannot be written .*; step-00000001 is whole") as refused:
+        with pytest.raises(UserError, match=r"step-00000002: cannot be written .*; step-00000001 is intact") as refused:
             save(folder, 2, width=1024)
         assert "\n" not in str(refused.value)
         assert names(folder) == ["latest", "step-00000001"]
@@ -131,7 +136,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_hears_of_its_failure
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="the disk is gone"):  # noqa: PT012
         patch.setattr("dist_pca.training.checkpoint_writer.save_file", write)
         with writer(tmp_path) as checkpoints:
-            assert checkpoints.save(engine(8), 1) < 5
+            assert checkpoints.save(parts(engine(8)), 1) < 5
             checkpoints.poll()
             slow.set()
             for _ in range(1000):
@@ -145,7 +150,7 @@ def test_what_is_saved_is_the_state_at_the_call_and_not_what_training_makes_of_i
     trained = engine(512)
     before = trained.module.weight.clone()
     with writer(tmp_path) as checkpoints:
-        checkpoints.save(trained, 1)
+        checkpoints.save(parts(trained), 1)
         trained.module.weight.zero_()
     found = latest_checkpoint(tmp_path)
     assert found is not None
@@ -156,11 +161,11 @@ KILLED = """
 import sys
 from pathlib import Path
 import torch.distributed as dist
-from tests.training.test_checkpoint import engine, save, writer
+from tests.training.test_checkpoint import engine, parts, save, writer
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 save(Path(sys.argv[1]), 1, width=16)
 with writer(Path(sys.argv[1])) as checkpoints:
-    checkpoints.save(engine(8192), 2)
+    checkpoints.save(parts(engine(8192)), 2)
 """
 
 
@@ -183,11 +188,11 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_one_before(tmp_path: Path) -
     ("model", "message"),
     [
         (torch.nn.Linear(5, 4), r"other shapes: weight \[4, 4\] where the config has \[4, 5\]"),
-        (torch.nn.Linear(4, 4, bias=False), "it alone has bias"),
-        (torch.nn.BatchNorm1d(4), "it lacks num_batches_tracked, running_mean, running_var; other shapes: weight"),
+        (torch.nn.Linear(4, 4, bias=False), "unexpected bias"),
+        (torch.nn.BatchNorm1d(4), "missing num_batches_tracked, running_mean, running_var; other shapes: weight"),
         (
             torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)),
-            "it lacks 0.bias, 0.weight, 1.bias and 1 more",
+            "missing 0.bias, 0.weight, 1.bias and 1 more",
         ),
     ],
 )
@@ -206,15 +211,15 @@ def test_a_moving_average_that_a_checkpoint_does_not_have_is_refused(tmp_path: P
     save(tmp_path, 1, width=4)
     found = latest_checkpoint(tmp_path)
     assert found is not None
-    with pytest.raises(UserError, match=r"holds no moving average \(training.ema_decay was 0\)"):
+    with pytest.raises(UserError, match=r"has no moving average \(training.ema_decay was 0\)"):
         load_model(torch.nn.Linear(4, 4), found, ema=True)
 
 
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ("weight/momentum_buffer", "does not fit AdamW of this network, by momentum_buffer"),
-        ("weight/exp_avg", "does not fit AdamW of this network, by bias"),
+        ("weight/momentum_buffer", "does not fit AdamW of this network, because of momentum_buffer"),
+        ("weight/exp_avg", "does not fit AdamW of this network, because of bias"),
     ],
 )
 def test_another_optimisers_state_is_refused(tmp_path: Path, saved: str, message: str) -> None:
@@ -222,4 +227,4 @@ def test_another_optimisers_state_is_refused(tmp_path: Path, saved: str, message
     module = torch.nn.Linear(4, 4)
     other = SimpleNamespace(module=module, optimizer=SimpleNamespace(optimizer=torch.optim.AdamW(module.parameters())))
     with pytest.raises(UserError, match=message):
-        load_optimizer(other, tmp_path)
+        OptimizerPart(other).restore(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_pca.training.checkpoint import latest_checkpoint, load_model
-from dist_pca.training.outcome import ExitCode, read_outcome
+from dist_pca.training.exit_status import ExitCode, read_exit_status
 from dist_pca.training.run import load_run
 from tests.disk import small_disk
 from tests.training.runs import build_streets, overrides
@@ -32,10 +32,10 @@ def test_a_disk_full_at_a_checkpoint_is_one_clear_line_and_with_room_the_run_goe
     assert refused.returncode == ExitCode.REFUSED, refused.stderr
     (said,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
     run = disk / "small"
-    outcome = read_outcome(run)
+    outcome = read_exit_status(run)
     assert outcome is None or said == f"error: {outcome.message}"
     assert "step-00000004: cannot be written" in said
-    assert "step-00000002 is whole" in said
+    assert "step-00000002 is intact" in said
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
     checkpoint = latest_checkpoint(run / "checkpoints")
     assert checkpoint is not None

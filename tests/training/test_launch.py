@@ -5,14 +5,14 @@ import pytest
 
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
-from dist_pca.training.launch import launch, launch_command, process_count, shown
-from dist_pca.training.outcome import ExitCode, record_outcome
+from dist_pca.training.exit_status import ExitCode, write_exit_status
+from dist_pca.training.launch import launch, launch_command, process_count, quote_command
 from dist_pca.training.signals import SIGNALS
 
 
 def test_the_command_names_launcher_run_and_overrides() -> None:
     command = launch_command("camvid", ["seed=1"], launcher="accelerate/cpu", processes=3, resume=True)
-    assert shown(command) == (
+    assert quote_command(command) == (
         f"accelerate launch --config_file {resource('launch', 'accelerate/cpu')} --num_processes 3 "
         "-m dist_pca.train camvid seed=1 --resume"
     )
@@ -32,7 +32,7 @@ def test_the_launcher_suits_the_machine_and_the_runs_stage(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    assert f"{launcher} -m dist_pca.train" in shown(launch_command("camvid", zero_stage=zero_stage))
+    assert f"{launcher} -m dist_pca.train" in quote_command(launch_command("camvid", zero_stage=zero_stage))
 
 
 def test_an_unknown_launcher_gives_the_nearest() -> None:
@@ -52,7 +52,7 @@ def test_processes_are_the_commands_or_else_the_launcher_files(
 
 def test_a_launcher_file_that_names_no_processes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("use_cpu: true\n")
-    with pytest.raises(UserError, match=r"mine\.yaml: has no num_processes; write one, or give --processes"):
+    with pytest.raises(UserError, match=r"mine\.yaml: has no num_processes; add it, or pass --processes"):
         process_count(launch_command("camvid", launcher=str(tmp_path / "mine.yaml")))
 
 
@@ -63,7 +63,7 @@ def test_the_exit_code_is_the_commands(tmp_path: Path) -> None:
 
 
 def test_the_ranks_word_counts_more_than_the_launchers_exit_code(tmp_path: Path) -> None:
-    record_outcome(tmp_path, ExitCode.DONE, "of an earlier start")
+    write_exit_status(tmp_path, ExitCode.DONE, "of an earlier start")
     command = launch_command("camvid", launcher="accelerate/cpu")
     (tmp_path / "prepared.json").write_text('{"code": 75, "message": "saved"}')
     command[1:3] = [

@@ -103,19 +103,19 @@ def test_a_start_with_patience_waits_for_a_job_that_is_leaving(
 ) -> None:
     path = held_by(tmp_path, socket.gethostname(), other.pid, psutil.Process(other.pid).create_time())
     threading.Timer(1.5, path.unlink).start()
-    with run_lock(tmp_path, patience=60):
+    with run_lock(tmp_path, wait=60):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     held_by(tmp_path, "elsewhere", 999_999_999, 0.0)
     threading.Timer(0.3, os.utime, [path]).start()
     refused = pytest.raises(UserError, match="process 999999999 on elsewhere trains in this folder")
     began = time.monotonic()
-    with refused, run_lock(tmp_path, patience=2):
+    with refused, run_lock(tmp_path, wait=2):
         pass
     assert time.monotonic() - began >= 2
 
 
 def test_a_held_lock_is_touched_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.05)
     with run_lock(tmp_path):
         os.utime(tmp_path / "lock.json", (0, 0))
         time.sleep(0.5)

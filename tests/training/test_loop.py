@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_pca.training.outcome import ExitCode
-from dist_pca.training.telemetry import TIMING
+from dist_pca.training.exit_status import ExitCode
+from dist_pca.training.metrics import TIMING
 from tests.training.runs import build_streets, overrides
 
 SETTINGS = (

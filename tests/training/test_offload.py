@@ -9,8 +9,8 @@ import torch
 from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
-from dist_pca.training.checkpoint import latest_checkpoint
-from dist_pca.training.engine import deepspeed_config, reconcile_launcher
+from dist_pca.training.checkpoint import latest_checkpoint, read_state
+from dist_pca.training.deepspeed_config import deepspeed_config, reconcile_launcher
 from tests.training.runs import build_streets, launch
 from tests.training.zero_runs import assert_equal, plain, run_config, through_deepspeed
 
@@ -45,7 +45,18 @@ def test_a_launcher_with_offload_trains_and_contradicts_a_run_without(tmp_path: 
     launcher, processes = "accelerate/gpu_zero3_offload", ("--num_processes", "2")
     done = launch(tmp_path, "offloaded", "training.steps=2", launcher=launcher, launcher_options=processes)
     assert done.returncode == 0, done.stderr
-    assert latest_checkpoint(tmp_path / "runs/offloaded/checkpoints")
+    run = tmp_path / "runs" / "offloaded"
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    # The run folder and the checkpoint say what ran, not what the config left open.
+    saved = [load_config(run / "config.yaml"), RunConfig.model_validate(read_state(checkpoint)["config"])]
+    for training in (config.training for config in saved):
+        assert training.zero_stage == 3
+        assert (training.offload.optimizer, training.offload.parameters) == ("cpu", "cpu")
+    # The same command is not refused: what the launcher filled in does not count as a changed key.
+    done = launch(tmp_path, "offloaded", "training.steps=2", launcher=launcher, launcher_options=processes)
+    assert done.returncode == 0, done.stderr
+    assert "all 2 steps are made already" in done.stderr
     for part in ("optimizer", "parameters"):
         key = f"training.offload.{part}"
         done = launch(tmp_path, part, f"{key}=none", launcher=launcher, launcher_options=processes)
@@ -55,7 +66,7 @@ def test_a_launcher_with_offload_trains_and_contradicts_a_run_without(tmp_path: 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.offload.parameters=cpu"], "training.offload.parameters needs ZeRO stage 3, and the run is at 2"),
+        (["training.offload.parameters=cpu"], "training.offload.parameters needs ZeRO stage 3, but the run uses 2"),
         (
             ["training.offload.optimizer=nvme", "training.offload.nvme_path=disk"],
             "training.offload.optimizer: nvme needs ZeRO stage 3",
@@ -120,7 +131,7 @@ def test_deepspeed_is_told_where_what_lies() -> None:
 
 
 def test_a_compiled_backbone_is_refused_under_stage_3_and_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"model\.compile does not go with ZeRO stage 3"):
+    with pytest.raises(UserError, match=r"model\.compile does not work with ZeRO stage 3"):
         reconcile_launcher(demo("model.compile=true", "training.zero_stage=3"))
     monkeypatch.setitem(os.environ, "CXX", "no-such-compiler")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

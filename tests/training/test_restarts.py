@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dist_pca.resources import resource
-from dist_pca.training.outcome import ExitCode, read_outcome
+from dist_pca.training.exit_status import ExitCode, read_exit_status
 from tests.training.runs import build_streets, overrides
 
 STEPS = 12
@@ -45,7 +45,7 @@ def test_one_rank_of_four_is_killed_the_others_end_in_time_and_the_restarted_run
         assert not left
         said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
-    outcome = read_outcome(run)
+    outcome = read_exit_status(run)
     assert outcome is not None
     assert outcome.code == ExitCode.DONE
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

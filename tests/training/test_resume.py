@@ -10,9 +10,10 @@ from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.tools.demo.streets import DAY, write_streets
-from dist_pca.training.check import check
 from dist_pca.training.checkpoint import code_version
+from dist_pca.training.prepare import prepare_run
 from dist_pca.training.resume import check_resume
+from dist_pca.training.run import create_run
 
 
 def demo(folder: Path, *overrides: str) -> RunConfig:
@@ -70,6 +71,26 @@ def test_a_folder_without_a_run_starts_one(tmp_path: Path, resume: bool | None) 
     check_resume(demo(tmp_path), resume)
 
 
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_the_launchers_stage_is_the_runs_and_no_changed_key_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    for name in ("day", "dusk"):
+        write_streets(tmp_path / f"raw_{name}", DAY, split=name, indices=range(2), seed=0, size=(64, 96))
+        build_shards("folder", tmp_path / f"raw_{name}", tmp_path / name, workers=1)
+    config = demo(
+        tmp_path,
+        *(f"data.source={tmp_path}/day", f"data.target={tmp_path}/dusk"),
+        *("data.shorter_edge=[40,56]", "data.crop=[40,56]"),
+        *("model.backbone=test_resnet", "model.weights=scratch", "model.output_stride=null"),
+    )
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    plan = prepare_run(config, world_size=1, resume=None)
+    create_run(plan.config, plan.classes, world_size=1, start_step=0)
+    assert load_config(config.folder / "config.yaml").training.zero_stage == int(stage)
+    assert prepare_run(config, world_size=1, resume=None).config == plan.config
+
+
 def test_a_world_that_cannot_share_the_batch_is_refused_with_the_sizes_that_would_work(tmp_path: Path) -> None:
     for name in ("day", "dusk"):
         write_streets(tmp_path / f"raw_{name}", DAY, split=name, indices=range(2), seed=0, size=(64, 96))
@@ -89,7 +110,7 @@ def test_a_world_that_cannot_share_the_batch_is_refused_with_the_sizes_that_woul
         r"use 8 or 16 samples or a world size out of \[1, 2, 3, 6\]"
     )
     with pytest.raises(UserError, match=message):
-        check(config, world_size=4, resume=None)
+        prepare_run(config, world_size=4, resume=None)
 
 
 def test_going_on_with_other_code_is_told(made: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -102,4 +123,4 @@ def test_going_on_with_other_code_is_told(made: Path, caplog: pytest.LogCaptureF
         assert caplog.messages == []
         (checkpoint / "state.json").write_text('{"step": 4, "code": "0.0.0+abc"}')
         check_resume(demo(made), None)
-    assert caplog.messages == [f"going on with dist-pca {code_version()}; step-00000004 was made by 0.0.0+abc"]
+    assert caplog.messages == [f"resuming with dist-pca {code_version()}; step-00000004 was saved by 0.0.0+abc"]

@@ -13,7 +13,7 @@ import pytest
 from dist_pca.config import load_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
-from dist_pca.training.outcome import ExitCode, read_outcome
+from dist_pca.training.exit_status import ExitCode, read_exit_status
 from dist_pca.training.signals import SLURM_MARGIN, StopRequest
 from tests.ranks import run_on_ranks
 from tests.training.runs import build_streets, overrides
@@ -27,7 +27,7 @@ def leave_together(rank: int, world_size: int, number: int) -> tuple[int, str, i
         if rank == 1 and step == 3:
             os.kill(os.getpid(), number)
             stop.wait(5)
-        if stop.agree(step, torch.device("cpu")):
+        if stop.any_rank(step, torch.device("cpu")):
             return stop.step, stop.reason, int(stop.exit_code)
     raise AssertionError("never agreed")
 
@@ -60,7 +60,7 @@ def run_out_of_time(rank: int, world_size: int, environment: dict[str, str], sec
     stop = StopRequest()
     # The clocks of two machines differ.
     stop.limit(seconds if rank == 0 else None, environment)
-    while not stop.agree(1, torch.device("cpu")):
+    while not stop.any_rank(1, torch.device("cpu")):
         time.sleep(0.01)
     return stop.reason, int(stop.exit_code)
 
@@ -113,7 +113,7 @@ def test_a_signalled_run_is_saved_says_so_in_one_line_and_goes_on(tmp_path: Path
         os.killpg(process.pid, getattr(signal, name))
         said = process.communicate(timeout=120)[1].splitlines()
         assert process.returncode == code
-    outcome = read_outcome(run)
+    outcome = read_exit_status(run)
     assert outcome is not None
     assert outcome.code == code
     assert [line for line in said[1:] if not line.startswith(("step", "association"))] == [outcome.message]

@@ -11,7 +11,7 @@ from dist_pca.data.batch import Batch
 from dist_pca.data.views import class_mask
 from dist_pca.model.segmenter import Output
 from dist_pca.resources import resource
-from dist_pca.training.views import see, student_views
+from dist_pca.training.views import forward_views, student_views
 
 CLASSES = 3
 
@@ -71,7 +71,7 @@ def test_only_what_a_term_needs_is_shown(overrides: tuple[str, ...], shown: set[
     views = student_views(run_config(*overrides), batch(0, 0), batch(1, 5), network, network.as_teacher, step=0)
     assert {name for name, view in zip(views._fields, views, strict=True) if view is not None} == shown
     assert [role for role, _ in network.seen] == ["teacher"] * taught
-    domains = see(network, views, joint=True)
+    domains = forward_views(network, views, joint=True)
     assert {name for name, domain in zip(domains._fields, domains, strict=True) if domain is not None} == shown
 
 
@@ -112,7 +112,9 @@ def test_the_teacher_sees_the_target_in_its_own_colours_and_the_student_changed_
 def test_mixed_images_show_pasted_source_classes_with_their_labels_and_else_the_target_with_pseudo_labels() -> None:
     network, source, target = Network(), batch(0, 0), batch(1, 5)
     config = run_config("objective.self_training.weight=1", "objective.self_training.threshold=0.9")
-    mixed = see(network, student_views(config, source, target, network, network.as_teacher, step=0), joint=False).mixed
+    mixed = forward_views(
+        network, student_views(config, source, target, network, network.as_teacher, step=0), joint=False
+    ).mixed
     assert mixed is not None
     assert source.labels is not None
     pasted = class_mask(source.labels, target.positions, seed=config.seed)
@@ -129,7 +131,9 @@ def test_one_batch_and_passes_in_turn_give_every_view_the_same_outputs() -> None
     network = Network()
     config = run_config("objective.self_training.weight=1", "objective.smoothness.weight=0.1")
     views = student_views(config, batch(0, 0), batch(1, 5), network, network.as_teacher, step=0)
-    for together, alone in zip(see(network, views, joint=True), see(network, views, joint=False), strict=True):
+    for together, alone in zip(
+        forward_views(network, views, joint=True), forward_views(network, views, joint=False), strict=True
+    ):
         assert (together is None) == (alone is None)
         if together is not None and alone is not None:
             assert torch.equal(together.logits, alone.logits)
@@ -157,5 +161,5 @@ def test_statistics_move_in_the_pass_alone_that_shows_most_of_the_target(
 
     views = student_views(run_config(*overrides), batch(0, 0), batch(1, 5), network, network.as_teacher, step=0)
     network.seen.clear()
-    see(network, views, joint=False, keep_statistics=keep)
+    forward_views(network, views, joint=False, keep_statistics=keep)
     assert kept == [index for index in range(len(network.seen)) if index != tracked]

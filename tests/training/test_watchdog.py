@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_pca.training.outcome import ExitCode, read_outcome
+from dist_pca.training.exit_status import ExitCode, read_exit_status
 from tests.training.runs import build_streets, overrides
 
 TIMEOUT = 4.0
@@ -71,7 +71,7 @@ def lines_after(ranks: list["subprocess.Popen[str]"], folder: Path, *, lost: int
     # A machine that pauses all processes for a while pauses the clock of the watchdog, but not this one.
     assert time.monotonic() - began < 2 * TIMEOUT
     ranks[lost].wait(timeout=5)
-    outcome = read_outcome(folder)
+    outcome = read_exit_status(folder)
     assert outcome is not None
     assert outcome.code == ExitCode.LOST_RANK
     assert said == [f"error: {outcome.message}"]
@@ -102,7 +102,7 @@ def test_a_rank_that_waits_for_its_data_is_named_and_not_those_that_wait_for_it(
     said = [line for process in ranks for line in process.communicate(timeout=60)[1].splitlines()]
     assert len(said) == 1
     assert "rank 1 " in said[0]
-    assert "has not moved" in said[0]
+    assert "has not progressed" in said[0]
     assert "in step 7, data" in said[0]
 
 
@@ -136,7 +136,7 @@ def test_a_run_that_loses_a_rank_exits_with_the_code_for_it(tmp_path: Path, name
         (rank,) = [child for child in launcher.children() if child.environ().get("RANK") == "1"]
         rank.send_signal(getattr(signal, name))
         said = process.communicate(timeout=120)[1].splitlines()
-    outcome = read_outcome(run)
+    outcome = read_exit_status(run)
     assert outcome is not None
     assert process.returncode == outcome.code == ExitCode.LOST_RANK
     assert [line for line in said if line.startswith("error:")] == [f"error: {outcome.message}"]
@@ -158,7 +158,7 @@ def test_ranks_whose_launcher_is_killed_save_and_leave(tmp_path: Path) -> None:
         launcher.kill()
     _gone, left = psutil.wait_procs(ranks, timeout=60)
     assert not left
-    outcome = read_outcome(run)
+    outcome = read_exit_status(run)
     assert outcome is not None
     assert outcome.code == ExitCode.SAVED
     assert len(list((run / "checkpoints").glob("step-*"))) == 1

@@ -14,7 +14,7 @@ from dist_pca.config import RunConfig, load_config
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.objective import Domain, Domains, objective
 from dist_pca.resources import resource
-from dist_pca.training.accumulation import MicroBatch, one_loss, separate_losses
+from dist_pca.training.accumulation import MicroBatch, grad_cache, separate_losses
 from dist_pca.training.checkpoint import latest_checkpoint
 from dist_pca.training.optimizer import build_optimizer
 
@@ -97,7 +97,7 @@ def micro_batches(model: Any, config: RunConfig, step: int, rank: int, ranks: in
         return objective(config.objective, *domains, step=step)
 
     if training.accumulation_pool == "update":
-        return one_loss(next_batch, forward, loss_of, training.accumulation, getattr(model, "module", model))
+        return grad_cache(next_batch, forward, loss_of, training.accumulation, getattr(model, "module", model))
     return separate_losses(next_batch, forward, loss_of, training.accumulation)
 
 
@@ -125,24 +125,23 @@ def engine_steps(
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from dist_pca.training import engine as module
-    from dist_pca.training.checkpoint import load_average, load_model, load_optimizer
+    from dist_pca.training.checkpoint import load_model
+    from dist_pca.training.checkpoint_parts import checkpoint_parts, restore
     from dist_pca.training.checkpoint_writer import CheckpointWriter
-    from dist_pca.training.ema import start_average, update_average
+    from dist_pca.training.distributed import init_distributed
+    from dist_pca.training.ema import init_ema, update_ema
     from dist_pca.training.loss_scale import LossScale
 
-    if config.training.precision == "fp16":
-        # Refused to users, as most CPUs have no such convolutions, or slow ones.
-        module.reconcile_launcher = lambda config: config
-    world = module.start_world(config)
+    environment = init_distributed(config)
     torch.set_num_threads(1)
     model = network(config)
     if load:
         load_model(model, load)
-    engine, _ = world.accelerator.prepare(model, build_optimizer(config.optimizer, model))
+    engine, _ = environment.accelerator.prepare(model, build_optimizer(config.optimizer, model))
+    ema = init_ema(engine) if config.training.ema_decay else None
+    parts = checkpoint_parts(engine, ema)
     if load:
-        load_optimizer(engine, load)
-    average = start_average(engine, load_average(load) if load else None) if config.training.ema_decay else None
+        restore(parts, load)
     scale = LossScale(engine, enabled=config.training.precision == "fp16", state={})
     for step in range(first, last):
         overflowed = True
@@ -151,10 +150,10 @@ def engine_steps(
                 engine.backward(micro.loss)
                 engine.step()
             overflowed = scale.update(float(engine.get_global_grad_norm()))
-        if average:
-            update_average(average, engine, config.training.ema_decay, step + 1)
-    with CheckpointWriter(folder, config, device=world.device) as checkpoints:
-        checkpoints.save(engine, last, average=average)
+        if ema:
+            update_ema(ema, engine, config.training.ema_decay, step + 1)
+    with CheckpointWriter(folder, config, device=environment.device) as checkpoints:
+        checkpoints.save(parts, last)
     torch.distributed.destroy_process_group()
 
 

@@ -19,9 +19,9 @@ from dist_pca.shards.build import build_shards
 from dist_pca.tools.bench.report import Record
 from dist_pca.tools.demo.streets import DAY, DUSK, write_streets
 from dist_pca.training.checkpoint import latest_checkpoint
+from dist_pca.training.exit_status import ExitCode, read_exit_status
 from dist_pca.training.launch import launch_command
-from dist_pca.training.outcome import ExitCode, read_outcome
-from dist_pca.training.telemetry import TIMING
+from dist_pca.training.metrics import TIMING
 
 STEPS_A_KILL = 4
 """Steps of the run for each kill; a checkpoint is written every second one."""
@@ -48,7 +48,7 @@ def measure_resume(folder: Path, kills: int, seed: int, tell: Callable[[str], ob
     train_to_the_end(folder, "whole", steps)
     draw = random.Random(seed)
     made = inside_a_write = unreadable = 0
-    while made < kills and read_outcome(folder / "killed") is None:
+    while made < kills and read_exit_status(folder / "killed") is None:
         tell(f"kill {made + 1} of {kills}")
         before = _half_written(folder)
         with _started(folder, "killed", steps) as process:
@@ -98,7 +98,7 @@ def train_to_the_end(folder: Path, name: str, steps: int, processes: int = 2, **
     """
     with _started(folder, name, steps, processes, **settings) as process:
         process.wait()
-    outcome = read_outcome(folder / name)
+    outcome = read_exit_status(folder / name)
     if outcome is None or outcome.code != ExitCode.DONE:
         said = (folder / f"{name}.log").read_text()[-500:]
         raise UserError(f"bench resume: the run {name} did not end as it should: {' '.join(said.split())}")

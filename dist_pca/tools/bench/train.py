@@ -23,11 +23,11 @@ from dist_pca.shards.manifest import Manifest
 from dist_pca.tools.bench.demonstration import train_demonstration
 from dist_pca.tools.bench.report import Record
 from dist_pca.train import resolve_config
-from dist_pca.training.check import Plan, check
-from dist_pca.training.engine import deepspeed_config, reconcile_launcher
-from dist_pca.training.loop import train
+from dist_pca.training.deepspeed_config import deepspeed_config
 from dist_pca.training.optimizer import build_optimizer
+from dist_pca.training.prepare import PreparedRun, prepare_run
 from dist_pca.training.signals import StopRequest
+from dist_pca.training.trainer import Trainer
 
 MODULE = "dist_pca.tools.bench.train"
 WARM_UP = 3
@@ -60,15 +60,15 @@ def measure_train(folder: Path, repeats: int) -> list[Record]:
 class _InTurn(StopRequest):
     """Asked after every step of the training loop whether it shall stop, it first lets a bare loop make one."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: PreparedRun) -> None:
         super().__init__()
         self.pairs: list[tuple[float, float]] = []
         self._plan = plan
         self._bare: Iterator[None] | None = None
         self._since = time.perf_counter()
 
-    def agree(self, step: int, device: torch.device) -> bool:
-        stopping = super().agree(step, device)
+    def any_rank(self, step: int, device: torch.device) -> bool:
+        stopping = super().any_rank(step, device)
         self._bare = self._bare or bare_steps(self._plan, device)
         ours = _now(device)
         next(self._bare)
@@ -78,14 +78,14 @@ class _InTurn(StopRequest):
         return stopping
 
 
-def bare_steps(plan: Plan, device: torch.device) -> Iterator[None]:
+def bare_steps(plan: PreparedRun, device: torch.device) -> Iterator[None]:
     """Steps as a script would make them that has nothing but DeepSpeed, the network and the losses."""
     import deepspeed
 
     config, training = plan.config, plan.config.training
     network: torch.nn.Module = build_segmenter(config.model, len(plan.classes))
     optimizer = build_optimizer(config.optimizer, network)  # type: ignore[arg-type]
-    settings = deepspeed_config(reconcile_launcher(config))
+    settings = deepspeed_config(config)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
     domains: Sequence[tuple[Sequence[Manifest], Domain, int]] = (
         (plan.sources, "source", training.source_batch),
@@ -139,9 +139,10 @@ def _now(device: torch.device) -> float:
 
 def main(config: str, *overrides: str) -> None:
     """One rank of the run."""
-    plan = check(resolve_config(config, list(overrides)), world_size=int(os.environ["WORLD_SIZE"]), resume=None)
+    plan = prepare_run(resolve_config(config, list(overrides)), world_size=int(os.environ["WORLD_SIZE"]), resume=None)
     stop = _InTurn(plan)
-    train(plan, stop)
+    with Trainer(plan, stop) as trainer:
+        trainer.train()
     if dist.get_rank() == 0:
         (plan.config.folder / "steps.json").write_text(json.dumps(stop.pairs))
 

@@ -13,8 +13,8 @@ from dist_pca.options import Resume
 from dist_pca.resources import resource
 from dist_pca.tools.cluster.status import planned_steps, saved_step
 from dist_pca.train import resolve_config
-from dist_pca.training.outcome import ExitCode, Outcome, forget_outcome, read_outcome, say_error
-from dist_pca.training.starts import read_starts
+from dist_pca.training.exit_status import ExitCode, ExitStatus, clear_exit_status, print_error, read_exit_status
+from dist_pca.training.launch_log import read_launch_log
 
 FRUITLESS_STARTS = 3
 """Starts of a job in a row without a step saved, after which it is not started again."""
@@ -54,16 +54,16 @@ def judge(folder: Path, *, job: str, restart: int, signalled: bool) -> Verdict:
         restart: How often SLURM has started the job again.
         signalled: Whether the job was asked to stop: ranks that did not listen yet have then left without a word.
     """
-    outcome, saved = read_outcome(folder), saved_step(folder)
+    outcome, saved = read_exit_status(folder), saved_step(folder)
     if outcome is None:
         if 0 < planned_steps(folder) <= saved:
             return Verdict(ExitCode.DONE, f"{folder}: all {saved} steps are made")
         if not signalled:
             return Verdict(GAVE_UP, f"{folder}: ended without a word; see the logs in {folder / 'slurm'}")
-        outcome = Outcome(ExitCode.SAVED, f"{folder}: asked to stop before the first step")
+        outcome = ExitStatus(ExitCode.SAVED, f"{folder}: asked to stop before the first step")
     if outcome.code not in (ExitCode.SAVED, ExitCode.LOST_RANK):
         return Verdict(outcome.code, outcome.message)
-    fruitful = [start.restart for start in read_starts(folder) if start.job == job and start.step < saved]
+    fruitful = [start.restart for start in read_launch_log(folder) if start.job == job and start.step < saved]
     fruitless = restart - max(fruitful, default=-1)
     if fruitless >= FRUITLESS_STARTS:
         return Verdict(
@@ -81,7 +81,7 @@ def _begin(
 ) -> None:
     """Forget how the last start ended, and print the run folder and the launcher file."""
     run = resolve_config(config, overrides or [])
-    forget_outcome(run.folder)
+    clear_exit_status(run.folder)
     typer.echo(f"{run.folder}\n{launcher(run, gpus)}")
 
 
@@ -102,5 +102,5 @@ if __name__ == "__main__":
     try:
         app()
     except UserError as error:
-        say_error(str(error))
+        print_error(str(error))
         sys.exit(UserError.EXIT_CODE)

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dist_pca.errors import UserError
-from dist_pca.training.outcome import ExitCode, read_outcome
-from dist_pca.training.starts import Start, is_alive, read_starts
+from dist_pca.training.exit_status import ExitCode, read_exit_status
+from dist_pca.training.launch_log import Launch, is_alive, read_launch_log
 
 State = Literal["queued", "running", "stale", "finished", "stopped", "diverged", "failed"]
 SHOWN = {"loss": "loss", "images_per_second": "images/s"}
@@ -85,7 +85,7 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     """
     now = time.time() if now is None else now
     starts, submitted = (
-        read_starts(folder),
+        read_launch_log(folder),
         sorted(folder.glob("slurm/*.sbatch"), key=lambda path: path.stat().st_mtime),
     )
     if not (folder / "config.yaml").is_file() and not submitted:
@@ -97,7 +97,7 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     if starts and (job is None or starts[-1].time > submitted[-1].stat().st_mtime):
         job = starts[-1].job
     job_state = None if job is None else _job_state(job)
-    silent, outcome = _silence(folder, now), read_outcome(folder)
+    silent, outcome = _silence(folder, now), read_exit_status(folder)
     message = "" if outcome is None else outcome.message
     state: State
     if outcome is not None:
@@ -168,7 +168,7 @@ def duration(seconds: float | None) -> str:
 
 
 def _is_at_work(
-    starts: list[Start],
+    starts: list[Launch],
     job_state: str | None,
     silent: float | None,
     settings: Mapping[str, Any],

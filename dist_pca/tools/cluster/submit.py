@@ -89,7 +89,7 @@ def check_run(config: RunConfig, *, world_size: int, gpus: bool, resume: bool | 
     """
     import torch
 
-    from dist_pca.training.check import check
+    from dist_pca.training.prepare import prepare_run
     from dist_pca.training.resume import check_resume
 
     check_resume(config, resume)
@@ -97,7 +97,7 @@ def check_run(config: RunConfig, *, world_size: int, gpus: bool, resume: bool | 
         # The machine that jobs are submitted on need not be able to do what theirs can.
         training = config.training.model_copy(update={"precision": "fp32"})
         config = config.model_copy(update={"training": training})
-    check(config, world_size=world_size, resume=True)
+    prepare_run(config, world_size=world_size, resume=True)
 
 
 def submit(script: str, folder: Path) -> str:

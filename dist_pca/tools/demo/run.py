@@ -19,7 +19,7 @@ from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import load_manifest
 from dist_pca.tools.demo.streets import DAY, NIGHT, write_streets
-from dist_pca.training.launch import launch, launch_command, shown
+from dist_pca.training.launch import launch, launch_command, quote_command
 from dist_pca.training.run import load_run
 
 SETS = {"day_train": (DAY, 0, 160), "night_train": (NIGHT, 160, 160), "night_test": (NIGHT, 320, 48)}
@@ -81,7 +81,7 @@ def _train(console: Console, out: Path, name: str, overrides: Sequence[str]) -> 
         console.print(f"trained  {wanted.folder} (already there)")
         return
     command = launch_command(config, settings)
-    console.print(f"train    {shown(command)}", style="dim")
+    console.print(f"train    {quote_command(command)}", style="dim")
     if code := launch(command, wanted.folder):
         raise UserError(f"{wanted.folder}: training ended with exit code {code}; its output above says why")
 

@@ -11,7 +11,7 @@ from dist_pca.data.batch import Batch
 from dist_pca.errors import UserError
 from dist_pca.tools.matches.crops import look
 from dist_pca.tools.matches.judge import JudgedCycles, judge
-from dist_pca.training.checkpoint import has_average
+from dist_pca.training.checkpoint import has_ema
 from dist_pca.training.run import find_checkpoint, load_run
 
 TEACHER_SWITCHES = ("teacher_check", "teacher_weight", "teacher_matches", "teacher_keys")
@@ -91,7 +91,7 @@ def measure(
     student = load_run(run, checkpoint, weights="trained")[2].to(device)
     teacher = None
     if association.uses_teacher:
-        if not has_average(run / "checkpoints" / checkpoint):
+        if not has_ema(run / "checkpoints" / checkpoint):
             raise UserError(f"{run}: {checkpoint} holds no moving average to be the teacher; add --no-teacher")
         teacher = load_run(run, checkpoint, weights="ema")[2].to(device)
     judged: dict[Level, list[list[JudgedCycles]]] = {level: [] for level in association.levels}

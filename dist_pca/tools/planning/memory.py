@@ -6,7 +6,7 @@ from math import ceil
 from dist_pca.config import RunConfig
 from dist_pca.tools.planning.network import NetworkStep, Parameter
 from dist_pca.tools.planning.term import Term
-from dist_pca.training.engine import BUCKET_ELEMENTS
+from dist_pca.training.deepspeed_config import BUCKET_ELEMENTS
 
 
 @dataclass(frozen=True)

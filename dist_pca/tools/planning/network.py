@@ -26,7 +26,7 @@ from dist_pca.objective.grid import pixels_at
 from dist_pca.shards.classes import LABEL_SETS
 from dist_pca.tools.planning.live import LiveBytes
 from dist_pca.training.optimizer import build_optimizer
-from dist_pca.training.views import see, student_views
+from dist_pca.training.views import forward_views, student_views
 
 DEFAULT_CLASSES = 19
 """Where neither the config nor shards that are there say how many."""
@@ -196,7 +196,7 @@ def _forward(
     # By the last step every term has started.
     views = student_views(config, source, target, network, as_teacher, pretrained, step=sys.maxsize)
     live.begin("forward")
-    domains = see(network, views, joint=config.model.joint_batch)
+    domains = forward_views(network, views, joint=config.model.joint_batch)
     passes = 1 if config.model.joint_batch else sum(view is not None for view in views)
     return _Step(_loss(config, domains, live), domains, (source, target), passes)
 

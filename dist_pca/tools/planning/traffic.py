@@ -9,7 +9,7 @@ from dist_pca.tools.planning.association import Pool
 from dist_pca.tools.planning.memory import group_elements, travelling_bytes
 from dist_pca.tools.planning.network import NetworkStep
 from dist_pca.tools.planning.term import all_gather, all_reduce, reduce_scatter
-from dist_pca.training.engine import PERSISTENT_ELEMENTS
+from dist_pca.training.deepspeed_config import PERSISTENT_ELEMENTS
 
 Pattern = Literal["ring", "neighbour"]
 

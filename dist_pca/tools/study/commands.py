@@ -154,7 +154,7 @@ def study(
         score_study,
         train_study,
     )
-    from dist_pca.training.launch import process_count, shown
+    from dist_pca.training.launch import process_count, quote_command
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -196,7 +196,7 @@ def study(
     if dry_run:
         refuse_changed_settings(wanted)
         for run, command in zip(wanted.runs, commands, strict=True):
-            typer.echo(f"{run.folder}\n  {shown(command)}")
+            typer.echo(f"{run.folder}\n  {quote_command(command)}")
         return
     manifests = open_tests(wanted)
     if collect:

@@ -19,7 +19,7 @@ from dist_pca.tools.study.design import PlannedRun, Study
 from dist_pca.tools.study.paired import Difference, paired_difference
 from dist_pca.tools.study.scoring import cached_scores
 from dist_pca.training.checkpoint import latest_checkpoint, read_state
-from dist_pca.training.outcome import ExitCode, read_outcome
+from dist_pca.training.exit_status import ExitCode, read_exit_status
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _read(run: PlannedRun, steps: int, manifests: Mapping[str, Manifest]) -> Run
         scores = {shards: each for shards, each in found.items() if each is not None}
         message = "" if len(scores) == len(manifests) else "not scored yet"
     else:
-        outcome = read_outcome(run.folder)
+        outcome = read_exit_status(run.folder)
         started = (run.folder / "config.yaml").is_file()
         message = f"step {step:,} of {steps:,}" if started else "not started"
         if outcome is not None and outcome.code not in (ExitCode.DONE, ExitCode.SAVED, ExitCode.INTERRUPTED):

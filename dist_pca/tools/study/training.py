@@ -9,9 +9,9 @@ from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest
 from dist_pca.tools.study.design import PlannedRun, Study
 from dist_pca.tools.study.scoring import score_newest
-from dist_pca.training.check import check
-from dist_pca.training.launch import launch, launch_command, shown
-from dist_pca.training.outcome import ExitCode, read_outcome
+from dist_pca.training.exit_status import ExitCode, read_exit_status
+from dist_pca.training.launch import launch, launch_command, quote_command
+from dist_pca.training.prepare import prepare_run
 from dist_pca.training.resume import config_differences, is_finished
 
 FAILED = 1
@@ -67,7 +67,7 @@ def check_study(study: Study, manifests: Mapping[str, Manifest], *, world_size: 
     for run in study.runs[: len(study.variants)]:
         config = study.resolve(run)
         if not is_finished(config):
-            plan = check(config, world_size=world_size, resume=None)
+            plan = prepare_run(config, world_size=world_size, resume=None)
             for manifest in manifests.values():
                 lookup_table(manifest, plan.classes)
 
@@ -102,12 +102,12 @@ def train_study(
         place = f"run {number} of {len(runs)}: {run.folder.name}"
         if not is_finished(study.resolve(run)):
             command = command_of(study, run, launcher=launcher, processes=processes)
-            say(f"{place}\n{shown(command)}")
+            say(f"{place}\n{quote_command(command)}")
             code = launch(command, run.folder)
             if code in (ExitCode.INTERRUPTED, ExitCode.SAVED):
                 return code
             if code != ExitCode.DONE:
-                outcome = read_outcome(run.folder)
+                outcome = read_exit_status(run.folder)
                 say(f"{place} failed with exit code {code}" + (f": {outcome.message}" if outcome else ""))
                 failed = True
                 if not keep_going:

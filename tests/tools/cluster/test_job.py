@@ -10,19 +10,19 @@ import pytest
 from dist_pca.config import load_config
 from dist_pca.resources import resource
 from dist_pca.tools.cluster.job import FRUITLESS_STARTS, GAVE_UP, judge, launcher
-from dist_pca.training.outcome import ExitCode, read_outcome, record_outcome
-from dist_pca.training.starts import Start
+from dist_pca.training.exit_status import ExitCode, read_exit_status, write_exit_status
+from dist_pca.training.launch_log import Launch
 from tests.tools.cluster.test_status import STEPS, make_run
 
 
-def start(step: int, restart: int, job: str = "7") -> Start:
-    return Start(0.0, step, 2, "elsewhere", 1, 0.0, job, restart)
+def start(step: int, restart: int, job: str = "7") -> Launch:
+    return Launch(0.0, step, 2, "elsewhere", 1, 0.0, job, restart)
 
 
 @pytest.mark.parametrize("code", [ExitCode.SAVED, ExitCode.LOST_RANK])
 def test_a_job_that_saved_or_lost_a_rank_is_started_again(tmp_path: Path, code: ExitCode) -> None:
     run = make_run(tmp_path, saved=30, starts=(start(0, 0),))
-    record_outcome(run, code, "start it again")
+    write_exit_status(run, code, "start it again")
     assert judge(run, job="7", restart=0, signalled=False) == (ExitCode.SAVED, "start it again")
 
 
@@ -31,7 +31,7 @@ def test_a_job_that_saved_or_lost_a_rank_is_started_again(tmp_path: Path, code: 
 )
 def test_any_other_end_is_the_end(tmp_path: Path, code: ExitCode) -> None:
     run = make_run(tmp_path, saved=30, starts=(start(0, 0),))
-    record_outcome(run, code, "that was it")
+    write_exit_status(run, code, "that was it")
     assert judge(run, job="7", restart=0, signalled=True) == (code, "that was it")
 
 
@@ -56,7 +56,7 @@ def test_starts_that_save_no_step_are_bounded(tmp_path: Path, begun: bool) -> No
     # The first start reached step 30 and the others none; some of them may not even have got as far as to say so.
     later = tuple(start(30, restart) for restart in range(1, 10)) if begun else ()
     run = make_run(tmp_path, saved=30, starts=(start(0, 0), *later))
-    record_outcome(run, ExitCode.LOST_RANK, "rank 1 died")
+    write_exit_status(run, ExitCode.LOST_RANK, "rank 1 died")
     codes = [judge(run, job="7", restart=restart, signalled=False).code for restart in range(6)]
     assert codes == [ExitCode.SAVED] * FRUITLESS_STARTS + [GAVE_UP] * (6 - FRUITLESS_STARTS)
 
@@ -69,7 +69,7 @@ def test_a_job_that_never_saves_is_started_so_often_and_no_more(tmp_path: Path) 
 
 def test_another_job_begins_to_count_anew(tmp_path: Path) -> None:
     run = make_run(tmp_path, saved=30, starts=(start(0, 9, job="6"),))
-    record_outcome(run, ExitCode.SAVED, "out of time")
+    write_exit_status(run, ExitCode.SAVED, "out of time")
     assert judge(run, job="7", restart=1, signalled=False).code == ExitCode.SAVED
 
 
@@ -89,12 +89,12 @@ def test_the_launcher_is_that_of_the_runs_stage(override: str, gpus: int, name: 
 
 def test_begin_forgets_the_last_end_and_end_gives_the_code(tmp_path: Path) -> None:
     run = make_run(tmp_path, saved=30, starts=(start(0, 0),))
-    record_outcome(run, ExitCode.DIVERGED, "of the last start")
+    write_exit_status(run, ExitCode.DIVERGED, "of the last start")
     command = [sys.executable, "-m", "dist_pca.tools.cluster.job"]
     begin = ("begin", "--gpus", "8", "demo", "name=run", f"output={tmp_path}", "--resume")
     said = subprocess.run([*command, *begin], capture_output=True, text=True, check=True).stdout.splitlines()
     assert said == [str(run), str(resource("launch", "accelerate/multi_node"))]
-    assert read_outcome(run) is None
+    assert read_exit_status(run) is None
     (run / "exit.json").write_text(json.dumps({"code": 75, "message": "saved"}))
     environment = {"SLURM_JOB_ID": "7", "PATH": ""}
     ended = subprocess.run([*command, "end", str(run)], env=environment, capture_output=True, text=True, check=False)

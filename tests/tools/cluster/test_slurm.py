@@ -18,8 +18,8 @@ from dist_pca.config import load_config
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.tools.cluster.status import read_status, saved_step
-from dist_pca.training.outcome import ExitCode, read_outcome
-from dist_pca.training.starts import read_starts
+from dist_pca.training.exit_status import ExitCode, read_exit_status
+from dist_pca.training.launch_log import read_launch_log
 from tests.shards.trees import make_folder
 from tests.tools.cluster.slurm import Cluster, wait_until
 from tests.tools.cluster.test_scripts import LINES
@@ -79,13 +79,13 @@ def unbroken(cluster: Cluster, streets: Path) -> Path:
 
 
 def test_two_nodes_train_to_the_end(unbroken: Path) -> None:
-    (start,) = read_starts(unbroken)
+    (start,) = read_launch_log(unbroken)
     assert (start.step, start.world_size, start.restart) == (0, 2, 0)
     logs = sorted(path.name.split("-")[1] for path in (unbroken / "slurm").glob("*.log"))
     assert logs == ["0", "1"]
     status = read_status(unbroken)
     assert (status.state, status.step, status.restarts) == ("finished", STEPS, 0)
-    outcome = read_outcome(unbroken)
+    outcome = read_exit_status(unbroken)
     assert outcome is not None
     assert outcome.code == ExitCode.DONE
 
@@ -102,7 +102,7 @@ def test_a_job_that_runs_out_of_time_saves_is_requeued_and_finishes(
         cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
         told = steps_told(run)
     assert cluster.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT")["JobState"] == "COMPLETED"
-    first, second = read_starts(run)
+    first, second = read_launch_log(run)
     assert (first.job, first.restart, second.job, second.restart) == (job, 0, job, 1)
     assert told <= second.step < STEPS
     assert_equal_end(run, unbroken)
@@ -118,7 +118,7 @@ def test_a_job_that_is_requeued_in_mid_run_loses_no_step(cluster: Cluster, stree
         told = steps_told(run)
         cluster.call("scontrol", "requeue", job)
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
-    first, second = read_starts(run)
+    first, second = read_launch_log(run)
     assert (first.restart, second.restart) == (0, 1)
     assert told <= second.step < STEPS
     assert_equal_end(run, unbroken)
@@ -135,7 +135,7 @@ def test_a_job_that_loses_a_node_goes_on_from_its_newest_checkpoint(
         wait_until(lambda: cluster.job(job)["JobState"] != "RUNNING", 60)
     cluster.start_node("n2")
     assert cluster.wait_for(job, "COMPLETED", "FAILED", "NODE_FAIL")["JobState"] == "COMPLETED"
-    assert len(read_starts(run)) == 2
+    assert len(read_launch_log(run)) == 2
     assert_equal_end(run, unbroken)
 
 

@@ -18,13 +18,13 @@ from dist_pca.config import load_config, save_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.tools.cluster.status import duration, read_status, saved_step, table
-from dist_pca.training.outcome import ExitCode, record_outcome
-from dist_pca.training.starts import Start, record_start
+from dist_pca.training.exit_status import ExitCode, write_exit_status
+from dist_pca.training.launch_log import Launch, log_launch
 
 STEPS = 100
 
 
-def make_run(folder: Path, *, told: int = 0, saved: int = 0, starts: tuple[Start, ...] = ()) -> Path:
+def make_run(folder: Path, *, told: int = 0, saved: int = 0, starts: tuple[Launch, ...] = ()) -> Path:
     """A run folder of 100 steps as training leaves it, a line of metrics for every step."""
     run = folder / "run"
     run.mkdir()
@@ -39,8 +39,8 @@ def make_run(folder: Path, *, told: int = 0, saved: int = 0, starts: tuple[Start
     return run
 
 
-def start(step: int = 0, *, host: str = "elsewhere", process: int = 1, job: str | None = None) -> Start:
-    return Start(time.time(), step, 2, host, process, 0.0, job)
+def start(step: int = 0, *, host: str = "elsewhere", process: int = 1, job: str | None = None) -> Launch:
+    return Launch(time.time(), step, 2, host, process, 0.0, job)
 
 
 def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
@@ -63,7 +63,7 @@ def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> No
 )
 def test_a_run_that_said_how_it_ended_is_believed(tmp_path: Path, code: ExitCode, state: str) -> None:
     run = make_run(tmp_path, told=40, saved=30, starts=(start(), start(20)))
-    record_outcome(run, code, "so it is")
+    write_exit_status(run, code, "so it is")
     status = read_status(run)
     assert (status.state, status.message, status.seconds_left) == (state, "so it is", None)
     assert (status.step, status.steps, status.saved_step, status.restarts) == (40, STEPS, 30, 1)
@@ -86,7 +86,7 @@ def test_a_run_on_another_machine_is_stale_when_longer_silent_than_a_living_one_
 
 def test_on_its_own_machine_the_process_decides(tmp_path: Path) -> None:
     run = make_run(tmp_path, told=40)
-    record_start(run, 0, 1, {})
+    log_launch(run, 0, 1, {})
     assert read_status(run, time.time() + 10**6).state == "running"
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait()
@@ -109,7 +109,7 @@ def test_under_slurm_the_queue_decides(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_saved_run_whose_job_waits_is_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_squeue(tmp_path, monkeypatch, "PENDING")
     run = make_run(tmp_path, told=40, saved=40, starts=(start(job="7"),))
-    record_outcome(run, ExitCode.SAVED, "out of time")
+    write_exit_status(run, ExitCode.SAVED, "out of time")
     status = read_status(run)
     assert (status.state, status.message) == ("queued", "out of time")
 
@@ -160,7 +160,7 @@ def test_several_runs_make_one_table_or_one_list(tmp_path: Path) -> None:
     names = ("first", "second")
     for name in names:
         (tmp_path / name).mkdir()
-        record_outcome(make_run(tmp_path / name, told=7, starts=(start(),)), ExitCode.DONE, "done [so]")
+        write_exit_status(make_run(tmp_path / name, told=7, starts=(start(),)), ExitCode.DONE, "done [so]")
     runs = [str(tmp_path / name / "run") for name in names]
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(table([read_status(Path(run)) for run in runs]))

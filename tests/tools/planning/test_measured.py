@@ -10,7 +10,7 @@ from dist_pca.tools.planning.hardware import Assumptions, Cluster, find_gpu
 from dist_pca.tools.planning.network import run_network
 from dist_pca.tools.planning.predict import Prediction, images_per_rank, predict
 from dist_pca.train import resolve_config
-from dist_pca.training.engine import BUCKET_ELEMENTS
+from dist_pca.training.deepspeed_config import BUCKET_ELEMENTS
 from tests.tools.planning.recipe import PLAIN, TEACHER
 from tests.training.runs import build_streets, launch, overrides
 

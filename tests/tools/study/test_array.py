@@ -13,7 +13,7 @@ from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.tools.study.array import array_script, pending_runs, scoring_script
 from dist_pca.tools.study.design import Variant
-from dist_pca.training.starts import read_starts
+from dist_pca.training.launch_log import read_launch_log
 from tests.tools.cluster.slurm import Cluster, missing_programs, running_cluster, wait_until
 from tests.tools.cluster.test_submit import fake_sbatch
 from tests.tools.study.studies import scores_of, small_study, write_finished
@@ -131,17 +131,17 @@ def test_an_arrays_runs_are_trained_requeued_one_by_one_and_scored(cluster: Clus
         lambda: all(lines(run / "metrics.jsonl") > 0 for run in runs), 240, lambda: cluster.call("squeue", "--array")
     )
     # The task that bears the number of the whole array is the one that SLURM asks to stop.
-    (last,) = [run for run in runs if read_starts(run)[0].job == array]
+    (last,) = [run for run in runs if read_launch_log(run)[0].job == array]
     other = runs[1 - runs.index(last)]
-    ranks = [p for p in cluster.processes(SLURM_JOB_ID=str(read_starts(other)[0].job)) if "RANK" in p.environ()]
+    ranks = [p for p in cluster.processes(SLURM_JOB_ID=str(read_launch_log(other)[0].job)) if "RANK" in p.environ()]
     for rank in ranks:
         rank.send_signal(signal.SIGSTOP)
     cluster.call("scancel", "--batch", "--signal=USR1", f"{array}_{runs.index(last)}")
-    wait_until(lambda: len(read_starts(last)) == 2, 240, lambda: cluster.call("squeue", "--array"))
+    wait_until(lambda: len(read_launch_log(last)) == 2, 240, lambda: cluster.call("squeue", "--array"))
     for rank in ranks:
         rank.send_signal(signal.SIGCONT)
     cluster.wait_for(scores, "COMPLETED", "FAILED", seconds=400)
-    assert [len(read_starts(run)) for run in (last, other)] == [2, 1]
+    assert [len(read_launch_log(run)) for run in (last, other)] == [2, 1]
     with (out / "study.csv").open() as file:
         assert [(row["seed"], row["step"]) for row in csv.DictReader(file)] == [("0", "12"), ("1", "12")]
     assert cluster.job(scores)["JobState"] == "COMPLETED"

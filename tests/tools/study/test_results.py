@@ -11,7 +11,7 @@ from dist_pca.tools.study.results import collect, summarise, to_json, write_resu
 from dist_pca.tools.study.scoring import cached_scores
 from dist_pca.tools.study.tables import notes, tables, write_markdown
 from dist_pca.tools.study.training import open_tests, refuse_changed_settings
-from dist_pca.training.outcome import record_outcome
+from dist_pca.training.exit_status import write_exit_status
 from tests.data.shards import make_shards
 from tests.tools.study.studies import STEPS, scores_of, small_study, write_finished, write_started
 
@@ -129,7 +129,7 @@ def test_what_is_missing_is_said_run_by_run_and_does_not_count(tmp_path: Path) -
     write_finished(study, finished, scores_of((0.5, 0.5, 0.5)))
     write_started(study, started, 2)
     write_started(study, diverged, 1)
-    record_outcome(diverged.folder, 65, "diverged at step 2")
+    write_exit_status(diverged.folder, 65, "diverged at step 2")
     write_started(study, unscored, STEPS)
     results = collect(study, open_tests(study))
     assert [result.message for result in results] == [

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from dist_pca.cli import app
 from dist_pca.errors import UserError
 from dist_pca.tools.study import commands, training
-from dist_pca.training.outcome import ExitCode, record_outcome
+from dist_pca.training.exit_status import ExitCode, write_exit_status
 from tests.tools.study.studies import STEPS, scores_of, small_study, write_finished, write_started
 from tests.training.runs import build_streets, overrides
 
@@ -50,7 +50,7 @@ class Launches:
             write_finished(study, run, scores_of((0.1, 0.2, 0.3)))
         else:
             write_started(study, run, 1)
-            record_outcome(folder, code, "so it ended")
+            write_exit_status(folder, code, "so it ended")
         return code
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: a live line, `metrics.jsonl`, and the trackers. Rank 0 tells, all ranks contribute.
+"""Logging of metrics: a live line, `metrics.jsonl`, and the trackers. Rank 0 logs, all ranks contribute.
 
 A line of `metrics.jsonl` is one JSON object with the fields of `METRICS`, every `training.log_every` steps. Terms are
 means over the steps since the line before, over their micro-batches and over ranks; null is a mean of nothing.
@@ -20,7 +20,7 @@ from typing_extensions import Self
 from dist_pca.config import RunConfig
 from dist_pca.data.batch import Batch
 from dist_pca.shards.classes import ClassInfo
-from dist_pca.training.lines import append_line, drop_lines_after
+from dist_pca.training.json_lines import append_line, drop_lines_after
 from dist_pca.training.phases import PhaseClock
 from dist_pca.training.profile import Profile
 from dist_pca.training.sample_log import SampleLog
@@ -81,16 +81,16 @@ CONFUSIONS = tuple(
     f"{kind}_{level}" for kind in ("confusion", "kept_confusion") for level in ("features", "predictions")
 )
 """Terms with a value for each pair of classes, too many for trackers."""
-SHOWN = ("loss", "ce", "lovasz", "self_training", "association_features", "association_predictions")
-FOLD_AFTER = 64
+SUMMARY_TERMS = ("loss", "ce", "lovasz", "self_training", "association_features", "association_predictions")
+MAX_PENDING = 64
 """Micro-batches whose terms are kept on the device before they are added up."""
 
 Window = dict[str, tuple[float, float]]
 """Sum and count of every term since the last line, on one rank."""
 
 
-class Telemetry:
-    """Collects the terms of every step and tells their means every `log_every` steps."""
+class MetricsLogger:
+    """Accumulates the terms of every step and logs their means every `log_every` steps."""
 
     def __init__(
         self,
@@ -101,18 +101,18 @@ class Telemetry:
         device: torch.device,
         start_step: int,
         flops: int,
-        windows: list[Window],
+        saved: list[Window],
     ) -> None:
-        """Open the run folder's logs; lines of steps that are about to be made again are dropped.
+        """Open the run folder's logs, and drop lines of steps that are about to be trained again.
 
         Args:
             config: The run.
             classes: Names for per-class counts.
-            clock: Where this rank's time goes.
-            device: Of the network.
-            start_step: Steps already made.
+            clock: Measures the phases of this rank's steps.
+            device: The network's.
+            start_step: Steps already trained.
             flops: The network's floating-point operations for one image, forward and backward.
-            windows: What `window` gave when `start_step` was saved.
+            saved: Every rank's `state` at `start_step`.
 
         Raises:
             UserError: a tracker does not start.
@@ -122,17 +122,17 @@ class Telemetry:
         self._images = config.training.source_batch + (config.training.target_batch if config.objective.adapt else 0)
         self._passes = network_passes(config)
         self._flops, self._peak_flops = flops, peak_flops(device, config.training.precision)
-        self._window = _resumed(windows)
+        self._window = _restored(saved)
         self._pending: list[dict[str, torch.Tensor]] = []
         self._began = self._since = time.perf_counter()
-        self._step, self._told = start_step, start_step
+        self._step, self._logged_step = start_step, start_step
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         self._profile = Profile(config.telemetry, config.folder, clock)
         self._samples = SampleLog(config.folder, start_step) if config.telemetry.sample_keys else None
-        self._first = dist.get_rank() == 0
-        if not self._first:
+        self._is_rank0 = dist.get_rank() == 0
+        if not self._is_rank0:
             return
         self._file = config.folder / "metrics.jsonl"
         drop_lines_after(self._file, start_step)
@@ -165,24 +165,24 @@ class Telemetry:
             self._profile.close()
         if self._progress:
             self._progress.stop()
-        if self._first:
+        if self._is_rank0:
             self._trackers.close()
             if error is None and self._step > self._start_step:
-                self._tell_where_time_went()
+                self._log_time_by_phase()
 
-    def collect(self, terms: Mapping[str, torch.Tensor], batches: Iterable[Batch | None]) -> None:
-        """Add a micro-batch's terms, and its batches of source and target.
+    def accumulate(self, terms: Mapping[str, torch.Tensor], batches: Iterable[Batch | None]) -> None:
+        """Add a micro-batch's terms, and its source and target batch.
 
-        Nothing leaves the device until a line is due. Only finite values count.
+        Terms stay on the device until a line is due. Values that are not finite do not count.
         """
         if self._samples is not None:
-            self._samples.collect(batches)
+            self._samples.accumulate(batches)
         self._pending.append({name: value.detach() for name, value in terms.items()})
-        if len(self._pending) == FOLD_AFTER:
-            self._fold()
+        if len(self._pending) == MAX_PENDING:
+            self._reduce_pending()
 
-    def step(self, step: int, scalars: Mapping[str, float | None], *, skipped: bool) -> None:
-        """Tell step number `step` (from 1): a live update, and a line when one is due. Collective.
+    def log(self, step: int, scalars: Mapping[str, float | None], *, skipped: bool) -> None:
+        """Log step `step` (from 1): update the live line, and write a line if one is due. Collective.
 
         Raises:
             UserError: on rank 0, a line cannot be written.
@@ -190,21 +190,18 @@ class Telemetry:
         self._step = step
         self._add("skipped_share", float(skipped))
         if self._samples is not None:
-            self._samples.step(step)
+            self._samples.write(step)
         self._profile.before(step + 1)
         if self._progress:
             self._progress.update(self._task, completed=step)
         if step % self._log_every == 0 or step == self._steps:
             record = {"step": step, **scalars, **self._means(), **self._throughput()}
-            if self._first:
-                self._tell(step, record)
+            if self._is_rank0:
+                self._write(step, record)
 
-    def window(self) -> list[Window]:
-        """Every rank's terms since the last line, for a checkpoint, so that a resumed run's next line is the same.
-
-        Collective.
-        """
-        self._fold()
+    def state(self) -> list[Window]:
+        """Gather every rank's terms since the last line, which a checkpoint saves for the next one. Collective."""
+        self._reduce_pending()
         windows: list[Any] = [{}] * dist.get_world_size()
         if self._window:
             dist.all_gather_object(windows, self._window)
@@ -214,8 +211,8 @@ class Telemetry:
         total, count = self._window.get(name, (0.0, 0))
         self._window[name] = (total + value, count + 1)
 
-    def _fold(self) -> None:
-        """Add the pending terms up one after the other, so that sums do not depend on when they are folded."""
+    def _reduce_pending(self) -> None:
+        """Add pending terms to the window in order, so that sums do not depend on when this is called."""
         if not self._pending:
             return
         values = iter(torch.cat([v.reshape(-1) for terms in self._pending for v in terms.values()]).tolist())
@@ -230,16 +227,18 @@ class Telemetry:
         self._pending = []
 
     def _names(self, name: str, dimensions: int) -> list[str]:
-        """Names of a term's values: one number, one for each class, or a row for each class."""
+        """Names of a term's values: a scalar, one for each class [C], or one for each pair of classes [C, C]."""
         classes = [info.name for info in self._classes]
         if dimensions == 2:
             return [f"{name}/{row} → {column}" for row in classes for column in classes]
         return [f"{name}/{of_class}" for of_class in classes] if dimensions else [name]
 
     def _means(self) -> dict[str, Any]:
-        """Means over the window and ranks. A term is a rank's share of a mean over ranks or the same everywhere; the
-        mean over ranks suits both."""
-        self._fold()
+        """Means over the window and ranks.
+
+        A term is either a rank's summand of a mean over ranks or equal on all ranks; the mean is right for both.
+        """
+        self._reduce_pending()
         totals = self._sum_over_ranks([number for pair in self._window.values() for number in pair])
         means: dict[str, Any] = {}
         for name, total, count in zip(self._window, totals[::2], totals[1::2], strict=True):
@@ -247,7 +246,7 @@ class Telemetry:
             mean = total / count if count else None
             if inner:
                 values = means.setdefault(outer, {})
-                # Most pairs of classes never meet.
+                # Most pairs of classes have no matches.
                 if outer not in CONFUSIONS or mean:
                     values[inner] = mean
             else:
@@ -256,8 +255,8 @@ class Telemetry:
         return means
 
     def _throughput(self) -> dict[str, Any]:
-        now, steps = time.perf_counter(), self._step - self._told
-        elapsed, self._since, self._told = now - self._since, now, self._step
+        now, steps = time.perf_counter(), self._step - self._logged_step
+        elapsed, self._since, self._logged_step = now - self._since, now, self._step
         own = self._take_seconds()
         ranks = dist.get_world_size()
         seconds = {
@@ -279,7 +278,7 @@ class Telemetry:
         }
 
     def _take_seconds(self) -> dict[str, float]:
-        """This rank's seconds in each phase since the last call; the exchange is part of the association."""
+        """Seconds of this rank in each phase since the last call; `association` includes `exchange`."""
         taken = self._clock.take()
         taken["association"] = taken.get("association", 0.0) + taken.get("exchange", 0.0)
         own = {phase: taken.get(phase, 0.0) for phase in PHASES}
@@ -292,10 +291,10 @@ class Telemetry:
         summed: list[float] = totals.tolist()
         return summed
 
-    def _tell(self, step: int, record: dict[str, Any]) -> None:
+    def _write(self, step: int, record: dict[str, Any]) -> None:
         append_line(self._file, json.dumps(record))
-        shown = {name: value for name, value in record.items() if name != "step" and name not in CONFUSIONS}
-        self._trackers.log(dict(_flat(shown)), step)
+        scalars = {name: value for name, value in record.items() if name != "step" and name not in CONFUSIONS}
+        self._trackers.log(dict(_flat(scalars)), step)
         summary = self._summary(record)
         if self._progress:
             self._progress.update(self._task, summary=summary)
@@ -303,7 +302,7 @@ class Telemetry:
             self._console.print(f"step {step}/{self._steps}  {summary}", highlight=False, soft_wrap=True)
 
     def _summary(self, record: Mapping[str, Any]) -> str:
-        parts = [f"{name} {record[name]:.3f}" for name in SHOWN if isinstance(record.get(name), float)]
+        parts = [f"{name} {record[name]:.3f}" for name in SUMMARY_TERMS if isinstance(record.get(name), float)]
         for level in ("features", "predictions"):
             ratio = record.get(f"consistent_ratio_{level}")
             if isinstance(ratio, float):
@@ -314,7 +313,7 @@ class Telemetry:
         left = record["seconds_per_step"] * (self._steps - record["step"])
         return "  ".join([*parts, f"{left / 60:.1f} min left"])
 
-    def _tell_where_time_went(self) -> None:
+    def _log_time_by_phase(self) -> None:
         self._take_seconds()
         elapsed, steps = time.perf_counter() - self._began, self._step - self._start_step
         shares = [
@@ -329,8 +328,8 @@ class Telemetry:
         )
 
 
-def _resumed(windows: list[Window]) -> Window:
-    """This rank's window of those saved: its own, or on another number of ranks the mean of all."""
+def _restored(windows: list[Window]) -> Window:
+    """Select this rank's saved window; on another number of ranks, take the mean of all windows."""
     ranks = dist.get_world_size()
     if len(windows) == ranks:
         return {name: (total, count) for name, (total, count) in windows[dist.get_rank()].items()}
@@ -344,7 +343,7 @@ def _resumed(windows: list[Window]) -> Window:
 
 
 def _flat(record: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Numbers of a record, those inside of another by `outer/inner`."""
+    """Flatten a record; nested numbers are named `outer/inner`."""
     numbers = []
     for name, value in record.items():
         inner = {f"{name}/{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}

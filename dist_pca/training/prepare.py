@@ -1,4 +1,4 @@
-"""What can be refused before any process waits for another."""
+"""Checks that need no process group, and what they have opened and built by the end."""
 
 from typing import NamedTuple
 
@@ -15,17 +15,18 @@ from dist_pca.objective.feature_distance import thing_classes
 from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import fit_accumulation
-from dist_pca.training.engine import reconcile_launcher
+from dist_pca.training.deepspeed_config import reconcile_launcher
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.resume import check_resume
 from dist_pca.training.trackers import check_trackers
 from dist_pca.training.validation import open_validation
 
 
-class Plan(NamedTuple):
-    """What a run needs, once all of it is known to be there and to fit together."""
+class PreparedRun(NamedTuple):
+    """A checked run: its config, shards, classes and network."""
 
     config: RunConfig
+    """With the launcher's ZeRO stage and offload: what is trained, and saved in the run folder and its checkpoints."""
     sources: tuple[Manifest, ...]
     targets: tuple[Manifest, ...]
     """Empty where the run does not adapt."""
@@ -33,17 +34,23 @@ class Plan(NamedTuple):
     classes: tuple[ClassInfo, ...]
     model: Segmenter
     things: tuple[int, ...] = ()
-    """Classes whose cells the feature distance is over."""
+    """Ids of the classes that the feature distance compares."""
 
 
-def check(config: RunConfig, *, world_size: int, resume: bool | None) -> Plan:
-    """Everything that can be refused before a process group exists: launcher, data, classes, sizes, network, folder.
+def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> PreparedRun:
+    """Check launcher, data, classes, sizes, network and run folder, before any process waits for another.
+
+    The one place where the launcher's settings are merged into the config.
+
+    Args:
+        config: The run as it was written.
+        world_size: Number of ranks.
+        resume: As `check_resume` takes it.
 
     Raises:
-        UserError: something does not fit.
+        UserError: one of them does not fit the others.
     """
-    config = fit_accumulation(config, world_size)
-    reconcile_launcher(config)
+    config = reconcile_launcher(fit_accumulation(config, world_size))
     cache = cache_settings(config.data.cache)
     sources = tuple(open_manifest(folder, cache) for folder in config.data.folders("source"))
     targets = tuple(open_manifest(folder, cache) for folder in config.data.folders("target") if config.objective.adapt)
@@ -60,6 +67,6 @@ def check(config: RunConfig, *, world_size: int, resume: bool | None) -> Plan:
     things = thing_classes(config.objective.feature_distance, classes)
     model = build_segmenter(config.model, len(classes))
     model.gives_deepest = config.objective.feature_distance.weight > 0
-    # Only for what it refuses: the run's own optimiser is built with the process group.
+    # Only to raise its errors early: the run's own optimiser is built beside the engine.
     build_optimizer(config.optimizer, model)
-    return Plan(config, sources, targets, validation, classes, model, things)
+    return PreparedRun(config, sources, targets, validation, classes, model, things)

@@ -4,7 +4,7 @@ from dist_pca.config import RunConfig, load_config
 from dist_pca.config.training import OffloadConfig
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
-from dist_pca.training.engine import LAUNCHER_FIELDS, deepspeed_config, reconcile_launcher
+from dist_pca.training.deepspeed_config import LAUNCHER_FIELDS, deepspeed_config, reconcile_launcher
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Files of JSON lines that a run adds to, and that a resumed run goes on with."""
+"""JSON-lines files that a run appends to, and that a resumed run continues."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from dist_pca.errors import UserError
 
 
 def append_line(file: Path, line: str) -> None:
-    """Add a line.
+    """Append a line to a file.
 
     Raises:
         UserError: it cannot be written.
@@ -20,7 +20,7 @@ def append_line(file: Path, line: str) -> None:
 
 
 def drop_lines_after(file: Path, step: int) -> None:
-    """Leave the lines whose `step` is at most this; those of a killed run go on after its newest checkpoint."""
+    """Remove lines whose `step` is beyond this one; a killed run may have written some after its newest checkpoint."""
     if not file.is_file():
         return
     kept = []
@@ -29,8 +29,8 @@ def drop_lines_after(file: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except ValueError:
-            # The last line of a killed run can be cut short.
+            # A killed run can leave its last line incomplete.
             continue
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text("".join(kept))
-    aside.replace(file)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(kept))
+    partial.replace(file)

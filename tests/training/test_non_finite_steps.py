@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from dist_pca.data.batch import Batch
 from dist_pca.objective import Domain
 from dist_pca.shards.manifest import load_manifest
-from dist_pca.training.bad_steps import BadSteps, finite
-from dist_pca.training.outcome import ExitCode, read_outcome
+from dist_pca.training.exit_status import ExitCode, read_exit_status
+from dist_pca.training.non_finite_steps import NonFiniteSteps, zero_non_finite
 from tests.training.runs import build_streets, launch
 
 
@@ -27,7 +27,9 @@ def test_a_value_that_is_not_finite_makes_every_gradient_nan(tmp_path: Path, val
     terms = {"ce": torch.tensor(value if where == "term" else 1.0)}
     loss = weight.sum() * (value if where == "loss" else 1.0)
     batch = Batch(torch.zeros(1, 3, 2, 2), None, ["a"], [0], [])
-    BadSteps(torch.nn.Linear(1, 1), tmp_path, 1).watch(loss, terms, (domain(logits), None), (batch, None)).backward()
+    NonFiniteSteps(torch.nn.Linear(1, 1), tmp_path, 1).check_loss(
+        loss, terms, (domain(logits), None), (batch, None)
+    ).backward()
     assert weight.grad is not None
     assert weight.grad.isnan().all()
 
@@ -38,14 +40,14 @@ def test_a_sound_loss_and_its_gradient_keep_their_bits(tmp_path: Path) -> None:
     (expected,) = torch.autograd.grad(loss, weight, retain_graph=True)
     # Diagnoses may be undefined.
     terms = {"ce": torch.tensor(1.0), "correct_ratio_features": torch.tensor(float("nan"))}
-    watched = BadSteps(torch.nn.Linear(1, 1), tmp_path, 1).watch(loss, terms, (None, None), (None, None))
+    watched = NonFiniteSteps(torch.nn.Linear(1, 1), tmp_path, 1).check_loss(loss, terms, (None, None), (None, None))
     assert torch.equal(watched, loss)
     assert torch.equal(torch.autograd.grad(watched, weight)[0], expected)
 
 
 def test_what_association_gets_is_finite_and_otherwise_untouched() -> None:
     logits = torch.tensor([1.5, float("nan"), float("inf"), float("-inf")])
-    assert finite(domain(logits)).logits.tolist() == [1.5, 0, 0, 0]
+    assert zero_non_finite(domain(logits)).logits.tolist() == [1.5, 0, 0, 0]
 
 
 @pytest.mark.slow
@@ -67,7 +69,7 @@ def test_a_bad_step_leaves_no_trace_and_many_in_a_row_stop_the_run(tmp_path: Pat
         module="tests.training.broken_run",
     )
     run = tmp_path / "runs" / "broken"
-    outcome = read_outcome(run)
+    outcome = read_exit_status(run)
     assert outcome is not None, done.stderr
     assert outcome.code == ExitCode.DIVERGED
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]

@@ -17,9 +17,9 @@ from dist_pca.config import load_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.shards.classes import ClassInfo
-from dist_pca.training import telemetry as room
+from dist_pca.training import metrics as module
+from dist_pca.training.metrics import METRICS, TIMING, MetricsLogger, Window
 from dist_pca.training.phases import PhaseClock
-from dist_pca.training.telemetry import METRICS, TIMING, Telemetry, Window
 from tests.ranks import run_on_ranks
 from tests.training.alone import alone
 from tests.training.test_phases import Watched
@@ -28,14 +28,14 @@ CPU = torch.device("cpu")
 CLASSES = (ClassInfo("road", (0, 0, 0)), ClassInfo("sky", (1, 1, 1)))
 
 
-def started(folder: Path, *overrides: str, start_step: int = 0, windows: Sequence[Window] = ()) -> Telemetry:
+def started(folder: Path, *overrides: str, start_step: int = 0, windows: Sequence[Window] = ()) -> MetricsLogger:
     batches = ("training.source_batch=8", "training.target_batch=8", "objective.self_training.weight=0")
     # Two passes of the network for each pair of images.
     plain = (*batches, *(f"objective.association.teacher_{part}=false" for part in ("check", "weight", "matches")))
     config = load_config(resource("configs", "demo"), [f"output={folder}", "telemetry.trackers=[]", *plain, *overrides])
     config.folder.mkdir(exist_ok=True)
     clock = PhaseClock(Watched(), CPU)  # type: ignore[arg-type]
-    return Telemetry(config, CLASSES, clock, device=CPU, start_step=start_step, flops=1000, windows=list(windows))
+    return MetricsLogger(config, CLASSES, clock, device=CPU, start_step=start_step, flops=1000, saved=list(windows))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -47,13 +47,13 @@ def documented(levels: Sequence[str] = ("features", "predictions")) -> set[str]:
     return {name.replace("LEVEL", level) for name in names for level in levels}
 
 
-def steps(run: Telemetry, values: Sequence[Sequence[float]], first: int) -> None:
+def steps(run: MetricsLogger, values: Sequence[Sequence[float]], first: int) -> None:
     """A step of each entry, with a micro-batch of each value in it."""
     for step, micro_batches in enumerate(values, first):
         for value in micro_batches:
             per_class = torch.tensor([int(value) if math.isfinite(value) else 0, 2])
-            run.collect({"loss": torch.tensor(value, dtype=torch.float64), "kept_per_class_features": per_class}, ())
-        run.step(step, {"learning_rate": 0.1}, skipped=step == 2)
+            run.accumulate({"loss": torch.tensor(value, dtype=torch.float64), "kept_per_class_features": per_class}, ())
+        run.log(step, {"learning_rate": 0.1}, skipped=step == 2)
 
 
 def test_a_line_has_means_over_all_micro_batches_of_what_is_finite(tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_a_line_has_means_over_all_micro_batches_of_what_is_finite(tmp_path: Pat
 def test_a_value_for_each_pair_of_classes_is_named_by_both_and_zeros_are_left_out(tmp_path: Path) -> None:
     with alone(), started(tmp_path, "training.steps=2", "training.log_every=2") as run:
         for step in (1, 2):
-            run.collect({"confusion_features": torch.tensor([[step, 0], [3, 0]])}, ())
-            run.step(step, {}, skipped=False)
+            run.accumulate({"confusion_features": torch.tensor([[step, 0], [3, 0]])}, ())
+            run.log(step, {}, skipped=False)
     (line,) = lines(tmp_path)
     assert line["confusion_features"] == {"road → road": 1.5, "sky → road": 3}
 
@@ -82,27 +82,27 @@ finite = st.floats(-(2.0**40), 2.0**40, allow_subnormal=False)
 @given(
     values=st.lists(st.lists(finite | st.just(math.nan), min_size=2, max_size=2), min_size=2, max_size=12),
     log_every=st.integers(1, 5),
-    fold_after=st.integers(1, 4),
+    max_pending=st.integers(1, 4),
     data=st.data(),
 )
 def test_a_run_interrupted_inside_a_log_window_has_the_lines_of_one_that_was_not(
     tmp_path_factory: pytest.TempPathFactory,
     values: list[list[float]],
     log_every: int,
-    fold_after: int,
+    max_pending: int,
     data: st.DataObject,
 ) -> None:
     stop = data.draw(st.integers(1, len(values) - 1))
     more_made = data.draw(st.integers(stop, len(values)))
     whole, broken = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("broken")
     overrides = (f"training.steps={len(values)}", f"training.log_every={log_every}")
-    with alone(), mock.patch.object(room, "FOLD_AFTER", fold_after):
+    with alone(), mock.patch.object(module, "MAX_PENDING", max_pending):
         with started(whole, *overrides) as run:
             steps(run, values, first=1)
         with started(broken, *overrides) as run:
             steps(run, values[:stop], first=1)
             # As a checkpoint keeps it.
-            windows = json.loads(json.dumps(run.window()))
+            windows = json.loads(json.dumps(run.state()))
             # Steps after the checkpoint are lost.
             steps(run, values[stop:more_made], first=stop + 1)
         with started(broken, *overrides, start_step=stop, windows=windows) as run:
@@ -138,9 +138,9 @@ def test_time_is_split_and_rates_follow_from_it(tmp_path: Path) -> None:
             run._clock.enter("data", step)
             torch.rand(1000, 1000).sum()
             run._clock.enter("log")
-            run.step(step, {}, skipped=False)
+            run.log(step, {}, skipped=False)
     (line,) = lines(tmp_path)
-    assert set(line["seconds"]) == set(room.PHASES)
+    assert set(line["seconds"]) == set(module.PHASES)
     assert sum(line["seconds"].values()) == pytest.approx(line["seconds_per_step"], rel=0.05)
     assert line["data_wait_share"] == pytest.approx(line["seconds"]["data"] / line["seconds_per_step"])
     assert line["images_per_second"] == pytest.approx(16 / line["seconds_per_step"])

@@ -1,0 +1,142 @@
+"""The processes of a run: how they find each other, and how all of them raise an error that one has found."""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
+
+from dist_pca.config import RunConfig
+from dist_pca.cores import usable_cores
+from dist_pca.errors import UserError
+from dist_pca.training.deepspeed_config import LAUNCHER_FIELDS, deepspeed_config
+from dist_pca.training.deepspeed_internals import deepspeed_plugin, disable_cpu_reduction_kernel
+
+
+@dataclass(frozen=True)
+class DistributedEnvironment:
+    """Rank, device and groups of this process."""
+
+    accelerator: Any
+    """Accelerate's, which prepares the DeepSpeed engine."""
+    rank: int
+    world_size: int
+    local_world_size: int
+    """Number of ranks on this node."""
+    device: torch.device
+    node_group: dist.ProcessGroup | None
+    """Ranks on this node; None where there is one node."""
+
+
+def init_distributed(config: RunConfig) -> DistributedEnvironment:
+    """Join the processes that `accelerate launch` started; a process that nothing launched is rank 0 of 1.
+
+    Args:
+        config: The run as `reconcile_launcher` returned it.
+
+    Raises:
+        UserError: the processes that came up are not those that were launched.
+    """
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    disable_cpu_reduction_kernel()
+    for name in list(os.environ):
+        # The config holds these settings by now; Accelerate refuses to find them in the environment too.
+        if name in LAUNCHER_FIELDS or name.startswith(("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS")):
+            del os.environ[name]
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    launched, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    use_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    # Accelerate skips DeepSpeed altogether where this is set; DeepSpeed chooses the CPU by itself.
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    if not use_cuda:
+        torch.set_num_threads(max(1, usable_cores() // local_size))
+    backend, timeout = "nccl" if use_cuda else "gloo", timedelta(seconds=2 * config.training.stall_timeout)
+    if _restarts() > 0:
+        # The launcher's store still holds the addresses of the lost ranks, where new ones would look for each other.
+        store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+        store = PrefixStore(f"start{_restarts()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    accelerator = Accelerator(
+        deepspeed_plugin=deepspeed_plugin(deepspeed_config(config)),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(
+                backend=backend,
+                # The last resort: the watchdog has ended the run long before.
+                timeout=timeout,
+            )
+        ],
+        mixed_precision="no",
+    )
+    came_up = dist.get_world_size() if dist.is_initialized() else 1
+    if came_up != launched or accelerator.num_processes != launched:
+        raise UserError(
+            f"the launcher started {launched} processes, but {came_up} joined the process group; start the run with "
+            "`accelerate launch --config_file` and one of the files in launch/accelerate/"
+        )
+    return DistributedEnvironment(
+        accelerator, dist.get_rank(), launched, local_size, accelerator.device, _node_group(launched, local_size)
+    )
+
+
+def raise_on_all_ranks(message: str | None) -> None:
+    """Raise rank 0's message on all ranks, if it has one; other ranks' messages are ignored. Collective.
+
+    Raises:
+        UserError: rank 0 has a message.
+    """
+    messages = [message]
+    dist.broadcast_object_list(messages, src=0)
+    if messages[0] is not None:
+        raise UserError(messages[0])
+
+
+def connect_store() -> Store:
+    """Open a connection of its own to the rendezvous store, so that no collective can block it."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # Keys of lost ranks must not be read by those that the launcher started in their place.
+    prefix = f"dist_pca/{_restarts()}"
+    return PrefixStore(prefix, TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30)))
+
+
+def _restarts() -> int:
+    """Number of times the launcher has restarted these ranks; its store outlives them."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def join_ranks() -> tuple[int, int, torch.device]:
+    """Join the other processes without DeepSpeed, to run a network but not to train it.
+
+    Returns:
+        Rank, world size and device.
+    """
+    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), size, device
+
+
+def _node_group(size: int, local_size: int) -> dist.ProcessGroup | None:
+    if size == local_size:
+        return None
+    first_ranks = range(0, size, local_size)
+    groups = [dist.new_group(list(range(first, first + local_size))) for first in first_ranks]
+    return groups[dist.get_rank() // local_size]  # type: ignore[return-value]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

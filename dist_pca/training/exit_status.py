@@ -1,0 +1,84 @@
+"""Exit codes of a run, and its exit status in `exit.json` in the run folder, which no launcher can replace.
+
+Launchers turn every exit code of a rank into 1. The rank that finds why the run ends therefore writes it into the run
+folder; `dist-pca train` exits with that code, and batch scripts can read the file.
+"""
+
+import json
+import os
+import sys
+from contextlib import suppress
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import psutil  # type: ignore[import-untyped]
+from rich.console import Console
+
+from dist_pca.errors import UserError
+
+SUPERVISED = "DIST_PCA_SUPERVISED"
+"""Environment variable of ranks whose parent reads `exit.json`: they exit with 0, so that the launcher between them
+reports no failure, and the parent exits with the file's code."""
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `dist-pca train`."""
+
+    DONE = 0
+    """Trained to the last step."""
+    REFUSED = UserError.EXIT_CODE
+    """An error that the user can fix; the last line names it."""
+    DIVERGED = 65
+    """Too many steps in a row without a finite loss and gradient; see bad_step.json."""
+    LOST_RANK = 69
+    """Another rank died or stalled; start the run again."""
+    SAVED = 75
+    """Stopped by a signal or the time limit, and saved; start the run again."""
+    INTERRUPTED = 130
+    """Ctrl-C, and saved."""
+
+
+class ExitStatus(NamedTuple):
+    """Content of `exit.json`."""
+
+    code: int
+    message: str
+
+
+def clear_exit_status(folder: Path) -> None:
+    """Remove the exit status of an earlier launch."""
+    (folder / "exit.json").unlink(missing_ok=True)
+
+
+def write_exit_status(folder: Path, code: int, message: str) -> None:
+    """Write `exit.json` atomically; without a run folder, or on a full disk, there is only the exit code."""
+    partial = folder / f".exit.json.{os.getpid()}.partial"
+    try:
+        partial.write_text(json.dumps({"code": int(code), "message": message}) + "\n")
+        partial.replace(folder / "exit.json")
+    except OSError:
+        partial.unlink(missing_ok=True)
+
+
+def read_exit_status(folder: Path) -> ExitStatus | None:
+    """Exit status of the last launch; None if it ended without writing one."""
+    try:
+        values = json.loads((folder / "exit.json").read_text())
+        return ExitStatus(int(values["code"]), str(values["message"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def exit_process(folder: Path, code: int) -> NoReturn:
+    """Exit at once and kill loader processes, without waiting for other ranks, which may be in a collective."""
+    sys.stderr.flush()
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+    os._exit(0 if SUPERVISED in os.environ and read_exit_status(folder) is not None else code)
+
+
+def print_error(message: str) -> None:
+    """Print an error as one red line on stderr."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", style="red", markup=False)

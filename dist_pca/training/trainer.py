@@ -1,0 +1,275 @@
+"""The trainer: processes, engine, data and logs of a run, and the loop over its steps."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from functools import partial
+from itertools import repeat
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from typing_extensions import Self
+
+from dist_pca.data.batch import Batch
+from dist_pca.data.randomness import Domain as DomainName
+from dist_pca.data.stream import stream
+from dist_pca.data.transfer import to_device
+from dist_pca.model.batch_norm import kept_statistics
+from dist_pca.model.frozen import FrozenBackbone
+from dist_pca.objective import Domains, objective
+from dist_pca.shards.manifest import Manifest
+from dist_pca.training.accumulation import Loss, MicroBatch, grad_cache, separate_losses
+from dist_pca.training.checkpoint import latest_checkpoint, load_model, read_state
+from dist_pca.training.checkpoint_parts import checkpoint_parts, restore
+from dist_pca.training.checkpoint_writer import CheckpointWriter
+from dist_pca.training.distributed import connect_store, init_distributed
+from dist_pca.training.ema import init_ema, update_ema
+from dist_pca.training.exit_status import ExitCode, clear_exit_status
+from dist_pca.training.lock import run_lock
+from dist_pca.training.loss_scale import LossScale
+from dist_pca.training.metrics import MetricsLogger
+from dist_pca.training.non_finite_steps import NonFiniteSteps, zero_non_finite
+from dist_pca.training.optimizer import build_optimizer
+from dist_pca.training.phases import PhaseClock
+from dist_pca.training.prepare import PreparedRun
+from dist_pca.training.run import create_run
+from dist_pca.training.schedule import learning_rate_factor
+from dist_pca.training.signals import StopRequest
+from dist_pca.training.teacher import teacher_weights
+from dist_pca.training.throughput import network_flops
+from dist_pca.training.validation import validate
+from dist_pca.training.views import Views, forward_views, student_views
+from dist_pca.training.watchdog import Watchdog
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StudentBatch(NamedTuple):
+    """A micro-batch as it was read, and the views of it that the student is trained on."""
+
+    batches: tuple[Batch, Batch | None]
+    """Source and target."""
+    views: Views
+
+
+class Trainer:
+    """Trains a run on this rank; entering its context sets everything up, leaving it closes logs and writes files.
+
+    Setting up, training and leaving are collective.
+    """
+
+    def __init__(self, run: PreparedRun, stop: StopRequest) -> None:
+        """Store what to train and what may end it early; nothing starts yet."""
+        self.run, self.stop = run, stop
+        self._resources = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Join the other ranks, and start the run or resume it from its newest checkpoint.
+
+        Raises:
+            UserError: another job trains in the folder, or a checkpoint cannot be read.
+        """
+        self.stop.limit(self.run.config.training.time_limit, os.environ)
+        with ExitStack() as stack:
+            self._set_up(stack)
+            self._resources = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._resources.__exit__(kind, error, trace)
+
+    def train(self) -> ExitCode:
+        """Train to the last step, or until a signal or the time limit asks to stop. Collective.
+
+        Raises:
+            UserError: a shard or a checkpoint cannot be read or written, or too many steps in a row are not finite.
+        """
+        config, training, engine, clock = self.run.config, self.run.config.training, self.engine, self.clock
+        for step in range(self.start_step, training.steps):
+            factor = learning_rate_factor(config, step)
+            for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+                group["lr"] = base * factor
+            # Dropout is seeded by (seed, step, rank), so that no generator state has to be stored.
+            torch.manual_seed(hash((config.seed, step, self.environment.rank)) % 2**63)
+            self.non_finite_steps.begin_step()
+            for micro in self._micro_batches(step):
+                clock.enter("backward")
+                engine.backward(
+                    self.non_finite_steps.check_loss(micro.loss, micro.terms, micro.domains, micro.batch.batches)
+                )
+                clock.enter("optimizer")
+                engine.step()
+                self.metrics.accumulate(micro.terms, micro.batch.batches)
+                # Frees its activations before the next one's are allocated.
+                del micro
+            norm = float(engine.get_global_grad_norm() or 0.0)
+            skipped = self.non_finite_steps.end_step(step + 1, norm, scale_overflowed=self.loss_scale.update(norm))
+            if self.ema is not None and not skipped:
+                update_ema(self.ema, engine, training.ema_decay, step + 1)
+            last = step + 1 == training.steps
+            mean_iou = self._validate(step + 1, last=last)
+            clock.enter("log")
+            scalars = {"learning_rate": config.optimizer.lr * factor, "gradient_norm": None if skipped else norm}
+            self.metrics.log(step + 1, scalars | {"loss_scale": self.loss_scale.value}, skipped=skipped)
+            stopping = self.stop.any_rank(step + 1, self.device)
+            self.checkpoints.poll()
+            if (step + 1) % training.checkpoint_every == 0 or last or stopping or mean_iou is not None:
+                self._save(step + 1, mean_iou)
+            if stopping and not last:
+                return self.stop.exit_code
+        return ExitCode.DONE
+
+    def _micro_batches(self, step: int) -> Iterator[MicroBatch[StudentBatch]]:
+        """Yield the micro-batches of a step (from 0), passed through the network and ready for backward."""
+        config, training, engine, clock = self.run.config, self.run.config.training, self.engine, self.clock
+        cached = training.accumulation_pool == "update" and training.accumulation > 1
+        adaptive = config.model.running_statistics == "target"
+        keep_statistics = partial(kept_statistics, engine.module) if adaptive else nullcontext
+
+        def next_batch() -> StudentBatch:
+            clock.enter("data", step + 1)
+            source, target = next(self.sources), next(self.targets)
+            clock.enter("teacher")
+            views = student_views(config, source, target, engine, self._as_teacher, self.pretrained, step=step)
+            return StudentBatch((source, target), views)
+
+        def forward(batch: StudentBatch) -> Domains:
+            clock.enter("forward")
+            return forward_views(engine, batch.views, joint=config.model.joint_batch, keep_statistics=keep_statistics)
+
+        def loss_of(domains: Domains) -> Loss:
+            return objective(
+                config.objective,
+                *(None if domain is None else zero_non_finite(domain) for domain in domains),  # type: ignore[arg-type]
+                step=step,
+                accumulation=1 if cached else training.accumulation,
+                node=self.environment.node_group,
+                things=self.run.things,
+            )
+
+        if cached:
+            return grad_cache(next_batch, forward, loss_of, training.accumulation, engine.module)
+        return separate_losses(next_batch, forward, loss_of, training.accumulation)
+
+    def _as_teacher(self) -> AbstractContextManager[None]:
+        """Give the engine's network the teacher's weights while the context is open. Collective."""
+        assert self.ema is not None
+        return teacher_weights(self.engine, self.ema)
+
+    def _validate(self, step: int, *, last: bool) -> float | None:
+        """Mean IoU on the validation shards after step `step` (from 1), None if none is due. Collective."""
+        run, training = self.run, self.run.config.training
+        due = last or step % (training.validate_every or training.checkpoint_every) == 0
+        if run.validation is None or not due:
+            return None
+        self.clock.enter("validation")
+        mean_iou = validate(
+            self.engine,
+            self.ema,
+            run.validation,
+            run.classes,
+            run.config,
+            rank=self.environment.rank,
+            world_size=self.environment.world_size,
+            progress=partial(self.clock.enter, "validation"),
+        )
+        self.metrics.accumulate({"validation_mean_iou": torch.tensor(mean_iou, device=self.device)}, ())
+        return mean_iou
+
+    def _save(self, step: int, mean_iou: float | None) -> None:
+        """Start writing a checkpoint after step `step` (from 1). Collective."""
+        self.clock.enter("checkpoint")
+        state = {"mean_iou": mean_iou, "windows": self.metrics.state(), **self.loss_scale.state}
+        self.checkpoints.save(self.parts, step, state=state)
+
+    def _set_up(self, stack: ExitStack) -> None:
+        run, config, training = self.run, self.run.config, self.run.config.training
+        self.environment = init_distributed(config)
+        rank, world_size = self.environment.rank, self.environment.world_size
+        self.device = self.environment.device
+        watchdog = stack.enter_context(
+            Watchdog(connect_store(), rank, world_size, timeout=training.stall_timeout, folder=config.folder)
+        )
+        # Ranks of a launch that was cut short may still be exiting, on a node that learns of it late.
+        restarted = any(int(os.environ.get(f"{name}_RESTART_COUNT", 0)) for name in ("SLURM", "TORCHELASTIC"))
+        stack.enter_context(run_lock(config.folder, wait=training.stall_timeout / 2 if restarted else 0.0))
+        flops = network_flops(run.model, *config.data.crop)
+        # Before a checkpoint's weights replace those that the run began with.
+        self.pretrained = self._pretrained_backbone()
+        state = self._start_engine()
+        self.start_step = int(state["step"])
+        if rank == 0:
+            create_run(config, run.classes, world_size, self.start_step)
+            clear_exit_status(config.folder)
+        dist.barrier()
+        self.clock = stack.enter_context(PhaseClock(watchdog, self.device))
+        self.metrics = stack.enter_context(
+            MetricsLogger(
+                config,
+                run.classes,
+                self.clock,
+                device=self.device,
+                start_step=self.start_step,
+                flops=flops,
+                saved=state["windows"],
+            )
+        )
+        # Before the schedule's factor.
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.sources = self._stream(stack, run.sources, "source", training.source_batch)
+        self.targets: Iterator[Batch | None] = (
+            self._stream(stack, run.targets, "target", training.target_batch) if run.targets else repeat(None)
+        )
+        self.non_finite_steps = NonFiniteSteps(self.engine.module, config.folder, training.max_bad_steps)
+        self.loss_scale = LossScale(self.engine, enabled=training.precision == "fp16", state=state)
+        self.checkpoints = stack.enter_context(
+            CheckpointWriter(config.folder / "checkpoints", config, device=self.device)
+        )
+
+    def _pretrained_backbone(self) -> FrozenBackbone | None:
+        """The backbone before the first step, where the feature distance compares with it."""
+        if self.run.config.objective.feature_distance.weight == 0:
+            return None
+        autocast = AUTOCAST[self.run.config.training.precision]
+        return FrozenBackbone(self.run.model, autocast=autocast).to(self.device)
+
+    def _start_engine(self) -> dict[str, Any]:
+        """Build engine, optimiser and moving average, restored from the newest checkpoint; returns its `state.json`."""
+        config, model = self.run.config, self.run.model
+        checkpoint = latest_checkpoint(config.folder / "checkpoints")
+        if checkpoint is not None:
+            # Before DeepSpeed partitions the weights.
+            load_model(model, checkpoint)
+        self.engine: Any
+        self.optimizer: torch.optim.Optimizer
+        self.engine, self.optimizer = self.environment.accelerator.prepare(
+            model, build_optimizer(config.optimizer, model)
+        )
+        self.ema = init_ema(self.engine) if config.training.ema_decay > 0 else None
+        self.parts = checkpoint_parts(self.engine, self.ema)
+        if checkpoint is not None:
+            restore(self.parts, checkpoint)
+        self.engine.train()
+        return {"step": 0, "windows": []} if checkpoint is None else read_state(checkpoint)
+
+    def _stream(
+        self, stack: ExitStack, manifests: Sequence[Manifest], domain: DomainName, global_batch: int
+    ) -> Iterator[Batch]:
+        """Open a domain's micro-batches of this rank, on its device, from the first step that is to be trained."""
+        batches = stream(
+            self.run.config.data,
+            manifests,
+            domain,
+            seed=self.run.config.seed,
+            rank=self.environment.rank,
+            world_size=self.environment.world_size,
+            global_batch=global_batch,
+            accumulation=self.run.config.training.accumulation,
+            start_step=self.start_step,
+            targets=self.run.targets,
+        )
+        return stack.enter_context(closing(to_device(batches, self.device)))
