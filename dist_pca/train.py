@@ -1,4 +1,7 @@
-"""The training process: `accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_pca.train CONFIG`."""
+"""Entry point of a training process.
+
+accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_pca.train CONFIG
+"""
 
 import logging
 import os
@@ -20,7 +23,7 @@ from dist_pca.training.signals import StopRequest
 
 
 def resolve_config(name: str, overrides: list[str]) -> RunConfig:
-    """The run described by a file or a shipped config's name, and overrides."""
+    """Load a run's config from a YAML file or a shipped config's name, and apply overrides."""
     path = Path(name)
     return load_config(
         path if path.suffix in (".yaml", ".yml") or path.is_file() else resource("configs", name), overrides
@@ -28,14 +31,14 @@ def resolve_config(name: str, overrides: list[str]) -> RunConfig:
 
 
 def _set_up_logging() -> None:
-    """Tell what this package logs; keep libraries from telling every rank what a reader cannot use."""
+    """Print this package's log records; silence library messages that every rank would repeat."""
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in ("DeepSpeed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that newer versions of PyTorch deprecate.
+    # DeepSpeed calls collectives by names that are deprecated in newer versions of PyTorch.
     warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
     handler = RichHandler(
         console=Console(stderr=True, soft_wrap=True), show_time=False, show_level=False, show_path=False
@@ -43,7 +46,7 @@ def _set_up_logging() -> None:
     ours = logging.getLogger("dist_pca")
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
-    # The root logger of a library that configured it would say all of it again.
+    # If a library has configured the root logger, every record would be printed twice.
     ours.propagate = False
 
 
@@ -56,13 +59,13 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=100")] = None,
     resume: Resume = None,
 ) -> None:
-    """Train a run in this process, as one of those that `accelerate launch` started."""
+    """Train a run in this process, which is one of those started by `accelerate launch`."""
     stop = StopRequest()
     rank = int(os.environ.get("RANK", "0"))
     try:
         run = resolve_config(config, overrides or [])
         _set_up_logging()
-        # After parsing: a wrong key should not wait for these imports.
+        # Imported after the config is parsed, so that a wrong key is reported without waiting for torch.
         import torch.distributed as dist
 
         from dist_pca.training.check import check
@@ -72,11 +75,11 @@ def main(
         plan = check(run, world_size=int(os.environ.get("WORLD_SIZE", "1")), resume=resume)
         if is_finished(run):
             if rank == 0:
-                _say(f"{run.folder}: all {run.training.steps} steps are made already")
+                _say(f"{run.folder}: all {run.training.steps} steps are done already")
             return
     except UserError as error:
         if rank != 0:
-            # Every rank finds the same; the launcher ends this one once rank 0 has said it.
+            # All ranks fail in the same way. Rank 0 prints the error; then the launcher ends this rank.
             stop.wait(30)
         else:
             say_error(str(error))
@@ -89,13 +92,13 @@ def main(
         say_error(message)
         leave(run.folder, error.EXIT_CODE)
     if rank == 0:
-        made = f"{run.folder}: step {stop.step} of {run.training.steps} is made and saved"
-        message = made if code == ExitCode.DONE else f"{stop.reason}: {made}; the same command goes on from there"
+        made = f"{run.folder}: step {stop.step} of {run.training.steps} is done and saved"
+        message = made if code == ExitCode.DONE else f"{stop.reason}: {made}; the same command resumes from there"
         record_outcome(run.folder, code, message)
         if code != ExitCode.DONE:
             _say(message)
     if dist.is_initialized():
-        # Left to the interpreter's end, gloo's threads now and then abort a process that has done everything.
+        # Without this call, gloo's threads sometimes abort a finished process while the interpreter shuts down.
         dist.destroy_process_group()
     sys.exit(0 if SUPERVISED in os.environ else code)
 

@@ -114,7 +114,7 @@ def test_export_names_what_it_wrote(
         ("evaluate tiny --shards unlabelled", "no labels to score against"),
         ("evaluate tiny --shards labelled --checkpoint 7", "checkpoint 7: not in tiny, which has step-00000001, "),
         ("evaluate tiny --shards labelled --checkpoint ../x", "checkpoint ../x: not in tiny"),
-        ("evaluate tiny --shards labelled --stride 4 4", "evaluation.stride: there is no window to move"),
+        ("evaluate tiny --shards labelled --stride 4 4", "evaluation.stride: has no effect without a window"),
         ("evaluate tiny --shards labelled --scale 0", "evaluation.scales: Input should be greater than 0"),
         ("evaluate tiny --shards labelled --window 4 4", "the network cannot see an image of 4 x 4 pixels"),
         ("evaluate tiny --shards labelled --window 0 4", "evaluation.window: Input should be greater than 0"),
