@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SKIPPED = ("dist_pca/association/", "dist_pca/training/")
 """Folders that are not checked yet."""
+SKIPPED_SECTION = "## What adaptation adds"
+"""Section of the README that is not checked yet."""
 
 OPENINGS = re.compile(r"\s*(Of|The same|That of|Likewise|Their|Its|And|Else)\b")
 BANNED = {
@@ -27,7 +29,7 @@ BANNED = {
     r"(?:bring|brings|brought|flow|flows|flowed) home": "reduce-scatter, send to the owner",
     r"nobody(?:'s)?": "no process, stale",
     r"at hand": "gathered, available",
-    r"(?:tell|tells|telling|told)": "log, print, report, show, distinguish",
+    r"(?:tell|tells|telling|told)(?!:)": "log, print, report, show, distinguish",
     r"roomy": "large",
     r"spared": "no_decay, excluded",
     r"(?:lead|leads|led) back": "consistent",
@@ -39,6 +41,7 @@ _BANNED = {re.compile(rf"\b{words}\b".replace(" ", r"\s+"), re.IGNORECASE): use 
 def findings(name: str, text: str) -> list[str]:
     """Lines `name:line: what: use instead` about a file's text; names that end in .py are parsed as Python."""
     if not name.endswith(".py"):
+        text = re.sub(rf"^{SKIPPED_SECTION}$.*?(?=^## |\Z)", _blank, text, flags=re.MULTILINE | re.DOTALL)
         return [f"{name}:{line}: {finding}" for line, finding in sorted(_banned(text, 1))]
     found = [
         (line, f"a docstring opens with {opening[1]!r}: write a first line that stands alone")
@@ -48,6 +51,10 @@ def findings(name: str, text: str) -> list[str]:
     for line, prose in (*_strings(text), *_comments(text)):
         found += _banned(prose, line)
     return [f"{name}:{line}: {finding}" for line, finding in sorted(found)]
+
+
+def _blank(section: re.Match[str]) -> str:
+    return "\n" * section[0].count("\n")
 
 
 def _banned(prose: str, first: int) -> Iterator[tuple[int, str]]:

@@ -43,3 +43,14 @@ def test_banned_words_are_found_in_other_files() -> None:
 
 def test_a_name_is_no_message() -> None:
     assert findings("a.py", 'tell = {"tell": 1}\n') == []
+
+
+def test_an_argument_may_have_any_name() -> None:
+    assert (
+        findings("a.py", 'def f(tell):\n    """Run.\n\n    Args:\n        tell: Called with a line.\n    """\n') == []
+    )
+
+
+def test_lines_after_a_skipped_section_keep_their_numbers() -> None:
+    text = "## What adaptation adds\n\nmend\n\n## Shards\n\nmend\n"
+    assert findings("README.md", text) == ["README.md:7: 'mend': use fix"]

@@ -62,7 +62,7 @@ def select(
     the pixels or more) as the ensemble or the median candidate, or as its predicted classes have at most half of that
     one's entropy.
 
-    Labels of the target, where there are any, never choose: they only tell afterwards what the choice was worth. The
+    Labels of the target, if there are any, are never used to choose, only to rate the choice afterwards. The
     last line is the chosen run, as [bold]dist-pca evaluate[/] takes it.
     """
     import torch
