@@ -15,6 +15,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python tests/language.py
 
 $(READY): pyproject.toml
 	@echo "setting up $(VENV): PyTorch, DeepSpeed and what they need, several GB"

@@ -1,6 +1,6 @@
-"""The `dist-pca` command: parsing and printing, nothing else.
+"""The `dist-pca` command: argument parsing and output only.
 
-Rooms are imported inside the commands that need them, so that `--help` does not wait for torch.
+Subpackages are imported inside the commands that need them, so that `--help` does not wait for torch.
 """
 
 import sys
@@ -53,7 +53,7 @@ dist-pca train my_run.yaml --profile 100:5
 
 
 def main() -> None:
-    """Run the command line; an error that a user can mend is one red line, without a traceback."""
+    """Run the command line. An error that the user can fix is printed as one red line, without a traceback."""
     try:
         app(prog_name="dist-pca")
     except UserError as error:
@@ -73,7 +73,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -92,13 +92,13 @@ def train(
     ] = None,
     resume: Resume = None,
 ) -> None:
-    """Train on this machine, and print the [bold]accelerate launch[/] line that does it.
+    """Train on this machine, and print the [bold]accelerate launch[/] command that is run.
 
-    A run goes on from its newest checkpoint by itself. Ctrl-C, SIGTERM, SIGUSR1 and training.time_limit save and leave;
-    a second signal leaves at once.
+    A run resumes from its newest checkpoint by default. On Ctrl-C, SIGTERM, SIGUSR1 or when training.time_limit is
+    reached, it saves a checkpoint and exits; a second signal exits at once.
 
-    Exit codes: 0 every step is made, 2 something to mend, 65 diverged, 69 a rank was lost, 75 saved and to be started
-    again, 130 saved after Ctrl-C.
+    Exit codes: 0 all steps are done, 2 an error that you can fix, 65 diverged, 69 a rank was lost, 75 checkpoint saved
+    and the run must be restarted, 130 checkpoint saved after Ctrl-C.
     """
     from dist_pca.config.telemetry import profile_overrides
     from dist_pca.train import resolve_config
@@ -110,11 +110,11 @@ def train(
     run = resolve_config(config, settings)
     stage = run.training.zero_stage
     command = launch_command(config, settings, launcher=launcher, processes=processes, zero_stage=stage, resume=resume)
-    # What cannot run is said here, before a launcher that follows every failure with a traceback of its own.
+    # Report config errors here: the launcher would add a traceback of its own to every failure.
     prepare_run(run, world_size=process_count(command), resume=resume)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if is_finished(run):
-        console.print(f"{run.folder}: all {run.training.steps} steps are made already", markup=False)
+        console.print(f"{run.folder}: all {run.training.steps} steps are done already", markup=False)
         return
     console.print(quote_command(command), style="dim", markup=False)
     sys.exit(launch(command, run.folder))
@@ -127,9 +127,9 @@ def demo(
         list[str] | None, typer.Argument(help="key=value for both runs, for example training.steps=50")
     ] = None,
 ) -> None:
-    """Draw two looks of one street world, train with and without adaptation, and compare them on the second look.
+    """Draw a street world by day and by night, train with and without adaptation, and compare both runs by night.
 
-    Parts that are already there are not made again; remove the folder to start afresh.
+    Parts that exist already are reused; remove the folder to start from scratch.
     """
     from dist_pca.tools.demo.run import run_demo
 

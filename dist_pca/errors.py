@@ -1,15 +1,15 @@
-"""The one exception a user is meant to read."""
+"""Exceptions whose message is meant for the user."""
 
 
 class UserError(Exception):
-    """Something the caller can put right: a path, a key, a value.
+    """An error that the caller can fix: a wrong path, key or value.
 
-    The message names the thing, says what is wrong with it and how to mend it, in one line.
-    Command lines print it without a traceback and exit with `EXIT_CODE`.
+    The message is one line: where the error is (file, key), what is wrong, and how to fix it.
+    Commands print it without a traceback and exit with `EXIT_CODE`.
     """
 
     EXIT_CODE = 2
 
 
 class CorruptSample(UserError):
-    """One sample that cannot be used, in a shard that otherwise can; the message names shard and key."""
+    """One unusable sample in an otherwise usable shard; the message names the shard and the sample's key."""

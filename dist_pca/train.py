@@ -1,4 +1,7 @@
-"""The training process: `accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_pca.train CONFIG`."""
+"""Entry point of a training process.
+
+accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_pca.train CONFIG
+"""
 
 import logging
 import os
@@ -35,7 +38,7 @@ def _set_up_logging() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in ("DeepSpeed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that newer versions of PyTorch deprecate.
+    # DeepSpeed calls collectives by names that are deprecated in newer versions of PyTorch.
     warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
     handler = RichHandler(
         console=Console(stderr=True, soft_wrap=True), show_time=False, show_level=False, show_path=False
@@ -72,7 +75,7 @@ def main(
         prepared = prepare_run(run, world_size=int(os.environ.get("WORLD_SIZE", "1")), resume=resume)
         if is_finished(run):
             if rank == 0:
-                _print(f"{run.folder}: all {run.training.steps} steps are made already")
+                _print(f"{run.folder}: all {run.training.steps} steps are done already")
             return
     except UserError as error:
         if rank != 0:

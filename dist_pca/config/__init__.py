@@ -1,7 +1,8 @@
-"""What a run is: one typed tree, read from YAML and `key=value` overrides.
+"""The config of a run: one typed tree, read from YAML and `key=value` overrides.
 
-Every value a run depends on is a field here; its docstring is its documentation. Unknown keys, wrong types and
-combinations that cannot work are refused before anything starts, naming the key, the file and the nearest valid key.
+Every value that a run depends on is a field of this tree, and the field's docstring is its documentation. Unknown keys,
+wrong types and invalid combinations are refused before anything starts. The error names the file, the key and, for an
+unknown key, the nearest valid one.
 """
 
 from dist_pca.config.data import CacheConfig, DataConfig, SamplingConfig, WeightedShards

@@ -1,4 +1,4 @@
-"""`data.*`: which shards are streamed and how images become crops."""
+"""`data.*`: which shards are read and how images are cropped and augmented."""
 
 from typing import Annotated, Literal
 
@@ -10,59 +10,60 @@ from dist_pca.config.views import PhotometricConfig
 
 
 class WeightedShards(Section):
-    """One shard folder among several."""
+    """One of several shard folders of a domain, with its sampling weight."""
 
     shards: str
-    """The folder, or its http(s) or s3 URL."""
+    """Path of the folder, or its http(s) or s3 URL."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Its share of the domain's samples, up to a common factor."""
+    """Share of the domain's samples that are drawn from this folder, up to a common factor."""
 
 
 class SamplingConfig(Section):
-    """Which source samples are taken, and which part of them."""
+    """How source samples and their crops are drawn."""
 
     source: Literal["uniform", "rare_class"] = "uniform"
-    """`uniform`: every sample once per epoch. `rare_class`: a class is drawn, rare ones more often, then a sample that
-    shows it (DAFormer); every read may then go to another shard."""
+    """`uniform`: every sample once per epoch. `rare_class`: first draw a class, rare ones more often, then a sample
+    that contains it (DAFormer); consecutive reads may then be from different shards."""
     temperature: Annotated[float, Field(gt=0)] = 0.01
-    """Of `rare_class`: class c is drawn in proportion to exp((1 - its share of pixels) / temperature)."""
+    """Temperature of `rare_class`: class c is drawn in proportion to exp((1 - its share of pixels) / temperature)."""
     min_pixels: Positive = 3000
-    """Pixels of the drawn class that a sample must show, at its stored size."""
+    """Least number of pixels of the drawn class in a sample, at its stored size."""
     min_crop_pixels: NonNegative = 1500
-    """Pixels of the drawn class that the crop must show; it is drawn anew until it does."""
+    """Least number of pixels of the drawn class in a crop; crops are drawn until one has so many."""
     crop_attempts: Positive = 10
-    """Crops drawn at most; of these the one that shows most of the class is taken."""
+    """Largest number of crops that are drawn; if none has enough pixels of the class, the one with the most is used."""
     pairing_window: NonNegative = 0
-    """Source positions that are exchanged among each other so that the k-th source image shares classes with the k-th
-    target image; 0 leaves them. Needs class counts, so labels or predictions, in the target's shards."""
+    """Window of source sample indices that may be permuted so that the k-th source image has classes in common with
+    the k-th target image; 0 keeps the order. The target's shards need class counts, from labels or predictions."""
 
 
 class CacheConfig(Section):
-    """A node's copies of remote shards."""
+    """Cache of remote shards on each node."""
 
     folder: str | None = None
-    """On a local disk, shared by all processes of the node; None is $DIST_PCA_CACHE or ~/.cache/dist_pca/shards."""
+    """Folder on a local disk, shared by all processes of the node; None is $DIST_PCA_CACHE or
+    ~/.cache/dist_pca/shards."""
     max_bytes: Positive = 50_000_000_000
-    """All copies together; the least recently used make room."""
+    """Largest size of the cache; the least recently used shards are evicted."""
     timeout: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds without a byte after which an attempt to fetch has failed."""
+    """Seconds without any data after which a download attempt fails."""
     retries: NonNegative = 6
-    """Attempts after the first one, further and further apart."""
+    """Number of attempts after the first one, with increasing delays."""
 
 
 class DataConfig(Section):
-    """Which shards are streamed and how images become crops."""
+    """Which shards are read and how images are cropped and augmented."""
 
     source: str | tuple[WeightedShards, ...]
-    """Folder of labelled source shards (holds manifest.json) or its http(s) or s3 URL, or a list of several, each
-    `{shards: ..., weight: ...}`."""
+    """Folder of labelled source shards (with a manifest.json) or its http(s) or s3 URL, or a list of several, each
+    written `{shards: ..., weight: ...}`."""
     target: str | tuple[WeightedShards, ...] | None = None
-    """Target shards, likewise; their labels, if any, are used for diagnosis only."""
+    """Target shards, written like `source`; their labels, if any, are used for diagnostics only."""
     validation: str | None = None
-    """Folder or URL of labelled shards that the run is scored on while it trains (training.validate_every)."""
+    """Folder or URL of labelled shards on which the model is validated during training (training.validate_every)."""
     classes: tuple[str, ...] | str | None = None
-    """Class names to train on, or a label set's name (cityscapes_19, synthia_16, synthia_13); others become ignore.
-    None takes the shards' own class table, which must then be the same in both domains."""
+    """Class names to train on, or a label set's name (cityscapes_19, synthia_16, synthia_13); other classes are
+    ignored. None takes the shards' own class table, which must then be the same in both domains."""
     shorter_edge: tuple[Positive, Positive]
     """The shorter image edge is resized to a random integer in this closed range, in pixels."""
     crop: tuple[Positive, Positive]
@@ -71,21 +72,21 @@ class DataConfig(Section):
     """Probability of a horizontal flip."""
     photometric: PhotometricConfig = PhotometricConfig()
     workers: NonNegative = 2
-    """Loader processes per rank and domain; 0 decodes in the training process."""
+    """Loader processes per rank and domain; 0 loads in the training process."""
     shuffle_window: Positive = 4
     """Shards whose samples are shuffled together; reads stay within this many shards of each folder."""
     sampling: SamplingConfig = SamplingConfig()
     cache: CacheConfig = CacheConfig()
     max_corrupt_share: Fraction = 0.001
-    """Samples that cannot be decoded are replaced by others; the run stops when they are more than this share of an
-    epoch, or of all samples taken where these are more."""
+    """Largest share of corrupt samples, out of one epoch or of all samples read so far, whichever is more. A corrupt
+    sample is replaced by another one; above this share the run stops."""
 
     def folders(self, domain: Literal["source", "target"]) -> tuple[str, ...]:
-        """Shard folders of a domain; none where the target is left out."""
+        """Shard folders of a domain; empty if there is no target."""
         return tuple(part.shards for part in self._parts(domain))
 
     def weights(self, domain: Literal["source", "target"]) -> tuple[float, ...]:
-        """Their weights."""
+        """Sampling weights of a domain's shard folders."""
         return tuple(part.weight for part in self._parts(domain))
 
     def _parts(self, domain: Literal["source", "target"]) -> tuple[WeightedShards, ...]:

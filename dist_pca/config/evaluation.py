@@ -1,4 +1,4 @@
-"""`evaluation.*`: how a trained network is tested."""
+"""`evaluation.*`: how a trained network is evaluated."""
 
 from typing import Annotated
 
@@ -9,30 +9,30 @@ from dist_pca.config.section import Fraction, Positive, Section
 
 
 class EvaluationConfig(Section):
-    """How a trained network is tested."""
+    """How a trained network is evaluated."""
 
     input_size: tuple[Positive, Positive] | None = None
-    """Height and width images are resized to; None resizes the shorter edge to the mean of data.shorter_edge."""
+    """Height and width to which images are resized; None resizes the shorter edge to the mean of data.shorter_edge."""
     label_sets: tuple[str, ...] = ()
-    """Named subsets whose mean IoU is reported beside the whole table's."""
+    """Label sets whose mean IoU is reported in addition to that of all classes."""
     window: tuple[Positive, Positive] | None = None
-    """Height and width, in pixels of the resized image, of windows that the network sees one after another, which
-    bounds memory; logits are averaged where they overlap. None shows it the whole image."""
+    """Height and width of sliding windows, in pixels of the resized image. Windows bound memory; logits are averaged
+    where they overlap. None runs the network on the whole image."""
     stride: tuple[Positive, Positive] | None = None
-    """Pixels from one window to the next, down and across; None is two thirds of the window."""
+    """Vertical and horizontal step between windows, in pixels; None is two thirds of the window."""
     flip: bool = False
-    """Average class probabilities with those of the mirrored image."""
+    """Average class probabilities over the image and its mirror image."""
     scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
-    """Factors of the input size at which the network sees the image; class probabilities are averaged."""
+    """Factors by which the input size is scaled; class probabilities are averaged over them."""
     aggregation: Fraction = 0.0
-    """Share of each position's features, then of its class probabilities, that is replaced by the similarity-weighted
-    mean of its image, or of its window (test-time aggregation; training's diffusion takes 0.5); 0 is off."""
+    """Share of each pixel's features, and then of its class probabilities, that is replaced by the similarity-weighted
+    mean over its image or window (test-time aggregation; diffusion in training uses 0.5); 0 is off."""
 
     @model_validator(mode="after")
     def _check_stride(self) -> Self:
         if self.stride is not None:
             if self.window is None:
-                raise ValueError("stride: there is no window to move; set evaluation.window too")
+                raise ValueError("stride: has no effect without a window; set evaluation.window too")
             if any(step > edge for step, edge in zip(self.stride, self.window, strict=True)):
                 raise ValueError(
                     f"stride: {list(self.stride)} leaves gaps between windows of {list(self.window)}; lower it"

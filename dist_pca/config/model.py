@@ -1,4 +1,4 @@
-"""`model.*`: which network."""
+"""`model.*`: the network."""
 
 from typing import Annotated, Literal
 
@@ -9,56 +9,56 @@ from dist_pca.config.section import Positive, Section
 
 
 class ModelConfig(Section):
-    """Which network."""
+    """The network: backbone, head, and the features that are associated."""
 
     backbone: str
-    """Name of a timm model that can give feature maps."""
+    """Name of a timm model that can return feature maps."""
     weights: str = "hub"
     """Backbone weights: `hub`, `scratch`, a .safetensors or .pth file, or `package:NAME` for an installed package
     that carries one weight file."""
     output_stride: Literal[4, 8, 16, 32] | None = 8
-    """Stride of the deepest feature map where the family can dilate; None leaves the family's own."""
+    """Stride of the deepest feature map, for backbones that can be dilated; None keeps the backbone's own."""
     head: Literal["deeplab_v2", "pyramid", "daformer", "mlp"] = "deeplab_v2"
-    """`deeplab_v2`: four dilated convolutions, summed, on the deepest map. The others fuse the maps of all strides at
-    `head_stride`. `pyramid`: adds them from the deepest upwards; the cheapest. `mlp`: puts them side by side and fuses
-    them by a linear layer, as SegFormer does. `daformer`: sees them side by side through convolutions of several
-    dilations, as DAFormer does; the dearest."""
+    """`deeplab_v2`: sum of four dilated convolutions on the deepest map. The other heads fuse the maps of all strides
+    at `head_stride`. `pyramid`: top-down sum; the cheapest. `mlp`: concatenation and a linear layer, as in SegFormer.
+    `daformer`: concatenation and convolutions of several dilations, as in DAFormer; the most expensive."""
     head_channels: Positive = 128
-    """Width of every head but deeplab_v2."""
+    """Channels of every head but deeplab_v2."""
     head_stride: Literal[4, 8, 16, 32] = 4
-    """Stride of the logits of every head but deeplab_v2; what is thinner cannot be drawn. Maps that are finer are left
-    out. Where all maps are coarser, a plain transformer's are upsampled by learned steps of two (a patch of 14 pixels
-    comes to 3.5, 7 or 14), and other backbones give the finest that they have."""
+    """Stride of the logits of every head but deeplab_v2; thinner objects cannot be segmented. Finer maps are not used.
+    If all maps are coarser, those of a plain vision transformer are upsampled by learned factors of two (a patch size
+    of 14 pixels gives stride 3.5, 7 or 14), and other backbones use their finest map."""
     batch_norm: Literal["local", "sync", "frozen"] = "local"
-    """Batch-norm statistics per rank, over all ranks, or the pretrained ones held fixed."""
+    """Batch-norm statistics: of each rank, over all ranks, or the pretrained ones, kept fixed."""
     association_features: Literal["backbone", "head", "projection"] = "backbone"
-    """Which pixel features are associated: the backbone's deepest map, what the head's classifier reads, or a
-    projection that is learned with them: all maps on one grid through two 1 x 1 convolutions, as in PiPa and SePiCo.
-    Association and `objective.source_contrast` alone reach the projection."""
+    """Which pixel features are associated: the backbone's deepest map, the input of the head's classifier, or a
+    learned projection (all maps on one grid through two 1 x 1 convolutions, as in PiPa and SePiCo). Only association
+    and `objective.source_contrast` train the projection."""
     association_stride: Literal[4, 8, 16, 32] | None = None
-    """Stride of these features: the map is averaged over cells to a coarser one, or upsampled bilinearly to a finer
-    one. None takes the map's own, and for the projection that of the deepest map."""
+    """Stride of the associated features: the map is average-pooled to a coarser stride or upsampled bilinearly to a
+    finer one. None keeps the map's own stride; for the projection it is that of the deepest map."""
     projection_channels: Positive = 256
-    """Width of the projection."""
+    """Output channels of the projection."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Stochastic depth: rate at which the backbone's last block is skipped in training; earlier ones are less often.
-    Most of timm's families take it."""
+    """Stochastic depth: probability of skipping the backbone's last block in training; it is lower for earlier blocks.
+    Most timm models support it."""
     activation_checkpointing: bool = False
-    """Keep only the activations between the backbone's stages or blocks and compute the others anew in backward: less
-    memory for about a third more time, with the same gradients and running statistics."""
+    """Keep only the activations between the backbone's stages or blocks and recompute the others in the backward pass:
+    less memory for about a third more time, with the same gradients and running statistics."""
     compile: bool = False
     """Compile the backbone with torch.compile; the first steps take minutes. Needs a C++ compiler, and on GPUs Triton.
-    Not under ZeRO 3, whose hooks gather parameters between the operations that a compiler would fuse."""
+    Not available under ZeRO 3, whose hooks gather parameters between operations that the compiler would fuse."""
     joint_batch: bool = True
-    """Pass all views through the network as one batch, which batch norm normalises as one, rather than in turn."""
+    """Run the network once on the batch of all views, so that batch norm normalises them together; False runs it once
+    per view."""
     running_statistics: Literal["all", "target"] = "all"
-    """Images that move batch norm's running statistics, by which evaluation and the teacher normalise: all of them, or
-    the target's alone (adaptive batch normalisation, Li et al. 2017). `target` needs joint_batch=false."""
+    """Images that update batch norm's running statistics, which evaluation and the teacher use: all of them, or those
+    of the target only (adaptive batch normalisation, Li et al. 2017). `target` needs joint_batch=false."""
 
     @model_validator(mode="after")
     def _check_statistics(self) -> Self:
         if self.running_statistics == "target" and self.joint_batch:
             raise ValueError(
-                "running_statistics: `target` needs passes of its own for the target; set model.joint_batch=false too"
+                "running_statistics: `target` needs a separate pass of the target; set model.joint_batch=false too"
             )
         return self

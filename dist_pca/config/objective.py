@@ -1,4 +1,4 @@
-"""`objective.*`: what is minimised."""
+"""`objective.*`: the terms of the training loss."""
 
 from typing import Annotated, Literal
 
@@ -15,71 +15,76 @@ ProductType = Literal["fp32", "bf16"]
 
 
 class LovaszConfig(Section):
-    """Lovasz-Softmax on the source."""
+    """Lovasz-Softmax loss on the source."""
 
     weight: Weight = 0.75
     """Weight of the term."""
     convention: Literal["mean", "released"] = "mean"
-    """`mean`: the weight as written. `released`: times world size and accumulation, as the authors' runs had it."""
+    """`mean`: the weight as given. `released`: multiplied by world size and accumulation, as in the authors' released
+    run."""
     scope: Literal["rank", "world"] = "world"
-    """Pixels one loss is computed over: this rank's, or those of all ranks."""
+    """Pixels over which one loss is computed: those of each rank, or those of all ranks."""
 
 
 class AssociationConfig(Section):
-    """Cycle association of both domains' pixels."""
+    """Cycle association of source and target pixels."""
 
     weight: Weight = 0.1
-    """Weight of the summed levels."""
+    """Weight of the sum over levels."""
     levels: tuple[Level, ...] = ("features", "predictions")
-    """Levels that find cycles, each on its own."""
+    """Levels at which cycles are found, independently of each other."""
     scope: Scope = "world"
-    """Pool of candidates: k-th source image with k-th target image, this rank, this node, or all ranks."""
+    """Candidates for a match: pixels of the k-th target image for the k-th source image, or those of this rank, this
+    node, or all ranks."""
     implementation: Implementation = "auto"
-    """How it is computed: `reference` (dense), `blockwise` (streamed), `triton` (fused, on GPUs); `auto` takes the
-    fastest that can run."""
+    """Implementation: `reference` (dense), `blockwise` (streamed), `triton` (fused kernels, on GPUs); `auto` takes the
+    fastest one that can run."""
     exchange: Exchange = "auto"
-    """How ranks of a pool see each other's keys: `gather` holds all of them on every rank, `ring` passes them round in
-    the same memory for any number of ranks; `auto` gathers while that is small."""
+    """How ranks exchange keys: `gather` collects all keys on every rank, `ring` sends blocks of keys around a ring, in
+    memory that does not grow with the number of ranks; `auto` gathers while all keys are few."""
     dtype: ProductType = "fp32"
-    """Type of the operands of matrix products; sums, softmaxes and statistics stay fp32."""
+    """Data type of matmul operands; sums, softmaxes and statistics stay fp32."""
     wire_dtype: ProductType = "fp32"
-    """Type of keys on their way between ranks; under `dtype: bf16` they travel in bf16 anyway."""
+    """Data type in which keys are sent between ranks; under `dtype: bf16` they are sent in bf16 anyway."""
     deterministic: bool = False
-    """Same bits on every run, on GPUs too, where the fastest sums have no fixed order."""
+    """Give bitwise equal results in every run; on GPUs this excludes the fastest sums, which have no fixed order."""
     position_budget: Positive | None = None
-    """Most positions of each image that take part; None takes all, which the method means."""
+    """Largest number of pixels of each image that are associated; None takes all, as in the paper."""
     position_sampling: Literal["grid", "balanced"] = "grid"
-    """What a budget takes: where random rows and columns cross, or on the source equally many of each class."""
+    """How pixels are sampled under a budget: `grid` takes the crossings of random rows and columns; `balanced` takes,
+    on the source, equally many pixels of each class."""
     detach_statistics: bool = True
     """Stop the gradient through the contrast normalisation's mean and standard deviation."""
     diffusion: Fraction = 0.5
-    """Share of a target pixel replaced by its image's similarity-weighted mean before association; 0 is off."""
+    """Share of each target pixel's feature that is replaced by the similarity-weighted mean over its image before
+    association; 0 is off."""
     start_step: NonNegative = 0
-    """First step with the term; earlier ones train on the source alone."""
+    """First step with this term."""
     ramp_steps: NonNegative = 0
     """Steps over which the weight rises linearly from 0 after `start_step`."""
     teacher_check: bool = False
-    """Keep a cycle only where the teacher's class of the matched target pixel is the source label."""
+    """Keep a cycle only if the teacher's class at the matched target pixel equals the source label."""
     teacher_weight: bool = False
     """Weigh each cycle by the teacher's confidence at the matched target pixel."""
     teacher_matches: bool = False
-    """Let the teacher's features and predictions choose the matches, in place of the student's."""
+    """Find matches with the teacher's features and predictions instead of the student's."""
     teacher_keys: bool = False
-    """Pull the student's queries towards the teacher's pixels, as in MoCo; needs `teacher_matches`."""
+    """Use the teacher's features as keys for the student's queries, as in MoCo; needs `teacher_matches`."""
     class_balanced: bool = False
-    """Take the mean over cycles within each class, then over classes; False weighs all cycles alike."""
+    """Average cycles within each class, then over classes; False gives all cycles the same weight."""
     label_share: Fraction = 0.0
-    """A grid cell has a label where at least this share of its pixels agrees; 0 takes the nearest pixel's label."""
+    """Least share of a grid cell's pixels that must agree for the cell to have a label; 0 takes the nearest pixel's
+    label."""
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether the teacher has a say in which cycles count, and how."""
+        """Whether the teacher's output is needed to find, check or weigh cycles."""
         return self.weight > 0 and (self.teacher_check or self.teacher_weight or self.teacher_matches)
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
         if self.teacher_keys and not self.teacher_matches:
-            raise ValueError("teacher_keys: needs matches found on the same pixels; set teacher_matches=true too")
+            raise ValueError("teacher_keys: needs matches found with the same features; set teacher_matches=true too")
         return self
 
 
@@ -87,13 +92,16 @@ class SelfTrainingConfig(Section):
     """Cross-entropy on target images with pasted source classes and a teacher's pseudo labels (DACS, 2021)."""
 
     weight: Weight = 0.0
-    """Weight of the term; needs a teacher, so training.ema_decay."""
+    """Weight of the term; needs a teacher, so training.ema_decay > 0."""
     threshold: Fraction = 0.968
-    """Probability from which a pseudo label is confident. Every target pixel weighs the share of confident pixels."""
+    """Probability from which a pseudo label is confident. The share of confident pixels is the weight of every target
+    pixel."""
     ignore_top: Fraction = 0.0
-    """Share of rows at the top of a crop without pseudo labels, such as rectification leaves (DAFormer: 0.03)."""
+    """Share of rows at the top of a crop without pseudo labels, for example rectification artefacts (DAFormer:
+    0.03)."""
     ignore_bottom: Fraction = 0.0
-    """Share of rows at the bottom of a crop without pseudo labels, such as the own car's bonnet (DAFormer: 0.23)."""
+    """Share of rows at the bottom of a crop without pseudo labels, for example the ego vehicle's bonnet (DAFormer:
+    0.23)."""
     start_step: NonNegative = 0
     """First step with the term, and with masked consistency."""
 
@@ -102,11 +110,11 @@ class MaskedConsistencyConfig(Section):
     """Cross-entropy on target images with hidden blocks, with the teacher's pseudo labels (MIC, Hoyer et al. 2023)."""
 
     weight: Weight = 0.0
-    """Weight of the term; thresholds, ignored rows and start are those of self-training."""
+    """Weight of the term; threshold, ignored rows and start step are those of self-training."""
     block: Positive = 64
-    """Edge of a hidden block, in pixels; MIC takes 64 for crops of 1024 and 32 at half the size."""
+    """Edge length of a hidden block, in pixels; MIC uses 64 for crops of 1024, and 32 at half that size."""
     ratio: Fraction = 0.7
-    """Share of blocks hidden."""
+    """Share of blocks that are hidden."""
 
 
 class SmoothnessConfig(Section):
@@ -122,29 +130,32 @@ class SourceContrastConfig(Section):
     """InfoNCE of the source's pixels, with their labels (Wang et al. 2021; PiPa, Chen et al. 2023)."""
 
     weight: Weight = 0.0
-    """Weight of the term, on the features that are associated; PiPa takes 0.1, on a projection."""
+    """Weight of the term, which uses the associated features; PiPa uses 0.1, on a projection."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
-    """What cosines are divided by."""
+    """Temperature by which cosine similarities are divided."""
     anchors: Positive = 100
-    """Most pixels of each class that take part, drawn from the images of all ranks."""
+    """Largest number of pixels of each class, drawn from the images of all ranks."""
 
 
 class FeatureDistanceConfig(Section):
-    """Distance of the backbone's deepest map to the pretrained one's, on the source's things (DAFormer, 2022)."""
+    """Distance of the backbone's deepest map to the pretrained backbone's, on source pixels of thing classes
+    (DAFormer, 2022)."""
 
     weight: Weight = 0.0
-    """Weight of the term; DAFormer takes 0.005. Every rank then has a frozen copy of the backbone."""
+    """Weight of the term; DAFormer uses 0.005. If it is not 0, every rank keeps a frozen copy of the backbone."""
     classes: tuple[str, ...] | None = None
-    """Names of the classes whose cells count; None takes Cityscapes' thing classes, as far as the run has them."""
+    """Names of the classes whose grid cells are used; None takes those of Cityscapes' thing classes that the run
+    has."""
     share: Fraction = 0.75
-    """A cell counts where at least this share of its pixels is of one of these classes; 0 takes the nearest pixel's."""
+    """Least share of a cell's pixels that must be of one of these classes for the cell to be used; 0 takes the nearest
+    pixel's label."""
 
 
 class ObjectiveConfig(Section):
-    """What is minimised."""
+    """The terms of the training loss."""
 
     adapt: bool = True
-    """False trains on the source alone: the target is not read at all."""
+    """Whether to adapt; False trains on the source only, and the target is not read at all."""
     lovasz: LovaszConfig = LovaszConfig()
     association: AssociationConfig = AssociationConfig()
     smoothness: SmoothnessConfig = SmoothnessConfig()
@@ -165,7 +176,7 @@ class ObjectiveConfig(Section):
 
     @property
     def shows_target(self) -> bool:
-        """Whether the student sees the target's images as they are, beside mixed and masked ones."""
+        """Whether the student gets the target's images themselves, in addition to mixed and masked ones."""
         return self.adapt and (
             self.association.weight > 0 or self.smoothness.weight > 0 or not self.trains_on_pseudo_labels
         )

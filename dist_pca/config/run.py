@@ -1,4 +1,4 @@
-"""A whole run: read, checked, written."""
+"""The whole config of a run: read, validate, write."""
 
 import difflib
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ from dist_pca.errors import UserError
 
 
 class RunConfig(Section):
-    """One run."""
+    """The whole config of a run."""
 
     name: str
-    """Name of the run."""
+    """Name of the run, and of its folder in `output`."""
     output: str = "runs"
-    """Folder that holds run folders; this run's is output/name."""
+    """Parent of run folders; this run's folder is output/name."""
     seed: NonNegative = 0
-    """Seed of weights, order and augmentation."""
+    """Seed of initial weights, sample order and augmentation."""
     data: DataConfig
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -46,7 +46,7 @@ class RunConfig(Section):
 
     @property
     def batches(self) -> dict[str, int]:
-        """Images per update of each domain that is trained on, by key."""
+        """Images per update of each domain that is trained on, by config key."""
         source, target = (f"training.{domain}_batch" for domain in ("source", "target"))
         adapted = {target: self.training.target_batch} if self.objective.adapt else {}
         return {source: self.training.source_batch, **adapted}
@@ -62,7 +62,7 @@ class RunConfig(Section):
         scope = self.objective.association.scope
         if self.objective.uses_teacher and self.training.ema_decay == 0:
             raise ValueError(
-                "training.ema_decay: 0, and objective.* asks for a teacher, which is the average of the weights; "
+                "training.ema_decay: is 0, but objective.* needs a teacher, which is the average of the weights; "
                 "set it, for example to 0.999"
             )
         pairs = {
@@ -83,7 +83,7 @@ class RunConfig(Section):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run from a YAML file and `key=value` overrides (dotted keys, YAML values; later ones win).
+    """Read a run's config from a YAML file and `key=value` overrides (dotted keys, YAML values; later ones win).
 
     Raises:
         UserError: the file is missing or not YAML, an override is malformed, a key is unknown (the nearest valid key
@@ -103,10 +103,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def validate_config(values: object, origin: str) -> RunConfig:
-    """A run from nested dictionaries.
+    """Validate nested dictionaries as a run's config.
 
     Raises:
-        UserError: a value is wrong, as for `load_config`; `origin` says whose it is.
+        UserError: a value is wrong, as for `load_config`; the message begins with `origin`.
     """
     try:
         return RunConfig.model_validate(values)
@@ -115,7 +115,7 @@ def validate_config(values: object, origin: str) -> RunConfig:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved run as YAML that `load_config` reads back to an equal one."""
+    """Write the resolved config as YAML; `load_config` reads an equal config from it."""
     OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path)
 
 

@@ -1,4 +1,4 @@
-"""What typed YAML files are made of: groups of keys that refuse keys they do not know, and types of values."""
+"""Building blocks of typed YAML files: a base class that refuses unknown keys, and value types."""
 
 import re
 from typing import Annotated
@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A frozen group of keys that refuses keys it does not know."""
+    """A frozen group of keys that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -27,4 +27,4 @@ NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
-"""Seconds. YAML reads an unquoted 10:00:00 as 36000, the seconds it has, so a bare number can mean nothing else."""
+"""Duration in seconds. YAML parses an unquoted 10:00:00 as 36000 already, so a plain number always means seconds."""

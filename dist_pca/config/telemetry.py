@@ -1,4 +1,4 @@
-"""`telemetry.*`: what a run tells, and to whom."""
+"""`telemetry.*`: metrics loggers, sample keys and profiling."""
 
 import re
 from typing import Any, Literal
@@ -13,20 +13,21 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "aim", "comet_ml"
 
 
 class TelemetryConfig(Section):
-    """What a run tells, and to whom. `metrics.jsonl` is always written."""
+    """What a run logs in addition to `metrics.jsonl`, which is always written."""
 
     trackers: tuple[Tracker, ...] = ("tensorboard",)
-    """Who else is told, through Accelerate: TensorBoard in the run folder, Weights & Biases and others."""
+    """Trackers that also log the metrics, through Accelerate: TensorBoard (in the run folder), Weights & Biases and
+    others."""
     project: str = "dist-pca"
-    """The trackers' project or experiment."""
+    """Name of the trackers' project or experiment."""
     tracker_options: dict[Tracker, dict[str, Any]] = {}
-    """Arguments for a tracker's start, by its name, for example `{wandb: {entity: us, mode: offline}}`."""
+    """Arguments for initialising a tracker, by its name, for example `{wandb: {entity: us, mode: offline}}`."""
     sample_keys: bool = False
-    """Write samples.jsonl: the keys of the samples of every step, of all ranks, in their global order."""
+    """Write samples.jsonl: for every step the sample keys of all ranks, in global order."""
     profile_start: Positive | None = None
-    """Step, counted from 1, with which a trace of torch.profiler begins; None makes none."""
+    """First step, counted from 1, of a torch.profiler trace; None records no trace."""
     profile_steps: Positive = 5
-    """Steps in the trace."""
+    """Number of steps in the trace."""
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
@@ -36,10 +37,10 @@ class TelemetryConfig(Section):
 
 
 def profile_overrides(wanted: str) -> list[str]:
-    """The overrides that START:STEPS stands for.
+    """Turn START:STEPS into config overrides.
 
     Raises:
-        UserError: it is something else.
+        UserError: `wanted` has another form.
     """
     parts = re.fullmatch(r"(\d+):(\d+)", wanted)
     if parts is None:

@@ -1,4 +1,4 @@
-"""`optimizer.*`, `schedule.*` and `training.*`: how weights move, how long, how big, and on what."""
+"""`optimizer.*`, `schedule.*` and `training.*`: optimiser, learning rate schedule and training loop."""
 
 from typing import Annotated, Literal
 
@@ -9,76 +9,77 @@ from dist_pca.config.section import Duration, Fraction, NonNegative, Positive, S
 
 
 class OptimizerConfig(Section):
-    """How weights move."""
+    """Optimiser and its hyperparameters."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    """Optimiser."""
+    """Optimiser: SGD with momentum, or AdamW."""
     lr: Annotated[float, Field(gt=0)] = 2.5e-4
-    """Base learning rate, of the backbone."""
+    """Base learning rate; that of the backbone."""
     head_multiplier: Annotated[float, Field(gt=0)] = 1.0
-    """Learning rate of the head and the projection over the backbone's."""
+    """Learning rate of the head and the projection, as a multiple of `lr`."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Learning rate of each of the backbone's layers over that of the layer after it, for example 0.9; the deepest has
-    `lr`. Layers are as timm knows them. None gives all of them `lr`."""
+    """Layer-wise learning rate decay: the ratio of a backbone layer's learning rate to that of the next layer, for
+    example 0.9; the deepest layer has `lr`. Layers are defined by timm. None gives all layers `lr`."""
     weight_decay: Weight = 5e-4
-    """Weight decay; decoupled under adamw, which decays no norm, bias, position embedding, token or layer scale."""
+    """Weight decay; adamw decouples it and excludes norms, biases, position embeddings, tokens and layer scales."""
     momentum: Fraction = 0.9
     """Momentum of sgd."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay rates of adamw's moments."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of adamw's second moment. Weights whose gradient is far below it take small steps; far above
-    it, every step is about `lr`, whatever the gradient's size."""
+    """Epsilon of adamw, added to the square root of the second moment. Weights whose gradient is far below it make
+    small steps; far above it, every step is about `lr`, whatever the gradient's size."""
     clip_norm: Weight = 0.0
-    """Largest global gradient norm; 0 does not clip."""
+    """Global gradient norm above which gradients are clipped; 0 is off."""
 
 
 class ScheduleConfig(Section):
-    """Learning rate over steps."""
+    """Learning rate schedule."""
 
     name: Literal["poly", "constant"] = "poly"
-    """`poly`: (1 - step / horizon) ** power."""
+    """Factor on the learning rate. `poly`: (1 - step / horizon) ** power."""
     power: Weight = 0.9
     """Exponent of the poly schedule."""
     horizon: Positive | None = None
-    """Step at which the poly schedule reaches zero; None takes the run's steps."""
+    """Step at which the poly schedule reaches zero; None is training.steps."""
     warmup_steps: NonNegative = 0
-    """Steps over which the learning rate first rises linearly."""
+    """Steps of linear warm-up at the start."""
 
 
 class OffloadConfig(Section):
-    """What is kept outside the accelerator's memory, at the price of time."""
+    """Offload of optimiser state and parameters to CPU memory or NVMe; saves GPU memory and costs time."""
 
     optimizer: Literal["none", "cpu", "nvme"] | None = None
-    """Optimiser state, fp32 weights and their update: on the CPU under any ZeRO stage, on NVMe under stage 3. None
-    takes the launcher's."""
+    """Where optimiser state and fp32 weights are kept and updated: on the CPU under any ZeRO stage, on NVMe under
+    stage 3. None takes the launcher's setting."""
     parameters: Literal["none", "cpu", "nvme"] | None = None
-    """Parameters while they are not computed with; under ZeRO stage 3. None takes the launcher's."""
+    """Where parameters are kept while they are not in use; under ZeRO stage 3 only. None takes the launcher's
+    setting."""
     nvme_path: str | None = None
     """Folder on a local NVMe disk, for `nvme`."""
 
     @property
     def moves_optimizer(self) -> bool:
-        """The optimiser is not in the accelerator's memory."""
+        """Whether the optimiser state is offloaded."""
         return self.optimizer in ("cpu", "nvme")
 
     @property
     def moves_parameters(self) -> bool:
-        """Parameters are not in the accelerator's memory while nothing is computed with them."""
+        """Whether parameters are offloaded while they are not in use."""
         return self.parameters in ("cpu", "nvme")
 
     @model_validator(mode="after")
     def _check_path(self) -> Self:
         if "nvme" in (self.optimizer, self.parameters) and self.nvme_path is None:
-            raise ValueError("nvme_path: missing, and `nvme` needs it; name a folder on a local disk")
+            raise ValueError("nvme_path: missing, but `nvme` needs it; give a folder on a local disk")
         return self
 
 
 class TrainingConfig(Section):
-    """How long, how big, and on what."""
+    """Steps, batch sizes, precision, checkpoints and limits of the training loop."""
 
     steps: Positive
-    """Updates of the weights."""
+    """Number of optimiser steps."""
     source_batch: Positive = 8
     """Source images per update, over all ranks and micro-batches."""
     target_batch: Positive = 8
@@ -86,45 +87,48 @@ class TrainingConfig(Section):
     accumulation: Positive = 1
     """Micro-batches per update on each rank."""
     max_micro_batch: Positive | None = None
-    """Most images of either domain in a rank's micro-batch. `accumulation` is then the least that keeps to it on the
-    ranks that there are, so that a run goes on with its batch on fewer GPUs. Needs accumulation_pool=update."""
+    """Largest number of images of either domain in a rank's micro-batch. `accumulation` is then the smallest number
+    that satisfies this limit at the current world size, so that a run can resume with the same batch on fewer GPUs.
+    Needs accumulation_pool=update."""
     accumulation_pool: Literal["micro_batch", "update"] = "micro_batch"
-    """What one loss is over where there are several micro-batches. `micro_batch`: each, over all ranks, has a loss and
-    an association pool of its own, and the update takes their mean; the pool is then `accumulation` times smaller, and
-    means are over one micro-batch's labelled pixels and kept cycles. `update`: all micro-batches have one loss and one
-    pool, for one more forward pass, and the update is that of the bigger batch in one: at every association scope but
-    `rank`, whose pool is then all that the rank sees in an update. Batch norm's batch is a micro-batch either way, so
-    this holds exactly where it is frozen or absent."""
+    """Pixels over which one loss is computed when there are several micro-batches. `micro_batch`: each micro-batch,
+    over all ranks, has its own loss and its own candidates, and the update averages the losses; there are
+    `accumulation` times fewer candidates, and means are over one micro-batch's labelled pixels and kept cycles.
+    `update`: all micro-batches have one loss and common candidates, at the cost of one more forward pass (GradCache,
+    Gao et al. 2021). The update then equals that of one large batch, except at association scope `rank`, where the
+    candidates are all pixels of the rank in the update. Batch norm normalises each micro-batch either way, so the
+    equality is exact only if batch norm is frozen or absent."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast type of the network; weights, norms' statistics and losses stay fp32."""
+    """Autocast data type of the network; weights, norm statistics and losses stay fp32."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of a moving average of the weights, for example 0.999, which is then what is evaluated and exported; 0
-    keeps none. Update t decays by t / (t + 1) where that is less."""
+    """Decay of an exponential moving average of the weights (EMA), for example 0.999. If it is not 0, the average is
+    what is evaluated and exported. The decay of update t is at most t / (t + 1)."""
     zero_stage: Literal[1, 2, 3] | None = None
-    """DeepSpeed ZeRO stage; None takes the launcher's, or 2."""
+    """DeepSpeed ZeRO stage; None takes the launcher's, or 2 if it has none."""
     offload: OffloadConfig = OffloadConfig()
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: Positive = 1000
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints; one is always saved after the last step."""
     keep_checkpoints: Positive = 2
-    """Newest checkpoints kept, beside the best one where there is validation."""
+    """Number of newest checkpoints that are kept, in addition to the best one if there is validation."""
     validate_every: Positive | None = None
-    """Steps between scores on data.validation, each followed by a checkpoint; the last step always has one. None takes
-    checkpoint_every. The checkpoint of highest mean IoU is kept as `best`."""
+    """Steps between validations on data.validation, each followed by a checkpoint; the last step is always validated.
+    None is checkpoint_every. The checkpoint with the highest mean IoU is kept as `best`."""
     time_limit: Duration | None = None
-    """Wall-clock time after which the run saves and leaves, to be started again: seconds, or [D-]HH:MM:SS. Under SLURM
-    it leaves two minutes before the job's end anyway, where SLURM says when that is."""
+    """Wall-clock time after which the run saves a checkpoint and exits, to be restarted: seconds, or [D-]HH:MM:SS.
+    Under SLURM it exits two minutes before the job's end in any case, if SLURM provides the end time."""
     stall_timeout: Duration = 300.0
-    """Time in which a rank that died or does not move ends all others; more than the longest step, first batch or
-    checkpoint may take. Seconds, or [D-]HH:MM:SS."""
+    """Time after which a dead or stalled rank makes all other ranks exit; it must be longer than the longest step,
+    first batch or checkpoint. Seconds, or [D-]HH:MM:SS."""
     max_bad_steps: Positive = 5
-    """Steps in a row with a loss or gradient that is not finite, whose updates are skipped, before the run stops."""
+    """Number of consecutive steps with a non-finite loss or gradient after which the run stops; their updates are
+    skipped."""
 
     @model_validator(mode="after")
     def _check_micro_batch(self) -> Self:
         if self.max_micro_batch is not None and self.accumulation_pool != "update":
             raise ValueError(
-                "max_micro_batch: updates would differ with the number of ranks; set accumulation_pool=update too"
+                "max_micro_batch: updates would depend on the world size; set training.accumulation_pool=update too"
             )
         return self

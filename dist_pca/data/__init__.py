@@ -1,1 +1,1 @@
-"""From shards to batches: which sample comes when, how it is read, decoded and cropped."""
+"""From shards to batches: the order of samples, reading, decoding, augmentation and collation."""

@@ -1,6 +1,6 @@
-"""Crops become batches, and batches leave loader processes through shared memory that is written again and again.
+"""Collate crops to batches, in a shared-memory buffer between loader processes and trainer that is reused.
 
-A fresh piece of shared memory for every batch costs a page fault for each of its pages, a tenth of what decoding costs.
+New shared memory for every batch would cost a page fault for each of its pages, a tenth of the time of decoding.
 """
 
 from collections.abc import Iterator
@@ -13,28 +13,28 @@ from torch.utils.data import get_worker_info
 from dist_pca.data.transform import Pixels
 
 PREFETCH = 2
-"""Batches that each loader process makes ahead."""
+"""Number of batches that each loader process prefetches."""
 
 
 class Batch(NamedTuple):
-    """One rank's micro-batch of m crops; in pinned memory where there is CUDA."""
+    """One rank's micro-batch of m crops; in pinned memory if there is CUDA."""
 
     images: torch.Tensor
     """uint8, m x 3 x height x width, RGB."""
     labels: torch.Tensor | None
-    """uint8 train ids, m x height x width; None where the shards have no labels."""
+    """uint8 train ids, m x height x width; None if the shards have no labels."""
     keys: list[str]
     positions: list[int]
-    """Where each sample stands in the endless stream."""
+    """Sample indices, counted from the start of the endless stream."""
     skipped: list[str]
-    """What was wrong with samples that others have replaced."""
+    """Error messages of corrupt samples that were replaced."""
 
 
 class Cut(NamedTuple):
-    """One crop."""
+    """One cropped sample."""
 
     image: Pixels
-    """3 x height x width."""
+    """uint8 RGB, 3 x height x width."""
     label: Pixels | None
     """Train ids, height x width."""
     key: str
@@ -43,7 +43,7 @@ class Cut(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """Where in a ring a batch lies, and what it is made of."""
+    """Slot of a batch in the shared-memory buffer, and its sample keys and indices."""
 
     worker: int
     place: int
@@ -53,29 +53,29 @@ class Filled(NamedTuple):
 
 
 class Ring:
-    """Shared memory for the batches that lie ready in a stream's loader processes.
+    """Shared-memory buffer for the batches that a stream's loader processes prefetch.
 
-    A loader process is asked for one more batch whenever one of its batches was taken, so at most `PREFETCH` lie ready,
-    and the one before these must have been copied out before the next is asked for: one place more is enough.
+    A loader process gets a request for a new batch whenever one of its batches has been taken, so at most `PREFETCH`
+    batches are ready. The batch before them is copied out before the next request: `PREFETCH` + 1 slots are enough.
     """
 
     def __init__(self, workers: int, size: int, crop: tuple[int, int], *, labelled: bool) -> None:
-        """Room for batches of `size` crops (height, width) from each of `workers` processes, or from this one."""
-        # A stream without loader processes hands over each batch before it makes the next.
+        """Allocate slots for batches of `size` crops (height, width) of each of `workers` processes, or of this one."""
+        # Without loader processes, each batch is taken before the next one is made.
         places = (workers, PREFETCH + 1, size) if workers else (1, 1, size)
         self.images = _shared(*places, 3, *crop)
         self.labels = _shared(*places, *crop) if labelled else None
         self.size = size
 
     def fill(self, crops: Iterator[Cut]) -> Iterator[Filled]:
-        """Write every `size` crops to the next place of this loader process, and say which it is."""
+        """Write every `size` crops to the next slot of this loader process, and yield the slot."""
         info = get_worker_info()
         worker = 0 if info is None else info.id
         images = self.images[worker].numpy()
         labels = None if self.labels is None else self.labels[worker].numpy()
         for number in count():
             place = number % len(images)
-            # webdataset.batched would read the first sample of the next batch before it gives out this one.
+            # webdataset.batched would read the first sample of the next batch before it yields this one.
             members = list(islice(crops, self.size))
             for index, crop in enumerate(members):
                 images[place, index] = crop.image
@@ -90,7 +90,7 @@ class Ring:
             )
 
     def take(self, filled: Filled) -> Batch:
-        """Copy a batch out of its place, which is written again once the next batch is asked for."""
+        """Copy a batch out of its slot, which is reused once the next batch is requested."""
         copy = torch.Tensor.pin_memory if torch.cuda.is_available() else torch.clone
         place = filled.worker, filled.place
         return Batch(

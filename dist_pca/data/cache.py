@@ -1,4 +1,4 @@
-"""A node's copies of remote shards: fetched once for all of its processes, whole or not there, within a limit."""
+"""The node's cache of remote shards: downloaded once for all its processes, atomically, within a size limit."""
 
 import contextlib
 import fcntl
@@ -26,42 +26,43 @@ _AHEAD = 4
 
 
 def default_folder() -> Path:
-    """$DIST_PCA_CACHE, or a folder in the user's home."""
+    """Default folder of the cache: $DIST_PCA_CACHE, or a folder in the user's home."""
     return Path(os.environ.get("DIST_PCA_CACHE") or "~/.cache/dist_pca/shards").expanduser()
 
 
 @dataclass(frozen=True)
 class CacheSettings(Patience):
-    """Where copies of remote shards are kept, how many, and how they are fetched."""
+    """Folder and size limit of the cache, and the retry policy of downloads."""
 
     folder: Path = field(default_factory=default_folder)
-    """On a local disk; shared by all processes of the node."""
+    """Folder on a local disk; shared by all processes of the node."""
     max_bytes: int = 50 * 10**9
-    """All files together. One that is removed while a process reads it takes its space until that one closes it."""
+    """Limit on the size of all files. A file that is evicted while it is being read uses its space until it is
+    closed."""
 
 
 def cache_settings(config: CacheConfig) -> CacheSettings:
-    """The settings that a run's configuration gives."""
+    """Cache settings of a run's config."""
     folder = default_folder() if config.folder is None else Path(config.folder).expanduser()
     return CacheSettings(config.timeout, config.retries, folder=folder, max_bytes=config.max_bytes)
 
 
 def open_manifest(location: str, cache: CacheSettings) -> Manifest:
-    """The manifest of a shard folder, wherever that is.
+    """Read the manifest of a local or remote shard folder.
 
     Args:
-        location: A local folder, or an http(s) or s3 URL of one, whose manifest is then fetched every time.
-        cache: Where files of a URL go, and how.
+        location: A local folder, or an http(s) or s3 URL of one, whose manifest is then downloaded every time.
+        cache: Cache for the files of a URL.
 
     Raises:
-        UserError: the location is of another kind or cannot be reached, or the manifest is missing or not valid.
+        UserError: the location is of another kind or cannot be reached, or the manifest is missing or invalid.
     """
     if not is_remote(location):
         return load_manifest(location)
     buffer = io.BytesIO()
     download(object_url(location, MANIFEST_NAME), buffer, most=_MAX_MANIFEST, patience=cache)
     content = buffer.getvalue()
-    # Another version of the folder may have shards of the same names and sizes, so each has a place of its own.
+    # Another version of the folder may have shards of the same names and sizes, so each version has its own folder.
     version = hashlib.sha256(shown(location).encode() + b"\0" + content).hexdigest()[:16]
     place = re.sub(r"[^A-Za-z0-9.]+", "-", shown(location).partition("://")[2]).strip("-.")
     path = cache.folder / f"{place[:100]}-{version}" / MANIFEST_NAME
@@ -78,7 +79,7 @@ def open_manifest(location: str, cache: CacheSettings) -> Manifest:
     for shard in manifest.shards:
         if shard.name.startswith(".") or shard.name == MANIFEST_NAME:
             raise UserError(
-                f"{shown(location)}: {MANIFEST_NAME}: {shard.name!r} is no name for a shard; build it again"
+                f"{shown(location)}: {MANIFEST_NAME}: {shard.name!r} is not a valid shard name; build the shards again"
             )
     return manifest
 
@@ -86,19 +87,19 @@ def open_manifest(location: str, cache: CacheSettings) -> Manifest:
 def open_shard(
     manifest: Manifest, shard_index: int, cache: CacheSettings, *, cancelled: threading.Event | None = None
 ) -> int:
-    """File descriptor of a remote shard's copy, which is fetched if it is missing or of a wrong size.
+    """Open a remote shard's copy, and return a file descriptor; download it if it is missing or has a wrong size.
 
-    The copy may be removed to make room for others; the descriptor reads on.
+    The copy may be evicted from the cache later; the descriptor stays valid.
 
     Args:
-        manifest: As `open_manifest` gives it for a URL.
-        shard_index: Which shard.
-        cache: Its limit, and how to fetch.
-        cancelled: Ends a fetch once it is set.
+        manifest: Result of `open_manifest` for a URL.
+        shard_index: Index of the shard.
+        cache: Cache limit and retry policy.
+        cancelled: Stops a download once it is set.
 
     Raises:
-        UserError: the shard cannot be fetched, has other bytes than the manifest says or more than the cache may hold,
-            or the disk does not take it.
+        UserError: the shard cannot be downloaded, differs from the manifest, is larger than the cache, or cannot be
+            written to disk.
         Cancelled: `cancelled` was set.
     """
     cancelled = cancelled or threading.Event()
@@ -106,8 +107,8 @@ def open_shard(
     path = manifest.folder / shard.name
     if shard.bytes > cache.max_bytes:
         raise UserError(
-            f"{shown(object_url(manifest.location, shard.name))}: {shard.bytes} bytes, the cache may hold "
-            f"{cache.max_bytes}; raise its limit or build smaller shards"
+            f"{shown(object_url(manifest.location, shard.name))}: {shard.bytes} bytes, but the cache is limited to "
+            f"{cache.max_bytes}; raise data.cache.max_bytes or build smaller shards"
         )
     with _disk(path):
         descriptor = _open_whole(path, shard.bytes)
@@ -122,7 +123,7 @@ def open_shard(
                 if cancelled.wait(0.05):
                     raise Cancelled
             _fetch(manifest, shard, part, cache, cancelled)
-            # Once it has its name it may be removed before anybody opens it.
+            # Open it before it is renamed: afterwards another process may evict it at any time.
             descriptor = os.open(_aside(path), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 _publish(part, path)
@@ -133,14 +134,14 @@ def open_shard(
 
 
 class Prefetcher:
-    """Fetches remote shards before they are read, in a daemon thread of this process; faults are left to reading."""
+    """Downloads remote shards before they are read, in a daemon thread; errors are ignored and recur when reading."""
 
     def __init__(self, manifest: Manifest, cache: CacheSettings) -> None:
         """Start the thread.
 
         Args:
-            manifest: As `open_manifest` gives it for a URL.
-            cache: Its limit, and how to fetch.
+            manifest: Result of `open_manifest` for a URL.
+            cache: Cache limit and retry policy.
         """
         self._manifest = manifest
         self._cache = cache
@@ -151,17 +152,17 @@ class Prefetcher:
         self._thread.start()
 
     def want(self, shard_indices: Sequence[int]) -> None:
-        """Fetch the first few of these, in this order, in place of those wanted before."""
+        """Download the first few of these shards, in this order; replaces an earlier call's list."""
         with self._changed:
             self._wanted = deque(shard_indices[:_AHEAD])
             self._changed.notify()
 
     def close(self) -> None:
-        """End the thread; a fetch under way is dropped."""
+        """End the thread; a running download is cancelled."""
         self._cancelled.set()
         with self._changed:
             self._changed.notify()
-        # It may be waiting for a server that says nothing; as a daemon it keeps nobody.
+        # The thread may wait for a server that does not respond; a daemon thread does not delay the exit.
         self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
@@ -177,14 +178,14 @@ class Prefetcher:
 
 def _fetch(manifest: Manifest, shard: Shard, part: IO[bytes], cache: CacheSettings, cancelled: threading.Event) -> None:
     url = object_url(manifest.location, shard.name)
-    # Twice, because a transfer that went on in a file which had changed meanwhile has bytes of both.
+    # Try twice: if the file changed on the server during a resumed transfer, the first copy has bytes of both versions.
     for _ in range(2):
         download(url, part, most=shard.bytes, patience=cache, cancelled=cancelled)
         if file_sha256(_aside(manifest.folder / shard.name)) == shard.sha256:
             return
     raise UserError(
         f"{shown(url)}: {part.tell()} bytes that are not the {shard.bytes} of {MANIFEST_NAME} (SHA-256 differs); "
-        "the shards were changed: start again if their manifest was too, else upload the folder again"
+        "the shards were changed: restart the run if their manifest was changed too, otherwise upload the folder again"
     )
 
 
@@ -196,7 +197,7 @@ def _open_whole(path: Path, size: int) -> int | None:
     if os.fstat(descriptor).st_size != size:
         os.close(descriptor)
         return None
-    # The time of modification serves as that of last use; another user's copy refuses to have it set.
+    # The modification time serves as the time of last use; it cannot be set on another user's file.
     with contextlib.suppress(OSError):
         os.utime(descriptor)
     return descriptor
@@ -208,9 +209,9 @@ def _aside(path: Path) -> Path:
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[IO[bytes]]:
-    """The part file of a file to be, empty and this caller's alone; it is gone afterwards unless it was published.
+    """Create and lock an empty temporary file for `path`; it is removed on exit unless it was published.
 
-    The claim is a lock on the part file itself, so it ends with its process, and a part without a lock is nobody's.
+    The lock is on the temporary file itself, so it ends with the process; an unlocked temporary file is stale.
     """
     aside = _aside(path)
     while True:
@@ -225,7 +226,7 @@ def _claimed(path: Path) -> Iterator[IO[bytes]]:
     finally:
         if _has_name(part, aside):
             aside.unlink()
-        # Closing is not enough: a process forked meanwhile has the file open too.
+        # Closing the file does not release the lock if a process forked in the meantime has it open too.
         fcntl.flock(part, fcntl.LOCK_UN)
         part.close()
 
@@ -244,11 +245,11 @@ def _publish(part: IO[bytes], path: Path) -> None:
 
 
 def _reserve(part: IO[bytes], size: int, root: Path, limit: int) -> bool:
-    """Let a part take its full size, once the least recently used files have made room; False if parts leave none."""
+    """Evict the least recently used files and give a temporary file its full size; False if there is no room."""
     with (root / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         files = []
-        # The folder may hold other things than ours, and removing those would be a disaster.
+        # The folder may contain files that are not the cache's; those must never be removed.
         for path in (path for path in root.glob("*/*") if _OWN_FOLDER.fullmatch(path.parent.name)):
             if path.suffix != _PART or not _removed_as_nobodys(path):
                 with contextlib.suppress(FileNotFoundError):
@@ -265,7 +266,7 @@ def _reserve(part: IO[bytes], size: int, root: Path, limit: int) -> bool:
 
 
 def _removed_as_nobodys(part: Path) -> bool:
-    """Whether a part was left behind by a process that ended; it is then removed."""
+    """Remove a temporary file if it is stale, that is, left behind by a process that ended; return whether it was."""
     try:
         with part.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -284,6 +285,6 @@ def _disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path}: the cache cannot take it ({error.strerror}); free space there or name another folder in "
+            f"{path}: cannot be written to the cache ({error.strerror}); free space there or set another folder in "
             "DIST_PCA_CACHE"
         ) from error

@@ -1,4 +1,4 @@
-"""Which classes a run trains on, and how shards' train ids become the run's."""
+"""The classes that a run trains on, and the conversion of shards' train ids to the run's."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -14,17 +14,17 @@ from dist_pca.shards.manifest import Manifest
 
 
 def class_table(config: DataConfig, sources: Sequence[Manifest], targets: Sequence[Manifest]) -> tuple[ClassInfo, ...]:
-    """The run's classes by train id, in the first source's colours.
+    """Classes of the run by train id, in the first source's colours.
 
-    Unlabelled targets have no say: none of their pixels carries a class.
+    Class tables of unlabelled targets are ignored.
 
     Raises:
-        UserError: a source has no labels, a class that data.classes names is not in the shards, or data.classes is
-            None while the folders' class names differ.
+        UserError: a source has no labels, a class in data.classes is not in the shards, or data.classes is None and
+            the folders' class names differ.
     """
     for source in sources:
         if not source.labelled:
-            raise UserError(f"data.source: {source.folder} holds no labels; build the shards from a labelled data set")
+            raise UserError(f"data.source: {source.folder} has no labels; build the shards from a labelled data set")
     first, *others = (*sources, *(target for target in targets if target.labelled))
     table = chosen_classes(config, first)
     for other in others:
@@ -33,16 +33,17 @@ def class_table(config: DataConfig, sources: Sequence[Manifest], targets: Sequen
             if name != its:
                 raise UserError(
                     f"data.source and data.target: class tables differ, first at train id {index}: {name or 'none'} in "
-                    f"{first.folder}, {its or 'none'} in {other.folder}; name a common subset in data.classes"
+                    f"{first.folder}, {its or 'none'} in {other.folder}; set data.classes to a common subset"
                 )
     return table
 
 
 def chosen_classes(config: DataConfig, manifest: Manifest) -> tuple[ClassInfo, ...]:
-    """The classes of a shard folder that data.classes takes, in the order it names them; all of them where it is None.
+    """Classes of a shard folder that data.classes selects, in its order; all of them if it is None.
 
     Raises:
-        UserError: data.classes names an unknown label set, no class, a class twice or a class that the shards lack.
+        UserError: data.classes is an unknown label set or empty, or has a class twice or a class that is not in the
+            shards.
     """
     if config.classes is None:
         return manifest.classes
@@ -51,14 +52,14 @@ def chosen_classes(config: DataConfig, manifest: Manifest) -> tuple[ClassInfo, .
     for name in names:
         if name not in known:
             raise UserError(
-                f"data.classes: {name!r} is no class of {manifest.folder}{_nearest(name, known)}; "
+                f"data.classes: {name!r} is not a class of {manifest.folder}{_nearest(name, known)}; "
                 f"its classes are {', '.join(known) or 'none'}"
             )
     return tuple(known[name] for name in names)
 
 
 def lookup_table(manifest: Manifest, classes: Sequence[ClassInfo]) -> npt.NDArray[np.uint8]:
-    """256 entries that turn train ids of a shard folder's labels into those of `classes`, by name; others are ignored.
+    """Build a table of 256 entries from a shard folder's train ids to those of `classes`, by name; others are ignored.
 
     Raises:
         UserError: the shards have none of the classes.
@@ -79,15 +80,15 @@ def _names(choice: tuple[str, ...] | str) -> tuple[str, ...]:
     if isinstance(choice, str):
         if choice not in LABEL_SETS:
             raise UserError(
-                f"data.classes: no label set {choice!r}{_nearest(choice, LABEL_SETS)}; there are "
-                f"{', '.join(LABEL_SETS)}, or write a list of class names"
+                f"data.classes: no label set {choice!r}{_nearest(choice, LABEL_SETS)}; "
+                f"give {', '.join(LABEL_SETS)}, or a list of class names"
             )
         return LABEL_SETS[choice]
     if not choice:
-        raise UserError("data.classes: an empty list; name classes, or leave the key out to take all")
+        raise UserError("data.classes: the list is empty; give class names, or remove the key to use all classes")
     for name in choice:
         if choice.count(name) > 1:
-            raise UserError(f"data.classes: {name!r} is there twice; name each class once")
+            raise UserError(f"data.classes: {name!r} occurs twice; give each class once")
     return choice
 
 

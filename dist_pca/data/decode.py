@@ -1,4 +1,4 @@
-"""Decoding samples from shards that anyone may have made: named extensions only, and only up to a bounded size."""
+"""Decode samples from possibly untrusted shards: only known extensions, and only up to a size limit."""
 
 import io
 import warnings
@@ -13,19 +13,19 @@ from dist_pca.shards.images import MAX_PIXELS, MEMBER_EXTENSIONS, as_rgb
 def decode_sample(
     sample: dict[str, Any], *, label_member: str | None, enough: tuple[int, int] | None = None
 ) -> tuple[Image.Image, Image.Image | None]:
-    """The image of a sample in RGB, and its label image (8-bit train ids) where a label member is named.
+    """Decode the image of a sample to RGB, and its label image (8-bit train ids) if `label_member` is given.
 
-    Members with other extensions are never looked into.
+    Members with other extensions are never decoded.
 
     Args:
-        sample: As `ShardReader.read` gives it.
-        label_member: Extension of the label to decode, which must then be there.
-        enough: (height, width) that suffice: a JPEG may be decoded at a half, a quarter or an eighth of its size, if
-            that is no smaller.
+        sample: Result of `ShardReader.read`.
+        label_member: Extension of the label to decode; the sample must have it.
+        enough: Minimum (height, width): a JPEG may be decoded at a half, a quarter or an eighth of its size, if the
+            result is at least this large.
 
     Raises:
         CorruptSample: the image or label is missing, damaged, of an unknown format, larger than `MAX_PIXELS` pixels or
-            of another size than the manifest says; shard and key are named.
+            of another size than in the manifest; the message names shard and key.
     """
     where = f"{sample['__url__']}: sample {sample['__key__']!r}"
     found = [extension for extension in MEMBER_EXTENSIONS if extension in sample]
@@ -35,7 +35,7 @@ def decode_sample(
     if label_member is None:
         return as_rgb(image), None
     if label_member not in sample:
-        raise CorruptSample(f"{where}: no {label_member} in shards that count as labelled; build the shards again")
+        raise CorruptSample(f"{where}: no {label_member}, although the manifest lists labels; build the shards again")
     label = _decode(sample[label_member], f"{where}: {label_member}", ("PNG",), sample["__size__"], None)
     if label.mode not in ("L", "P"):
         raise CorruptSample(f"{where}: {label_member}: mode {label.mode}, not 8-bit train ids; build the shards again")
@@ -52,13 +52,13 @@ def _decode(
         pixels = image.width * image.height
     except Image.DecompressionBombError:
         pixels = MAX_PIXELS + 1
-    except Exception as error:  # decoders meet damage with whatever happens to fail first
+    except Exception as error:  # damaged files make decoders raise exceptions of any type
         raise CorruptSample(f"{where}: unreadable ({error}); build the shards again") from error
     if pixels > MAX_PIXELS:
         raise CorruptSample(f"{where}: more than {MAX_PIXELS:,} pixels; build the shards again with --max-edge")
     if (image.height, image.width) != size:
         raise CorruptSample(
-            f"{where}: {image.height} x {image.width} pixels where the manifest says {size[0]} x {size[1]}; "
+            f"{where}: {image.height} x {image.width} pixels where the manifest lists {size[0]} x {size[1]}; "
             "build the shards again"
         )
     try:

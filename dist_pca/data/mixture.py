@@ -1,4 +1,4 @@
-"""Several shard folders as one stream: shares that hold exactly over the long run, and any position found at once."""
+"""Mix several shard folders into one stream, with exact shares in the long run and random access by sample index."""
 
 import math
 from dataclasses import dataclass
@@ -13,39 +13,39 @@ from dist_pca.data.order import Order
 from dist_pca.data.randomness import Domain, Indices, Purpose, permutation
 
 _BLOCK = 256
-"""Positions whose folders are shuffled together."""
+"""Sample indices whose folders are shuffled together."""
 _REMEMBERED = 8
 
 
 class Place(NamedTuple):
-    """Where a sample lies."""
+    """Location of a sample."""
 
     part: int
-    """Shard folder."""
+    """Index of the shard folder."""
     shard: int
-    """Shard in that folder."""
+    """Index of the shard in that folder."""
     sample: int
-    """Sample in that shard."""
+    """Index of the sample in that shard."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Which sample of which shard folder stands at which position."""
+    """Maps a sample index of the stream to a sample of one of the shard folders."""
 
     orders: tuple[Order, ...]
-    """The order of each folder, whose samples come round once per epoch of its own."""
+    """Order of each folder; every epoch of a folder has each of its samples once."""
     weights: tuple[float, ...]
     """Share of each folder in the stream, up to a common factor; above 0."""
     seed: int
     domain: Domain
 
     def locate(self, position: int) -> Place:
-        """The sample at a position, 0 or higher without end."""
+        """Location of the sample with an index in the endless stream, 0 or more."""
         part, index = self.split(position)
         return Place(part, *self.orders[part].locate(index))
 
     def split(self, position: int) -> tuple[int, int]:
-        """The folder whose turn it is at a position, and how often its turn has come before."""
+        """Folder of a sample index, and the number of earlier samples from that folder."""
         if len(self.orders) == 1:
             return 0, position
         block, offset = divmod(position, _BLOCK)
@@ -59,14 +59,14 @@ class Mixture:
         return tuple(accumulate((share / sum(shares) for share in shares), initial=Fraction(0)))
 
     def _taken(self, block: int) -> list[int]:
-        """Turns of each folder before a block; rounded so that they add up."""
+        """Number of samples of each folder before a block; rounded so that the sum is exact."""
         ends = [math.floor(bound * block * _BLOCK) for bound in self._bounds]
         return [end - start for start, end in pairwise(ends)]
 
 
 @lru_cache(maxsize=_REMEMBERED)
 def _shuffled_block(mixture: Mixture, block: int) -> tuple[Indices, Indices]:
-    """Folder of each position in a block, and how many of that folder come before it in the block."""
+    """Folder of each sample index in a block, and the number of earlier samples of that folder in the block."""
     before, after = (mixture._taken(number) for number in (block, block + 1))
     counts = [end - start for start, end in zip(before, after, strict=True)]
     parts = np.repeat(np.arange(len(counts)), counts)

@@ -1,7 +1,8 @@
-"""The order of samples: a function of the seed and the position, whatever machine reads them.
+"""The order of samples: a function of the seed and the sample index only.
 
-Positions count samples of an endless stream. Every epoch takes each sample once: shards are shuffled, then samples
-inside windows of a few consecutive shards, so that reads stay local. Any position is found without visiting others.
+Sample indices count the samples of an endless stream. Every epoch has each sample once: shards are shuffled, then
+samples inside windows of a few consecutive shards, so that reads stay local. Access by sample index is random access:
+no other sample needs to be visited.
 """
 
 from dataclasses import dataclass
@@ -13,30 +14,30 @@ from dist_pca.data.randomness import Domain, Indices, Purpose, permutation
 from dist_pca.errors import UserError
 
 _REMEMBERED = 8
-"""Shuffled windows kept at hand: two per stream where a batch spans a boundary, for several streams."""
+"""Shuffled windows that are cached: two per stream if a batch spans a boundary, for several streams."""
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Which sample stands at which position."""
+    """Maps a sample index to a sample of one shard folder."""
 
     counts: tuple[int, ...]
-    """Samples in each shard; at least one sample in all."""
+    """Number of samples in each shard; the sum must be at least 1."""
     seed: int
     domain: Domain
-    """The two domains are shuffled independently."""
+    """Domain of the folder; the two domains are shuffled independently."""
     window: int
-    """Consecutive shards whose samples are shuffled together."""
+    """Number of consecutive shards whose samples are shuffled together."""
     part: int = 0
-    """Which of the domain's shard folders this is; they are shuffled independently."""
+    """Index of the folder among the domain's; folders are shuffled independently."""
 
     @cached_property
     def samples(self) -> int:
-        """Length of an epoch."""
+        """Number of samples in an epoch."""
         return sum(self.counts)
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Shard index and sample index in that shard of a position, 0 or higher without end."""
+        """Shard, and sample in that shard, of an index in the endless stream, 0 or more."""
         epoch, offset = divmod(position, self.samples)
         _, starts = _shuffled_shards(self, epoch)
         window = int(np.searchsorted(starts, offset, side="right")) - 1
@@ -45,7 +46,7 @@ class Order:
 
 
 def micro_batch_size(global_batch: int, *, world_size: int, accumulation: int, key: str = "batch") -> int:
-    """Samples in one rank's micro-batch.
+    """Number of samples in one rank's micro-batch.
 
     Args:
         global_batch: Samples per step, over all ranks and micro-batches.
@@ -54,7 +55,7 @@ def micro_batch_size(global_batch: int, *, world_size: int, accumulation: int, k
         key: Config key of `global_batch`, for the message.
 
     Raises:
-        UserError: the samples cannot be shared out evenly; world sizes and batches that can are named.
+        UserError: the samples cannot be divided evenly; the message names valid batches and world sizes.
     """
     parts = world_size * accumulation
     if global_batch % parts == 0:
@@ -64,21 +65,21 @@ def micro_batch_size(global_batch: int, *, world_size: int, accumulation: int, k
     sizes = [size for size in range(1, global_batch + 1) if global_batch % (size * accumulation) == 0]
     remedy = f"a world size out of {sizes}" if sizes else "another training.accumulation"
     raise UserError(
-        f"{key}: {global_batch} samples do not share out over {world_size} ranks x {accumulation} micro-batches; "
-        f"use {batches} samples or {remedy}"
+        f"{key}: {global_batch} samples cannot be divided evenly among {world_size} ranks x {accumulation} "
+        f"micro-batches; use {batches} samples or {remedy}"
     )
 
 
 def micro_batch_positions(
     step: int, accumulation_index: int, rank: int, *, world_size: int, accumulation: int, global_batch: int
 ) -> range:
-    """Positions of one micro-batch.
+    """Sample indices of one micro-batch.
 
-    A step covers the same positions under any world size and accumulation: those from `step * global_batch` on, dealt
-    to the step's micro-batches in turn and, inside each of these, to the ranks in turn.
+    A step has the same sample indices at any world size and accumulation: `global_batch` of them, starting at
+    `step * global_batch`. They are dealt to the step's micro-batches in turn, and inside each micro-batch to the ranks.
 
     Args:
-        step: Update of the weights, counted from 0.
+        step: Optimiser step, counted from 0.
         accumulation_index: Micro-batch within the step, below `accumulation`.
         rank: Rank, below `world_size`.
         world_size: Number of ranks.
@@ -86,7 +87,7 @@ def micro_batch_positions(
         global_batch: Samples per step, over all ranks and micro-batches.
 
     Raises:
-        UserError: the samples cannot be shared out evenly.
+        UserError: the samples cannot be divided evenly.
     """
     size = micro_batch_size(global_batch, world_size=world_size, accumulation=accumulation)
     start = step * global_batch + (accumulation_index * world_size + rank) * size
@@ -95,7 +96,7 @@ def micro_batch_positions(
 
 @lru_cache(maxsize=_REMEMBERED)
 def _shuffled_shards(order: Order, epoch: int) -> tuple[Indices, Indices]:
-    """An epoch's shards in their order, and the offset in the epoch at which each window begins."""
+    """Shards of an epoch in shuffled order, and the offset in the epoch at which each window begins."""
     shards = permutation(len(order.counts), order.seed, order.domain, Purpose.SHARDS, *_apart(order, epoch))
     ends = np.cumsum(np.asarray(order.counts)[shards])
     return shards, np.concatenate([[0], ends])[:: order.window]
@@ -103,7 +104,7 @@ def _shuffled_shards(order: Order, epoch: int) -> tuple[Indices, Indices]:
 
 @lru_cache(maxsize=_REMEMBERED)
 def _shuffled_window(order: Order, epoch: int, window: int) -> Indices:
-    """A window's samples in their order, as rows of shard index and sample index."""
+    """Samples of a window in shuffled order, as rows of shard index and sample index."""
     shards, _ = _shuffled_shards(order, epoch)
     members = shards[window * order.window : (window + 1) * order.window]
     counts = np.asarray(order.counts)[members]
@@ -113,5 +114,5 @@ def _shuffled_window(order: Order, epoch: int, window: int) -> Indices:
 
 
 def _apart(order: Order, *index: int) -> tuple[int, ...]:
-    # The first folder's order is what it would be alone.
+    # The first folder has the same order as if it were the only one.
     return (*index, order.part) if order.part else index

@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of what they are for, equal on every machine and after every resume."""
+"""Random numbers as a pure function of seed, purpose and index; the same on every machine and after every resume."""
 
 from enum import IntEnum
 from typing import Literal
@@ -11,7 +11,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class Purpose(IntEnum):
-    """What random numbers are drawn for; equal indices under different purposes are unrelated."""
+    """Purpose of random numbers; numbers of different purposes are independent, even at equal indices."""
 
     SHARDS = 0
     SAMPLES = 1
@@ -26,15 +26,15 @@ class Purpose(IntEnum):
 
 
 def draw(count: int, seed: int, domain: Domain, purpose: Purpose, *index: int) -> npt.NDArray[np.uint64]:
-    """Uniform 64-bit integers, always the same ones for the same arguments.
+    """Draw uniform 64-bit integers; the same arguments always give the same numbers.
 
-    Raw bits of a Philox generator, because numpy promises that those never change, which it does not of the
-    methods of `numpy.random.Generator`.
+    Uses the raw bits of a Philox generator, because numpy guarantees that they never change. It gives no such
+    guarantee for the methods of `numpy.random.Generator`.
     """
     key = (("source", "target").index(domain), int(purpose), *index)
     return np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
 
 
 def permutation(count: int, seed: int, domain: Domain, purpose: Purpose, *index: int) -> Indices:
-    """A uniformly random order of `range(count)`, always the same one for the same arguments."""
+    """Draw a uniformly random permutation of `range(count)`; the same arguments always give the same one."""
     return np.argsort(draw(count, seed, domain, purpose, *index), kind="stable")

@@ -1,4 +1,4 @@
-"""Reading one sample out of a shard, touching no other byte of it."""
+"""Read single samples from shards, and no other byte of them."""
 
 import os
 import tarfile
@@ -14,18 +14,18 @@ from dist_pca.shards.members import members_of
 
 
 class ShardReader:
-    """Reads samples at random; keeps the shards that it used last open. Close it when done.
+    """Random access to the samples of a shard folder; keeps recently used shards open. Close it after use.
 
-    Shards of a URL are read from the node's cache, into which they are fetched whole.
+    Shards of a URL are read from the node's cache, into which whole shards are downloaded.
     """
 
     def __init__(self, manifest: Manifest, keep_open: int, cache: CacheSettings | None = None) -> None:
-        """Start with no file open.
+        """Create a reader without opening any file.
 
         Args:
-            manifest: The shard folder, as `open_manifest` gives it.
-            keep_open: Shards held open at once, 1 or more.
-            cache: Limit of the cache, and how to fetch; None takes the defaults.
+            manifest: The shard folder, a result of `open_manifest`.
+            keep_open: Number of shards that are kept open, 1 or more.
+            cache: Cache limit and retry policy; None takes the defaults.
         """
         self._manifest = manifest
         self._keep_open = keep_open
@@ -35,14 +35,14 @@ class ShardReader:
         self._prefetcher: Prefetcher | None = None
 
     def read(self, shard_index: int, sample_index: int) -> dict[str, Any]:
-        """One sample as WebDataset gives it: `__key__`, `__url__` (path of the shard) and members by extension.
+        """Read one sample in WebDataset's form: `__key__`, `__url__` (path of the shard) and members by extension.
 
-        `__size__` adds the image's (height, width) that the manifest states. Members are held in memory only; all but
-        regular files that carry the sample's key are left out.
+        `__size__` is the image's (height, width) according to the manifest. Members stay in memory; those that are not
+        regular files with the sample's key are left out.
 
         Raises:
-            CorruptSample: the sample is no tar, or its key would leave a folder it is written into.
-            UserError: the shard is gone, is cut short or cannot be fetched.
+            CorruptSample: the sample is not a tar, or its key is a path outside its folder.
+            UserError: the shard is missing or truncated, or cannot be downloaded.
         """
         shard = self._manifest.shards[shard_index]
         path = self._manifest.folder / shard.name
@@ -50,7 +50,7 @@ class ShardReader:
         where = f"{path}: sample {key!r}"
         remedy = "remove this copy of the shard" if self._remote else "copy the shard again or build it again"
         if key.startswith("/") or ".." in PurePosixPath(key).parts:
-            raise CorruptSample(f"{where}: the key leaves its folder; build the shards again")
+            raise CorruptSample(f"{where}: the key is a path outside its folder; build the shards again")
         length = shard.lengths[sample_index]
         try:
             content = os.pread(self._open(shard_index, path), length, shard.offsets[sample_index])
@@ -66,9 +66,9 @@ class ShardReader:
         return {"__key__": key, "__url__": str(path), "__size__": size, **members}
 
     def prefetch(self, shard_indices: Sequence[int]) -> None:
-        """Start to fetch shards that will be read, the first of them first; returns at once.
+        """Start to download shards that will be read soon, in this order; returns immediately.
 
-        They take the place of those asked for before. Faults are left to `read`. Shards of a local folder are there.
+        Replaces an earlier call's list. Errors are raised by `read` only. Does nothing for a local folder.
         """
         if not self._remote:
             return
@@ -77,7 +77,7 @@ class ShardReader:
         self._prefetcher.want(shard_indices)
 
     def close(self) -> None:
-        """Close all files and end fetches ahead; reading again opens them anew."""
+        """Close all files and cancel downloads; reading again opens the files again."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None

@@ -1,6 +1,6 @@
-"""Which sample is taken at a position: in order, by the rarity of its classes, or to suit the other domain's sample.
+"""Map sample indices to samples: in order, by rare classes, or paired with the other domain's samples.
 
-All of it is a function of seed and position, so it is the same on every machine and after every resume.
+The mapping is a function of the seed and the sample index, so it is the same on every machine and after every resume.
 """
 
 from collections.abc import Sequence
@@ -25,27 +25,27 @@ _REMEMBERED = 8
 
 
 class Choice(NamedTuple):
-    """A sample, and why."""
+    """A sample and the class for which it was drawn."""
 
     place: Place
     wanted: int | None
-    """Train id of the class it was drawn for."""
+    """Train id of the class for which it was drawn; None without rare-class sampling."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """Which sample is taken at which position of one domain's stream."""
+    """Maps the sample indices of one domain's stream to samples."""
 
     manifests: tuple[Manifest, ...]
     """The domain's shard folders."""
     mixture: Mixture
     rare: tuple["RareClasses", ...] = ()
-    """For each folder, where samples are drawn by class."""
+    """Rare-class sampling of each folder; empty if it is off."""
     pairing: "Pairing | None" = None
-    """Where positions are exchanged to suit the other domain."""
+    """Pairing with the other domain's samples, if it is on."""
 
     def choose(self, position: int) -> Choice:
-        """The sample at a position, 0 or higher without end."""
+        """Choose the sample of an index in the endless stream, 0 or more."""
         if self.pairing is not None:
             position = self.pairing.exchanged(position)
         if not self.rare:
@@ -55,11 +55,11 @@ class Sampler:
         return Choice(Place(part, *self.starts[part].place(index)), wanted)
 
     def instead_of(self, position: int, attempt: int) -> Place:
-        """Another sample of the same folder for a position whose own cannot be used.
+        """Choose a replacement, from the same folder, for a sample that cannot be used.
 
         Args:
-            position: The position.
-            attempt: Counts from 1 where the replacements themselves cannot be used.
+            position: Index of the unusable sample.
+            attempt: Number of the attempt, from 1; a replacement may be unusable too.
         """
         part = self.choose(position).place.part
         mixture = self.mixture
@@ -68,83 +68,83 @@ class Sampler:
 
     @cached_property
     def starts(self) -> tuple["Starts", ...]:
-        """For each folder, where its shards begin in the count of its samples."""
+        """Shard offsets of each folder."""
         return tuple(Starts(np.cumsum([0, *order.counts])) for order in self.mixture.orders)
 
 
 class Starts(NamedTuple):
-    """Number of a folder's samples before each shard, and in all."""
+    """Shard offsets of a folder: the number of samples before each shard, and in total."""
 
     ends: Indices
 
     def place(self, index: int) -> tuple[int, int]:
-        """Shard and sample in it, of a sample's number in the folder."""
+        """Convert a sample's index in the folder to its shard and its index in that shard."""
         shard = int(np.searchsorted(self.ends, index, side="right")) - 1
         return shard, index - int(self.ends[shard])
 
     def number(self, shard: int, sample: int) -> int:
-        """A sample's number in the folder."""
+        """Convert a shard and a sample's index in it to the sample's index in the folder."""
         return int(self.ends[shard]) + sample
 
 
 @dataclass(frozen=True, eq=False)
 class RareClasses:
-    """Rare-class sampling (DAFormer, CVPR 2022, section 3.3): a class is drawn, then a sample that shows it.
+    """Rare-class sampling (DAFormer, CVPR 2022, section 3.3): draw a class, then a sample that contains it.
 
-    Class c is drawn with probability proportional to `exp((1 - f_c) / T)`, f_c its share of the folder's pixels.
+    Class c is drawn with probability proportional to `exp((1 - f_c) / T)`; f_c is its share of the folder's pixels.
     """
 
     counts: Counts
-    """Pixels by sample and class."""
+    """Pixels by sample and class, [samples, K]."""
     seed: int
     part: int
-    """The folder, so that several are drawn from independently."""
+    """Index of the folder; draws from different folders are independent."""
     temperature: float
     min_pixels: int
-    """Pixels of the class that a sample must show."""
+    """Least number of pixels of the class in a sample."""
 
     def draw(self, turn: int) -> tuple[int, int]:
-        """A sample's number in the folder and the class it is drawn for, at the folder's turn number `turn`."""
+        """Draw a sample's index in the folder, and the class for which it is drawn; `turn` counts draws."""
         bits = draw(2, self.seed, "source", Purpose.CLASS, turn, self.part)
         wanted = int(np.searchsorted(self._bounds, int(bits[0]) / 2**64, side="right"))
         return int(self.showing[wanted][int(bits[1]) % len(self.showing[wanted])]), wanted
 
     @cached_property
     def showing(self) -> list[Indices]:
-        """For each class, the samples that show it."""
+        """Samples that contain enough pixels of each class."""
         return [(column >= self.min_pixels).nonzero()[0] for column in self.counts.T]
 
     @cached_property
     def _bounds(self) -> npt.NDArray[np.float64]:
         bounds = np.cumsum(self.probabilities)
-        # Sums are rounded: what lies above the last class that is drawn at all is that class too.
+        # The last bound may be below 1 by rounding; the rest belongs to the last class with a positive probability.
         bounds[self.probabilities.nonzero()[0][-1] :] = 1.0
         return bounds
 
     @cached_property
     def probabilities(self) -> npt.NDArray[np.float64]:
-        """Of each class; 0 where no sample shows it."""
+        """Probability of each class, [K]; 0 if no sample contains it."""
         share = self.counts.sum(axis=0) / max(1, self.counts.sum())
-        # Less the largest exponent: the temperature is small and exponentials overflow.
+        # Subtract the largest exponent: the temperature is small, and exp would overflow.
         weight = np.exp((share.min() - share) / self.temperature) * [len(samples) > 0 for samples in self.showing]
         return np.asarray(weight / weight.sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Pairing:
-    """Exchanges source positions within windows, so that the k-th source and the k-th target image share classes.
+    """Permutes source samples within windows, so that the k-th source and target images have classes in common.
 
-    Every source sample still comes exactly as often.
+    Every source sample still occurs equally often.
     """
 
     source: Sampler
     target: Sampler
     counts: tuple[tuple[Counts, ...], tuple[Counts, ...]]
-    """Pixels by sample and class of each folder, of the source and of the target."""
+    """Pixels by sample and class, [samples, K], for each folder of the source and of the target."""
     window: int
 
     def exchanged(self, position: int) -> int:
-        """The position in the source's own order whose sample is taken at `position`."""
+        """Index, in the source's own order, of the sample that is used at `position`."""
         window, offset = divmod(position, self.window)
         return window * self.window + _exchanges(self, window)[offset]
 
@@ -152,21 +152,22 @@ class Pairing:
 def build_sampler(
     config: DataConfig, manifests: Sequence[Manifest], domain: Domain, seed: int, *, targets: Sequence[Manifest] = ()
 ) -> Sampler:
-    """A domain's sampler as the configuration asks for it.
+    """Build a domain's sampler from the config.
 
     Args:
         config: Weights, window and sampling.
-        manifests: The domain's shard folders, as many as the configuration names.
-        domain: Which domain.
+        manifests: The domain's shard folders, in the order of the config.
+        domain: Domain of the folders.
         seed: Seed of the run.
-        targets: For the source, the target's folders, which pairing needs.
+        targets: For the source, the target's folders, which are needed for pairing.
 
     Raises:
-        UserError: a folder holds no samples, no sample shows enough of any class, or pairing lacks the target's counts.
+        UserError: a folder has no samples, no sample contains enough pixels of any class, or pairing needs class counts
+            that the target lacks.
     """
     for manifest in manifests:
         if manifest.samples == 0:
-            raise UserError(f"data.{domain}: {manifest.folder} holds no samples; build it from a folder with images")
+            raise UserError(f"data.{domain}: {manifest.folder} has no samples; build it from a folder with images")
     orders = tuple(
         Order(tuple(len(shard.keys) for shard in manifest.shards), seed, domain, config.shuffle_window, part)
         for part, manifest in enumerate(manifests)
@@ -183,8 +184,8 @@ def build_sampler(
     for target in targets:
         if not target.labelled:
             raise UserError(
-                f"data.sampling.pairing_window: {target.folder} has no class counts to pair by; build it with labels "
-                "(predicted ones will do, the loss never sees them) or set it to 0"
+                f"data.sampling.pairing_window: {target.folder} has no class counts for pairing; build it with "
+                "labels (predicted ones are enough; the loss never uses them) or set the key to 0"
             )
     target_counts = tuple(_class_counts(config, target) for target in targets)
     pairing = Pairing(
@@ -199,8 +200,8 @@ def _rare_classes(
     for manifest, pixels in zip(manifests, counts, strict=True):
         if not (pixels >= sampling.min_pixels).any():
             raise UserError(
-                f"data.sampling.min_pixels: no sample of {manifest.folder} shows {sampling.min_pixels} pixels of any "
-                f"class; the most is {pixels.max(initial=0)}"
+                f"data.sampling.min_pixels: no sample of {manifest.folder} has {sampling.min_pixels} pixels of any "
+                f"class; lower it to at most {pixels.max(initial=0)}"
             )
     return tuple(
         RareClasses(pixels, seed, part, sampling.temperature, sampling.min_pixels) for part, pixels in enumerate(counts)
@@ -208,7 +209,7 @@ def _rare_classes(
 
 
 def _class_counts(config: DataConfig, manifest: Manifest) -> Counts:
-    """Pixels by sample and class of the run, [samples, K]."""
+    """Count pixels by sample and class of the run, [samples, K]."""
     classes = chosen_classes(config, manifest)
     table = lookup_table(manifest, classes)
     stored = np.array([row for shard in manifest.shards for row in shard.pixel_counts], np.int64)
@@ -221,7 +222,7 @@ def _class_counts(config: DataConfig, manifest: Manifest) -> Counts:
 
 @lru_cache(maxsize=_REMEMBERED)
 def _exchanges(pairing: Pairing, window: int) -> list[int]:
-    """For each place in a window the place whose source sample goes there: most alike first, each used once."""
+    """Permutation of a window's source samples: greedy assignment, most similar pairs first."""
     positions = range(window * pairing.window, (window + 1) * pairing.window)
     source, target = (
         np.stack([_shares(sampler, counts, position) for position in positions])
@@ -237,7 +238,7 @@ def _exchanges(pairing: Pairing, window: int) -> list[int]:
 
 
 def _shares(sampler: Sampler, counts: tuple[Counts, ...], position: int) -> npt.NDArray[np.float64]:
-    """Each class's share of the labelled pixels of the sample at a position, [K]."""
+    """Share of each class in the labelled pixels of a sample, [K]."""
     part, shard, sample = sampler.choose(position).place
     row = counts[part][sampler.starts[part].number(shard, sample)]
     return np.asarray(row / max(1, row.sum()))

@@ -1,4 +1,4 @@
-"""Where shards lie: a local folder, http(s) or S3; and how one object is brought from there over a bad line."""
+"""Storage of shards (local folder, http(s) or S3), and downloads that survive a flaky connection."""
 
 import logging
 import os
@@ -24,39 +24,39 @@ _LONGEST_WAIT = 30.0
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a download bears with a bad line."""
+    """Retry policy of a download."""
 
     timeout: float = 30.0
-    """Seconds without a byte after which an attempt has failed."""
+    """Seconds without any data after which an attempt fails."""
     retries: int = 6
-    """Attempts after the first one."""
+    """Number of attempts after the first one."""
     backoff: float = 1.0
-    """Seconds before the second attempt, doubled for each later one up to 30, less up to half of it at random."""
+    """Seconds before the second attempt; doubled for each later one up to 30, and reduced at random by up to half."""
 
 
 class Cancelled(Exception):
-    """Whoever asked for a download no longer wants it."""
+    """Raised when a download is cancelled by its caller."""
 
 
 class _Passing(Exception):
-    """A fault that the next attempt may not meet."""
+    """A transient error, which the next attempt may not have."""
 
 
 class _BadRange(_Passing):
-    """The object has no bytes where the transfer was to go on."""
+    """The object has no bytes at the offset from which the transfer should resume."""
 
 
 class _Body(NamedTuple):
     start: int
-    """Offset of the first byte in the object."""
+    """Offset of the body's first byte in the object."""
     chunks: Iterator[bytes]
 
 
 def is_remote(location: str) -> bool:
-    """Whether shards are fetched (http, https, s3) rather than read where they are.
+    """Whether a location is remote (http, https, s3), so that shards must be downloaded.
 
     Raises:
-        UserError: the URL is incomplete or has any other scheme; `pipe:` is one of them, nothing is ever executed.
+        UserError: the URL is incomplete or has another scheme, such as `pipe:`; nothing is ever executed.
     """
     match = _SCHEME.match(location)
     if match is None:
@@ -64,7 +64,7 @@ def is_remote(location: str) -> bool:
     scheme = match[1].lower()
     if scheme not in ("http", "https", "s3"):
         raise UserError(
-            f"shards {scheme}: cannot be read from; give a local folder (./ before it if its name has a colon) or an "
+            f"shards {scheme}: unknown URL scheme; give a local folder (begin with ./ if its name has a colon) or an "
             "http://, https:// or s3:// URL"
         )
     try:
@@ -76,20 +76,20 @@ def is_remote(location: str) -> bool:
         raise UserError(f"shards {scheme}: incomplete URL; write {scheme}://host/path or s3://bucket/prefix")
     if scheme == "s3" and (url.username or url.password or url.port or url.query):
         raise UserError(
-            f"shards {shown(location)}: write s3://bucket/prefix alone; keys and endpoint belong into the AWS settings "
+            f"shards {shown(location)}: write only s3://bucket/prefix; keys and endpoint belong in the AWS settings "
             "(AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
         )
     return True
 
 
 def shown(url: str) -> str:
-    """A URL as messages may show it: without user, password, query and fragment."""
+    """Redact a URL for messages: without user, password, query and fragment."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def object_url(location: str, name: str) -> str:
-    """URL of a file in a remote folder; the folder's query, which may be a signature, is the file's too."""
+    """URL of a file in a remote folder; the folder's query, which may be a signature, is kept."""
     parts = urlsplit(location)
     quoted = name if parts.scheme == "s3" else quote(name)
     return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{quoted}", parts.query, ""))
@@ -98,22 +98,22 @@ def object_url(location: str, name: str) -> str:
 def download(
     url: str, file: IO[bytes], *, most: int, patience: Patience, cancelled: threading.Event | None = None
 ) -> None:
-    """Write an object into a file; a transfer that broke off goes on where it was, if the server can.
+    """Download an object into a file; an interrupted transfer resumes at its offset, if the server supports it.
 
     Args:
-        url: http, https or s3.
-        file: Seekable; holds the object alone afterwards.
-        most: Bytes the object may have.
-        patience: When to try again, and how often.
-        cancelled: Ends the download once it is set.
+        url: http, https or s3 URL.
+        file: Seekable file; afterwards it contains the object only.
+        most: Size limit of the object, in bytes.
+        patience: Retry policy.
+        cancelled: Stops the download once it is set.
 
     Raises:
-        UserError: the object is not there, not allowed or larger than `most`, or all attempts have failed.
-        OSError: the file does not take the bytes.
+        UserError: the object is missing, forbidden or larger than `most`, or all attempts have failed.
+        OSError: the file cannot be written.
         Cancelled: `cancelled` was set.
     """
     cancelled = cancelled or threading.Event()
-    # Python's global generator is not ours to move: whoever trains may draw from it.
+    # Do not advance Python's global generator: training code may draw from it.
     jitter = SystemRandom()
     file.seek(0)
     for attempt in range(patience.retries + 1):
@@ -124,7 +124,7 @@ def download(
         except _Passing as fault:
             if attempt == patience.retries:
                 raise UserError(
-                    f"{shown(url)}: {fault}, {attempt + 1} attempts; see that the server is reachable and start again"
+                    f"{shown(url)}: {fault}, {attempt + 1} attempts; check that the server is reachable and restart"
                 ) from None
             if isinstance(fault, _BadRange):
                 file.seek(0)
@@ -142,8 +142,8 @@ def _transfer(url: str, file: IO[bytes], most: int, timeout: float, cancelled: t
                 raise Cancelled
             if file.tell() + len(chunk) > most:
                 raise UserError(
-                    f"{shown(url)}: more than the {most} bytes there may be; the file was changed or is not a shard "
-                    "folder's: check the location, upload the folder again"
+                    f"{shown(url)}: larger than the limit of {most} bytes; the file was changed or is not part of a "
+                    "shard folder: check the location, or upload the folder again"
                 )
             file.write(chunk)
 
@@ -157,12 +157,12 @@ def _http_body(url: str, start: int, timeout: float) -> Iterator[_Body]:
             _check_status(url, answer.status_code, "the query of the URL or the .netrc file")
             yield _Body(_first_byte(answer.headers.get("Content-Range")), answer.iter_content(_CHUNK))
     except requests.RequestException as error:
-        # Their texts hold whole URLs, secrets included.
+        # The texts of these exceptions contain whole URLs, including secrets.
         _check_certificate(url, error, "REQUESTS_CA_BUNDLE")
         if isinstance(error, requests.Timeout) or (error.args and isinstance(error.args[0], ReadTimeoutError)):
-            raise _Passing(f"no bytes for {timeout:g} s") from None
+            raise _Passing(f"no data for {timeout:g} s") from None
         if isinstance(error, requests.exceptions.ChunkedEncodingError):
-            raise _Passing("the transfer broke off") from None
+            raise _Passing("the transfer was interrupted") from None
         if isinstance(error, requests.ConnectionError):
             raise _Passing("no connection") from None
         raise UserError(f"{shown(url)}: cannot be fetched ({type(error).__name__}); check the URL") from None
@@ -182,10 +182,10 @@ def _s3_body(url: str, start: int, timeout: float) -> Iterator[_Body]:
             yield _Body(_first_byte(answer.get("ContentRange")), stream.iter_chunks(_CHUNK))
     except ClientError as error:
         _check_status(url, error.response["ResponseMetadata"]["HTTPStatusCode"], "the AWS settings (AWS_PROFILE)")
-        raise _Passing("an error that has no status") from None
+        raise _Passing("an error without an HTTP status") from None
     except (ConnectionError, HTTPClientError, IncompleteReadError, HTTPError) as error:
         _check_certificate(url, error, "AWS_CA_BUNDLE")
-        raise _Passing(f"no connection, or one that broke off ({type(error).__name__})") from None
+        raise _Passing(f"no connection, or an interrupted one ({type(error).__name__})") from None
     except BotoCoreError as error:
         raise UserError(f"{shown(url)}: {type(error).__name__}; check the bucket's name and the AWS settings") from None
 
@@ -194,22 +194,22 @@ def _check_status(url: str, status: int, credentials: str) -> None:
     if status in (200, 206):
         return
     if status == 416:
-        raise _BadRange("the file grows or shrinks")
+        raise _BadRange("the file changes its size")
     if status >= 500 or status in (408, 425, 429):
         raise _Passing(f"HTTP {status}")
     if status in (401, 403):
         raise UserError(
-            f"{shown(url)}: HTTP {status}, not allowed (S3 answers so for missing objects too); "
+            f"{shown(url)}: HTTP {status}, access denied (S3 returns this for missing objects too); "
             f"check the location and {credentials}"
         )
     if status in (404, 410):
-        raise UserError(f"{shown(url)}: HTTP {status}, not there; check the location, or upload the shard folder again")
+        raise UserError(f"{shown(url)}: HTTP {status}, not found; check the location, or upload the shard folder again")
     raise UserError(f"{shown(url)}: HTTP {status}; check the location")
 
 
 def _check_certificate(url: str, error: Exception, variable: str) -> None:
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        raise UserError(f"{shown(url)}: certificate not trusted; name your authority's file in {variable}") from None
+        raise UserError(f"{shown(url)}: certificate not trusted; set {variable} to your CA file") from None
 
 
 def _first_byte(content_range: str | None) -> int:
@@ -217,10 +217,10 @@ def _first_byte(content_range: str | None) -> int:
     return int(match[1]) if match else 0
 
 
-# A connection must be used neither by two processes, which forked loader workers would do, nor by two threads.
+# A connection must not be shared by two threads, or by two processes, such as forked loader workers.
 @lru_cache(maxsize=8)
 def _http_session(process: int, thread: int) -> requests.Session:
-    # Its debug lines hold queries.
+    # The debug messages of urllib3 contain queries.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
     return requests.Session()
 
@@ -238,7 +238,7 @@ def _s3_client(process: int, timeout: float) -> Any:
         connect_timeout=timeout,
         read_timeout=timeout,
         retries={"total_max_attempts": 1},
-        # The manifest's SHA-256 is checked; not every S3-compatible server knows the SDK's own sums.
+        # The manifest's SHA-256 is checked; not every S3-compatible server supports the SDK's own checksums.
         response_checksum_validation="when_required",
     )
     try:

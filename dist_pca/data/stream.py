@@ -1,4 +1,4 @@
-"""Streams of batches: a WebDataset pipeline whose source knows where each sample lies and when its turn is."""
+"""Streams of batches: a WebDataset pipeline that reads samples by index, in an order given by seed and step."""
 
 import atexit
 import logging
@@ -36,19 +36,19 @@ from dist_pca.shards.manifest import Manifest
 
 _log = logging.getLogger("dist_pca.data")
 _AHEAD = 128
-"""Samples of each loader process whose shards are fetched before their turn comes."""
+"""Number of samples that each loader process looks ahead to prefetch their shards."""
 _MOST_REPLACEMENTS = 8
-"""Samples drawn in the place of a corrupt one before all of them are taken to be."""
+"""Number of replacements drawn for a corrupt sample before the stream fails."""
 
 
 class EvaluationSample(NamedTuple):
-    """One image at its full size."""
+    """One image at full size, with its labels."""
 
     key: str
     image: Pixels
-    """Height x width x 3, RGB."""
+    """uint8 RGB, height x width x 3."""
     label: Pixels | None
-    """Train ids, height x width; None where the shards have no labels."""
+    """Train ids, height x width; None if the shards have no labels."""
 
 
 class _Taken(NamedTuple):
@@ -70,27 +70,27 @@ def stream(
     start_step: int,
     targets: Sequence[Manifest] = (),
 ) -> Generator[Batch, None, None]:
-    """One rank's endless stream of micro-batches, in the order (step, accumulation index).
+    """Yield one rank's micro-batches without end, ordered by step and accumulation index.
 
-    Which samples a step takes and how they are cropped depends on seed and step alone. Closing the iterator ends its
-    loader processes. A sample that cannot be decoded is logged, and another takes its place, always the same one.
+    The samples of a step and their crops depend on the seed and the step only. Closing the iterator ends its loader
+    processes. A corrupt sample is logged and replaced by another one, which is a function of the seed too.
 
     Args:
         config: Crops, classes, sampling and loader processes.
         manifests: The domain's shard folders.
-        domain: Which domain this is; the two are shuffled and augmented independently.
+        domain: Domain of the folders; the two domains are shuffled and augmented independently.
         seed: Seed of the run.
         rank: Rank, below `world_size`.
         world_size: Number of ranks.
         global_batch: Samples per step, over all ranks and micro-batches.
         accumulation: Micro-batches per step on each rank.
         start_step: First step.
-        targets: For the source, the target's shard folders, which pairing looks at.
+        targets: For the source, the target's shard folders, which are needed for pairing.
 
     Raises:
-        UserError: at once if the batch cannot be shared out, the crop does not fit into an image, classes are unknown
-            or there are no samples; while iterating if a shard cannot be read (shard and key are named), or more than
-            data.max_corrupt_share of the samples cannot be decoded.
+        UserError: immediately if the batch cannot be divided evenly, the crop does not fit into an image, classes are
+            unknown or there are no samples; while iterating if a shard cannot be read (the message names shard and
+            key), or more than data.max_corrupt_share of the samples are corrupt.
     """
     sampler = build_sampler(config, manifests, domain, seed, targets=targets)
     size = micro_batch_size(
@@ -129,18 +129,18 @@ def evaluation_stream(
     workers: int = 2,
     cache: CacheConfig | None = None,
 ) -> Generator[EvaluationSample, None, None]:
-    """Every sample once over all ranks: rank r of W takes the samples r, r + W, ... in the manifest's order.
+    """Yield every sample once over all ranks: rank r of W gets the samples r, r + W, ... in the manifest's order.
 
     Args:
         manifest: The shards.
         rank: Rank, below `world_size`.
         world_size: Number of ranks.
-        classes: Classes whose train ids the labels are given in; others become ignore.
-        workers: Loader processes; 0 decodes in this one.
-        cache: For shards of a URL; None takes the defaults.
+        classes: Classes by train id, to which labels are converted; others become ignore.
+        workers: Loader processes; 0 loads in this process.
+        cache: Cache for shards of a URL; None takes the defaults.
 
     Raises:
-        UserError: at once if labelled shards have none of the classes; while iterating if a sample cannot be read.
+        UserError: immediately if labelled shards have none of the classes; while iterating if a sample cannot be read.
     """
     table = lookup_table(manifest, classes) if manifest.labelled else None
     samples = _load(
@@ -158,19 +158,20 @@ def _load(*stages: Callable[..., Any], workers: int) -> Generator[Any, None, Non
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_leave_signals_to_the_trainer,
-        # The loader draws a seed nobody uses; it must not move the global generator that the model draws from.
+        # The loader draws a seed, which is not used; it must not advance the global generator, used by the model.
         generator=torch.Generator(),
     )
     items = iter(loader)
-    # Processes that ignore SIGTERM must be told to end: by whoever closes this generator, at the end of the program, or
-    # at the end of a multiprocessing child, which runs no atexit functions, before its queues close (priority 10).
+    # Loader processes ignore SIGTERM, so they must be ended explicitly: when this generator is closed, at the end of
+    # the program, or at the end of a multiprocessing child, which runs no atexit functions, before its queues are
+    # closed (priority 10).
     atexit.register(items.close)
     at_child_exit = Finalize(None, items.close, exitpriority=11)
     others = set(active_children())
     processes: set[BaseProcess] = set()
 
     def own() -> set[BaseProcess]:
-        # Those that came with the first item; whoever comes later belongs to another stream.
+        # The processes that existed at the first item; later ones belong to other streams.
         return processes or (set(active_children()) - others if workers else set())
 
     try:
@@ -182,14 +183,14 @@ def _load(*stages: Callable[..., Any], workers: int) -> Generator[Any, None, Non
     except (RuntimeError, OSError) as error:
         if _any_died(own()):
             raise UserError(
-                "a loader process was killed, most likely for want of memory; lower data.workers"
+                "a loader process was killed, most likely because memory ran out; lower data.workers"
             ) from error
         raise
     finally:
         at_child_exit.cancel()
         atexit.unregister(items.close)
         items.close()
-        # After one of them has died the loader tells the others nothing, and they ignore SIGTERM.
+        # After one process has died, the loader does not stop the others, and they ignore SIGTERM.
         for process in own():
             process.kill()
             process.join()
@@ -199,18 +200,18 @@ def _any_died(processes: set[BaseProcess]) -> bool:
     try:
         return bool(wait([process.sentinel for process in processes], timeout=1))
     except RuntimeError:
-        # The loader's own handler of a child's death interrupts whatever comes after it.
+        # The loader's SIGCHLD handler raises this when a loader process dies.
         return True
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
-    # Ctrl-C and SLURM signal the whole process group: the trainer decides, and still needs batches while it does.
+    # Ctrl-C and SLURM signal the whole process group, but the trainer still needs batches until it stops.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _hand_over_errors(items: Iterator[Any]) -> Iterator[Any]:
-    # An exception that crosses processes as such arrives wrapped in the worker's traceback; an item arrives as it is.
+    # Yield the error as an item: raised in a worker, it would be wrapped in the worker's traceback.
     try:
         yield from items
     except UserError as error:
@@ -218,7 +219,7 @@ def _hand_over_errors(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _worker() -> tuple[int, int]:
-    """Number of this loader process and how many there are."""
+    """Index of this loader process, and the number of loader processes."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)
 
@@ -230,7 +231,7 @@ def _ordered_samples(
     accumulation: int,
     start_step: int,
 ) -> Iterator[_Taken]:
-    # The loader takes items from its processes in turn, so this deals them whole micro-batches in turn.
+    # The loader takes items from its processes in turn, so whole micro-batches are dealt to them in turn.
     worker, workers = _worker()
     with ExitStack() as stack:
         readers = [stack.enter_context(closing(opener())) for opener in openers]
@@ -274,7 +275,7 @@ def _crop_sample(
     tables: Sequence[Pixels | None],
     taken: _Taken,
 ) -> Cut:
-    """The crop at a position; of another sample where its own is corrupt."""
+    """Decode and crop a sample; if it is corrupt, a replacement."""
     position, choice, sample = taken
     skipped: list[str] = []
     while True:
@@ -291,7 +292,7 @@ def _crop_sample(
         except CorruptSample as error:
             skipped.append(str(error))
             if len(skipped) > _MOST_REPLACEMENTS:
-                raise UserError(f"{error}; {_MOST_REPLACEMENTS} samples drawn in its place are no better") from error
+                raise UserError(f"{error}; {_MOST_REPLACEMENTS} replacements are corrupt too") from error
         choice = Choice(sampler.instead_of(position, len(skipped)), None)
         with closing(openers[choice.place.part]()) as reader:
             sample = _read(reader, choice)
@@ -308,7 +309,7 @@ def _crop_sample(
 def _crop_that_shows(
     wanted: int, label: Image.Image, table: Pixels, draw: Callable[..., Crop], sampling: SamplingConfig
 ) -> Crop:
-    """The first crop that shows enough of a class, or of all that may be drawn the one that shows most."""
+    """Draw crops until one has enough pixels of a class; if none has, return the one with the most."""
     best, most = draw(), -1
     for attempt in range(sampling.crop_attempts):
         crop = draw(attempt=attempt)
@@ -323,7 +324,7 @@ def _crop_that_shows(
 def _watched(
     batches: Generator[Filled, None, None], ring: Ring, domain: Domain, max_share: float, epoch: float
 ) -> Generator[Batch, None, None]:
-    """Log what was skipped, and stop where it is more than a share of an epoch or of all samples taken."""
+    """Log corrupt samples, and fail if they exceed a share of an epoch or of all samples read, whichever is more."""
     taken = skipped = 0
     with closing(batches):
         for batch in map(ring.take, batches):
@@ -333,7 +334,7 @@ def _watched(
             if batch.skipped and skipped > max_share * max(taken, epoch):
                 raise UserError(
                     f"data.{domain}: {skipped} corrupt samples among {taken}, more than data.max_corrupt_share "
-                    f"{max_share:g} allows, the last one: {batch.skipped[-1]}"
+                    f"{max_share:g} allows; the last one: {batch.skipped[-1]}"
                 )
             yield batch
 
@@ -343,7 +344,7 @@ def _whole_sample(
 ) -> tuple[str, torch.Tensor, torch.Tensor | None]:
     image, label = decode_sample(sample, label_member=None if table is None else label_member)
     train_ids = None if table is None or label is None else torch.from_numpy(table[np.asarray(label)])
-    # As tensors, pixels pass between processes in shared memory.
+    # Tensors are passed between processes in shared memory.
     return sample["__key__"], torch.from_numpy(np.array(image)), train_ids
 
 

@@ -1,4 +1,4 @@
-"""Batches on their way to the GPU while it computes."""
+"""Asynchronous transfer of batches to the GPU."""
 
 from collections.abc import Generator
 from contextlib import closing
@@ -9,8 +9,9 @@ from dist_pca.data.batch import Batch
 
 
 def to_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
-    """The same batches on a device. On a GPU each is copied, from pinned memory on a stream of its own, during the step
-    before it is used. Closing it closes `batches`.
+    """Copy batches to a device; on a GPU one step ahead, from pinned memory on a separate stream.
+
+    Closing the generator closes `batches`.
     """
     with closing(batches):
         if device.type == "cpu":
@@ -29,7 +30,7 @@ def to_device(batches: Generator[Batch, None, None], device: torch.device) -> Ge
             batch = following
             for part in (batch.images, batch.labels):
                 if part is not None:
-                    # Else its memory could be given to the next copy while this step still reads it.
+                    # Otherwise the allocator could reuse its memory for the next copy while this step still reads it.
                     part.record_stream(torch.cuda.current_stream(device))
             following = copy(next(batches))
             yield batch

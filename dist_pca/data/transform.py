@@ -1,4 +1,4 @@
-"""Augmentation: random resize, crop and flip, drawn from the seed and the sample's position alone."""
+"""Augmentation: random resize, crop and flip, a function of the seed and the sample index."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,10 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Crop:
-    """A window on a resized image. All sizes are (height, width) in pixels."""
+    """A window of a resized image. All sizes are (height, width) in pixels."""
 
     resized: tuple[int, int]
-    """Size that the whole image is resized to."""
+    """Size to which the whole image is resized."""
     top: int
     left: int
     size: tuple[int, int]
@@ -28,7 +28,7 @@ class Crop:
 
 
 def resized_size(size: tuple[int, int], shorter_edge: int) -> tuple[int, int]:
-    """(height, width) of an image once its shorter edge measures `shorter_edge`, its proportions kept."""
+    """(height, width) of an image after its shorter edge is resized to `shorter_edge`, with its aspect ratio kept."""
     height, width = size
     shorter = min(size)
     return round(height * shorter_edge / shorter), round(width * shorter_edge / shorter)
@@ -40,12 +40,12 @@ def draw_crop(
     """Draw a crop, a pure function of its arguments.
 
     Args:
-        size: (height, width) of the image; large enough as `check_crop` sees it.
+        size: (height, width) of the image; must be large enough according to `check_crop`.
         config: Ranges: `shorter_edge`, `crop` and `flip`.
         seed: Seed of the run.
-        domain: The two domains draw independently.
-        position: Position of the sample in the endless stream.
-        attempt: Counts other crops of the same sample.
+        domain: Domain of the sample; the two domains draw independently.
+        position: Index of the sample in the endless stream.
+        attempt: Number of the crop, if several are drawn of the same sample.
     """
     index = (position, attempt) if attempt else (position,)
     edge, top, left, flip = (int(bits) for bits in draw(4, seed, domain, Purpose.CROP, *index))
@@ -62,7 +62,7 @@ def draw_crop(
 
 
 def apply_crop(image: Image.Image, label: Image.Image | None, crop: Crop) -> tuple[Pixels, Pixels | None]:
-    """Cut the same window out of an RGB image (antialiased, bicubic) and its label (nearest neighbour).
+    """Crop the same window from an RGB image (antialiased, bicubic) and its label (nearest neighbour).
 
     Returns:
         The image as 3 x height x width, and the label as height x width.
@@ -72,7 +72,7 @@ def apply_crop(image: Image.Image, label: Image.Image | None, crop: Crop) -> tup
 
 
 def crop_label(label: Image.Image, crop: Crop) -> Pixels:
-    """Cut a window out of a label image, by nearest neighbour; height x width."""
+    """Crop a window from a label image, by nearest neighbour; height x width."""
     return np.ascontiguousarray(_cut(label, crop, Image.Resampling.NEAREST))
 
 
@@ -82,10 +82,10 @@ def resize_for_evaluation(image: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def check_crop(manifest: Manifest, shorter_edge: tuple[int, int], crop: tuple[int, int]) -> None:
-    """Make sure that the crop fits into every image at the smallest shorter edge.
+    """Check that the crop fits into every image at the smallest shorter edge.
 
     Raises:
-        UserError: it does not; the image into which it fits least is named.
+        UserError: it does not; the message names the image into which it fits least.
     """
 
     def slack(entry: tuple[str, tuple[int, int]]) -> int:
@@ -108,7 +108,7 @@ def check_crop(manifest: Manifest, shorter_edge: tuple[int, int], crop: tuple[in
 
 
 def _cut(picture: Image.Image, crop: Crop, resampling: Image.Resampling) -> Pixels:
-    # Resizing only the window's part of the picture gives the same pixels as resizing all of it.
+    # Resizing only the window gives the same pixels as resizing the whole image.
     down, across = picture.height / crop.resized[0], picture.width / crop.resized[1]
     height, width = crop.size
     box = (

@@ -1,7 +1,7 @@
-"""Views of a batch for training with a teacher: colours changed, domains mixed, blocks hidden.
+"""Views of a batch for training with a teacher: colour augmentation, mixed domains, hidden blocks.
 
-Every random choice is drawn from the run's seed and the sample's index in the endless stream, so views are the same on
-any number of ranks, with any number of loader processes, and after every restart. Images are on the training device.
+Random numbers are a function of the run's seed and the sample index, so views are the same at any world size, with any
+number of loader processes, and after every restart. Images are on the training device.
 """
 
 import math
@@ -17,25 +17,25 @@ from dist_pca.data.randomness import Domain, Purpose, draw
 
 Uniform = npt.NDArray[np.float64]
 _LABELS = 256
-"""Values of a uint8 label."""
+"""Number of values of a uint8 label."""
 _LAST = 2**63 - 1
-"""Priority of classes that an image does not show."""
+"""Priority of classes that an image does not contain."""
 
 
 def photometric_view(
     images: torch.Tensor, indices: Sequence[int], config: PhotometricConfig, *, seed: int, domain: Domain
 ) -> torch.Tensor:
-    """Change brightness, contrast, saturation, hue and sharpness of each image (DACS, Tranheden et al. 2021).
+    """Jitter brightness, contrast, saturation and hue of each image, and blur it (DACS, Tranheden et al. 2021).
 
     Args:
         images: [B, 3, H, W] RGB, uint8 or floating point in 0..1.
         indices: B sample indices.
-        config: Which changes, how strong and how often.
+        config: Kind, strength and probability of changes.
         seed: Seed of the run.
-        domain: Each domain draws for itself.
+        domain: Domain of the images; the two domains draw independently.
 
     Returns:
-        [B, 3, H, W] floating point in 0..1; the images themselves where nothing changes them.
+        [B, 3, H, W] floating point in 0..1; the input itself if the config changes nothing.
     """
     if not config.changes or domain not in config.domains:
         return images
@@ -53,7 +53,7 @@ def class_mask(labels: torch.Tensor, indices: Sequence[int], *, seed: int, ignor
 
     Args:
         labels: [B, H, W] class indices of the source, 0 to 255.
-        indices: B sample indices of the target images that are pasted on.
+        indices: B sample indices of the target images onto which pixels are pasted.
         seed: Seed of the run.
         ignore_index: Label of pixels that are never pasted.
 
@@ -62,7 +62,7 @@ def class_mask(labels: torch.Tensor, indices: Sequence[int], *, seed: int, ignor
     """
     masks = []
     for label, index in zip(labels, indices, strict=True):
-        # Neither shapes nor the host depend on which classes are present, so that a GPU is not waited for.
+        # Neither shapes nor host code depend on which classes are present, so there is no synchronisation with the GPU.
         present = torch.zeros(_LABELS, dtype=torch.bool, device=label.device)
         present[label.long()] = True
         present[ignore_index] = False
@@ -74,7 +74,7 @@ def class_mask(labels: torch.Tensor, indices: Sequence[int], *, seed: int, ignor
 
 
 def block_mask(images: torch.Tensor, indices: Sequence[int], *, seed: int, block: int, ratio: float) -> torch.Tensor:
-    """Choose the pixels that masked consistency leaves visible: whole blocks, each hidden with probability `ratio`.
+    """Choose the pixels that stay visible in masked consistency; each block is hidden with probability `ratio`.
 
     Masked Image Consistency, Hoyer et al. 2023, equation 3.
 
@@ -82,11 +82,11 @@ def block_mask(images: torch.Tensor, indices: Sequence[int], *, seed: int, block
         images: [B, 3, H, W].
         indices: B sample indices.
         seed: Seed of the run.
-        block: Edge of a block, in pixels.
-        ratio: Share of blocks hidden.
+        block: Edge length of a block, in pixels.
+        ratio: Share of hidden blocks.
 
     Returns:
-        bool [B, 1, H, W], true where the image is visible.
+        bool [B, 1, H, W], True where the image is visible.
     """
     height, width = images.shape[-2:]
     rows, columns = -(-height // block), -(-width // block)
@@ -96,7 +96,7 @@ def block_mask(images: torch.Tensor, indices: Sequence[int], *, seed: int, block
 
 
 def _change(view: torch.Tensor, config: PhotometricConfig, chance: Uniform) -> torch.Tensor:
-    """One image [3, H, W] in 0..1 under twelve uniform numbers."""
+    """Augment one image [3, H, W] in 0..1, given twelve uniform random numbers."""
     if chance[0] < config.probability:
         factors = [1 + spread * (2 * u - 1) for spread, u in zip(_spreads(config), chance[1:4], strict=True)]
         changes = [
@@ -105,7 +105,7 @@ def _change(view: torch.Tensor, config: PhotometricConfig, chance: Uniform) -> t
             lambda image: tv.adjust_saturation(image, factors[2]),
             lambda image: tv.adjust_hue(image, config.hue * (2 * chance[4] - 1)),
         ]
-        # The order matters to the result, so it is drawn too.
+        # The result depends on the order of the changes, so the order is random too.
         for turn in np.argsort(chance[5:9]):
             view = changes[turn](view)
     if chance[9] < config.grey_probability:
@@ -113,7 +113,7 @@ def _change(view: torch.Tensor, config: PhotometricConfig, chance: Uniform) -> t
     if chance[10] < config.blur_probability:
         low, high = config.blur_sigma
         sigma = low + (high - low) * float(chance[11])
-        # Three standard deviations each way hold all but 0.3 % of a Gaussian.
+        # Three standard deviations to each side contain all but 0.3 % of a Gaussian.
         radius = min(max(1, math.ceil(3 * sigma)), min(view.shape[-2:]) - 1)
         view = tv.gaussian_blur(view, [2 * radius + 1, 2 * radius + 1], [sigma, sigma])
     return view
@@ -124,7 +124,7 @@ def _spreads(config: PhotometricConfig) -> tuple[float, float, float]:
 
 
 def _uniform(count: int, seed: int, domain: Domain, purpose: Purpose, index: int) -> Uniform:
-    """Draw numbers in [0, 1)."""
+    """Draw uniform numbers in [0, 1)."""
     # The upper 53 bits fill the mantissa of a double.
     bits: Uniform = (draw(count, seed, domain, purpose, index) >> np.uint64(11)).astype(np.float64)
     return bits / 2.0**53

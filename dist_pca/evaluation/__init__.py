@@ -1,1 +1,1 @@
-"""How good a network is: predictions, integer confusion counts, scores, and the tables and pictures that show them."""
+"""Evaluation: predictions, confusion matrices, scores, and tables and pictures of them."""

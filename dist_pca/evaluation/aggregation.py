@@ -1,7 +1,7 @@
-"""Test-time aggregation: what gradient diffusion does to the target in training, done before the prediction is taken.
+"""Test-time aggregation: gradient diffusion, which training applies to the target, before the prediction.
 
-The features of each position are mixed with the similarity-weighted mean of their image, the classifier reads the
-result, and its class probabilities are mixed likewise (PLCA, section 3.2).
+The features of each pixel are mixed with the similarity-weighted mean over their image. The classifier is applied to
+the result, and its class probabilities are mixed in the same way (PLCA, section 3.2).
 """
 
 from typing import Any, cast
@@ -16,12 +16,12 @@ from dist_pca.model.segmenter import Segmenter
 
 
 def aggregated_logits(model: nn.Module, images: torch.Tensor, share: float) -> torch.Tensor:
-    """Log-probabilities of a segmenter after aggregation of what association works on, float32, B x K x h x w.
+    """Log-probabilities of a segmenter after test-time aggregation, float32, B x K x h x w.
 
     Args:
         model: A `Segmenter`, in evaluation mode, on the images' device.
         images: RGB in 0..1, B x 3 x H x W.
-        share: Share of each position that the mean replaces, 0 to 1.
+        share: Share of each pixel that is replaced by the mean, 0 to 1.
     """
     network = cast(Segmenter, model)
 

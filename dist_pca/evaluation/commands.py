@@ -1,4 +1,4 @@
-"""`dist-pca evaluate`, `predict` and `export`: parsing and printing."""
+"""The commands `dist-pca evaluate`, `predict` and `export`: argument parsing and output."""
 
 import sys
 from pathlib import Path
@@ -50,26 +50,24 @@ dist-pca export runs/mine --out exported --onnx --onnx-size 512 1024
 _Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
 _Checkpoint = Annotated[
     str | None,
-    typer.Option(help="The step, or name, of a checkpoint in the run folder, or best.", show_default="the newest"),
+    typer.Option(help="Step or name of a checkpoint in the run folder, or best.", show_default="the newest"),
 ]
 _Weights = Annotated[
     Literal["ema", "trained"] | None,
     typer.Option(
-        help="The moving average that training.ema_decay kept, or the weights as trained.",
-        show_default="ema where there is one",
+        help="Which weights: the moving average (training.ema_decay), or the trained weights.",
+        show_default="ema if there is one",
     ),
 ]
 _InputSize = Annotated[
     tuple[int, int] | None,
-    typer.Option(
-        metavar="HEIGHT WIDTH", help="Size that images are resized to.", show_default="evaluation.input_size of the run"
-    ),
+    typer.Option(metavar="HEIGHT WIDTH", help="Input size of images.", show_default="evaluation.input_size of the run"),
 ]
 _Window = Annotated[
     tuple[int, int] | None,
     typer.Option(
         metavar="HEIGHT WIDTH",
-        help="Show the network windows of the resized image, one at a time; bounds memory.",
+        help="Run the network on sliding windows of the resized image; bounds memory.",
         show_default="that of the run, or the whole image",
     ),
 ]
@@ -86,7 +84,7 @@ _Scale = Annotated[
 ]
 _Aggregation = Annotated[
     float | None,
-    typer.Option(help="Share of features and probabilities mixed with their image's similar ones, for example 0.5."),
+    typer.Option(help="Share of test-time aggregation of features and probabilities, for example 0.5."),
 ]
 
 
@@ -97,7 +95,7 @@ def evaluate(
     checkpoint: _Checkpoint = None,
     weights: _Weights = None,
     label_set: Annotated[
-        list[str] | None, typer.Option(help="Also the mean IoU of a named set, for example synthia_13. Repeatable.")
+        list[str] | None, typer.Option(help="Also report the mean IoU of a label set, such as synthia_13. Repeatable.")
     ] = None,
     input_size: _InputSize = None,
     window: _Window = None,
@@ -109,16 +107,16 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Write a PNG of each image's predicted labels into a new folder: Cityscapes' label ids, as its "
-            "evaluation server takes them, or train ids if a class of the run is not one of Cityscapes'.",
+            help="Write a PNG of each image's predicted labels into a new folder: Cityscapes label ids, as needed by "
+            "its evaluation server, or train ids if the run has a class that is not in Cityscapes.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Score a run on labelled shards: IoU of each class, mean IoU and pixel accuracy.
 
-    The run's [bold]evaluation[/] keys say how; options take their place.
-    Under accelerate launch all ranks share the images out, and the scores are the same.
+    Settings are the run's [bold]evaluation[/] keys; options override them.
+    Under accelerate launch the images are divided among the ranks, and the scores are the same.
     """
     from dist_pca.data.cache import cache_settings, open_manifest
     from dist_pca.evaluation.evaluate import evaluate as score
@@ -155,7 +153,7 @@ def evaluate(
     typer.echo(scores.to_json()) if as_json else Console().print(table(scores, f"{run} on {shards}"))
     if write_predictions is not None:
         coding = (
-            "train ids, as not all classes are of Cityscapes" if cityscapes_ids(classes) is None else "Cityscapes ids"
+            "train ids, as not all classes are in Cityscapes" if cityscapes_ids(classes) is None else "Cityscapes ids"
         )
         typer.echo(f"{write_predictions}: {scores.images:,} predictions ({coding})", err=True)
 
@@ -168,15 +166,15 @@ def predict(
     checkpoint: _Checkpoint = None,
     weights: _Weights = None,
     labels: Annotated[
-        bool, typer.Option("--labels/--no-labels", help="Write labels/NAME.png: 8-bit train ids, shown in colours.")
+        bool, typer.Option("--labels/--no-labels", help="Write labels/NAME.png: 8-bit train ids with a colour palette.")
     ] = True,
     overlays: Annotated[
-        bool, typer.Option("--overlay/--no-overlay", help="Write overlays/NAME.png: the image under its colours.")
+        bool, typer.Option("--overlay/--no-overlay", help="Write overlays/NAME.png: image and label colours.")
     ] = True,
     shorter_edge: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Pixels of the shorter edge that images are resized to.", show_default="that of the run"
+            min=1, help="Shorter edge, in pixels, to which images are resized.", show_default="that of the run"
         ),
     ] = None,
     window: _Window = None,
@@ -186,14 +184,14 @@ def predict(
     aggregation: _Aggregation = None,
     on_error: Annotated[
         Literal["fail", "skip"],
-        typer.Option(help="What an unreadable image does: end the command, or be left out and named."),
+        typer.Option(help="What to do with an unreadable image: stop the command, or skip and report it."),
     ] = "fail",
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:
-    """Label images with a trained run, on the GPU if there is one.
+    """Predict the labels of images with a trained run, on the GPU if there is one.
 
-    Images may have any size and mode; they keep their proportions, and results have their size.
-    Results are called as the images' paths below the folder that all share; classes.json says what the train ids mean.
+    Images may have any size and mode; their aspect ratio is kept, and results have their size.
+    Results are named after the images' paths below their common folder; classes.json lists the classes by train id.
     """
     import torch
 
@@ -203,7 +201,7 @@ def predict(
     from dist_pca.training.run import load_run
 
     if not labels and not overlays:
-        raise UserError("--no-labels --no-overlay: nothing is left to write; drop one of them")
+        raise UserError("--no-labels --no-overlay: nothing to write; remove one of them")
     if not force:
         refuse_what_is_there(out, "--out")
     files = find_images(images, out)
@@ -244,7 +242,7 @@ def predict(
 @app.command("export", epilog=_EXPORT_EXAMPLES)
 def export(
     run: _Run,
-    out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to create.", show_default=False)],
     checkpoint: _Checkpoint = None,
     weights: _Weights = None,
     onnx: Annotated[
@@ -254,28 +252,28 @@ def export(
         tuple[int, int] | None,
         typer.Option(
             metavar="HEIGHT WIDTH",
-            help="The one size that model.onnx takes: ready in seconds, where any size may take minutes.",
+            help="Fixed input size of model.onnx; the export takes seconds, and for any size it may take minutes.",
             show_default="any size",
         ),
     ] = None,
 ) -> None:
-    """Write a run's network without the run: model.safetensors, config.json, classes.json.
+    """Export a run's network: model.safetensors, config.json, classes.json.
 
-    [bold]dist_pca.model.exported.load_exported[/] reads them without config, trainer or DeepSpeed.
-    An ONNX file is run and compared with PyTorch before the folder appears.
+    [bold]dist_pca.model.exported.load_exported[/] loads them without config, trainer or DeepSpeed.
+    An ONNX file is run and compared with PyTorch before the folder is created.
     """
     from dist_pca.evaluation.export import export as write
     from dist_pca.evaluation.onnx_file import require_onnx
     from dist_pca.training.run import load_run
 
     if onnx_size is not None and not onnx:
-        raise UserError("--onnx-size: there is no ONNX file without --onnx; add it")
+        raise UserError("--onnx-size: has no effect without --onnx; add it")
     if onnx_size is not None and min(onnx_size) < 1:
         raise UserError(f"--onnx-size {onnx_size[0]} {onnx_size[1]}: give a height and a width of 1 pixel or more")
     if onnx:
         require_onnx()
     config, classes, model = load_run(run, checkpoint, weights=weights)
-    # Bound to the file, as stderr is taken from PyTorch's exporter for a while.
+    # Bind the console to the file now, because stderr is redirected during PyTorch's export.
     with Console(file=sys.stderr).status("exporting"):
         difference = write(model, config, classes, out, onnx=onnx, onnx_size=onnx_size)
     typer.echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
@@ -284,13 +282,13 @@ def export(
 
 
 def _with_options(config: "RunConfig", **options: Any) -> "RunConfig":
-    """The run with evaluation keys that options have set, checked as those of a file are."""
+    """Override evaluation keys of a run's config by command-line options, and validate the result."""
     from pydantic import ValidationError
 
     from dist_pca.config import EvaluationConfig
 
     chosen = {key: value for key, value in options.items() if value is not None}
-    # A stride belongs to the window that it was written with.
+    # The config's stride is meant for the config's window; a new window does not use it.
     own = config.evaluation.model_dump(exclude={"stride"} if "window" in chosen else None)
     try:
         evaluation = EvaluationConfig.model_validate(own | chosen)

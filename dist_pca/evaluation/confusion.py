@@ -1,6 +1,6 @@
-"""Confusion counts and the scores that follow from them.
+"""Confusion matrices, and the scores computed from them.
 
-Scores come from integer counts over all pixels of all images, so that they do not depend on how images are shared out.
+Scores are computed from integer counts over all pixels of all images, so they do not depend on the world size.
 """
 
 import torch
@@ -36,7 +36,7 @@ def confusion_matrix(
 def iou(confusion: torch.Tensor) -> torch.Tensor:
     """Intersection over union of each class, float64, K.
 
-    A class that occurs neither in the truth nor in the prediction has no union: it is nan.
+    It is nan for a class that occurs neither in the labels nor in the prediction.
     """
     intersection = confusion.diagonal().double()
     return intersection / (confusion.sum(0) + confusion.sum(1) - confusion.diagonal())
@@ -45,13 +45,13 @@ def iou(confusion: torch.Tensor) -> torch.Tensor:
 def mean_iou(confusion: torch.Tensor, members: list[int] | None = None) -> float:
     """Mean intersection over union (mIoU) of some classes, by index, or of all.
 
-    Every pixel counts, those of classes outside `members` too: a road taken for one of them lowers the road's IoU.
-    Classes absent from both truth and prediction are left out of the mean; it is nan if none is left.
+    All pixels are counted: a road pixel that is predicted as a class outside `members` lowers the IoU of road.
+    Classes absent from both labels and prediction are left out of the mean; it is nan if none is left.
     """
     values = iou(confusion)
     return values[members].nanmean().item() if members is not None else values.nanmean().item()
 
 
 def pixel_accuracy(confusion: torch.Tensor) -> float:
-    """Share of counted pixels that are predicted right; nan if there are none."""
+    """Share of labelled pixels that are predicted correctly; nan if there are none."""
     return (confusion.diagonal().sum().double() / confusion.sum()).item()

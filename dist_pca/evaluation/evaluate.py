@@ -1,4 +1,4 @@
-"""One network over one labelled shard folder, shared out over ranks."""
+"""Evaluate a network on a labelled shard folder, divided among ranks."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -34,23 +34,22 @@ def evaluate(
     predictions: Path | None = None,
     quiet: bool = False,
 ) -> Scores:
-    """Score a segmenter on every image of a shard folder once, at the labels' own size.
+    """Score a segmenter on every image of a shard folder, at the labels' original size.
 
-    A collective call where torch.distributed is initialised: ranks share the images out and sum integer counts, so
-    every rank gets the same scores, whatever the world size. Images pass one at a time. The model is left in the mode
-    that it came in.
+    Collective if torch.distributed is initialised: images are divided among ranks and integer counts are summed, so
+    every rank gets the same scores at any world size. The batch size is 1. The model's mode (training or evaluation)
+    is restored.
 
     Args:
         model: A segmenter on `device`.
         manifest: Labelled shards.
         classes: The classes that the model was trained on, by train id; labels of others are ignored.
         config: The run: sizes, evaluation protocol, label sets and loader processes.
-        device: Where images are labelled.
+        device: Device of the model.
         rank: Rank, below `world_size`; rank 0 shows progress on stderr.
         world_size: Number of ranks.
-        predictions: Folder to make, for one PNG of each image at its label's size; whole or not at all. Values are
-            label ids of Cityscapes, or train ids where a class of `classes` is not one of Cityscapes'. Ranks must share
-            its file system.
+        predictions: Folder to create atomically, for one PNG of each image at its label's size. Values are Cityscapes
+            label ids, or train ids if one of `classes` is not in Cityscapes. Ranks must share its file system.
         quiet: Show no progress.
 
     Raises:
@@ -58,7 +57,7 @@ def evaluate(
             the classes, a label set is not covered by `classes`, or a sample cannot be read.
     """
     if not manifest.labelled:
-        raise UserError(f"shards {manifest.folder}: no labels to score against; evaluate on labelled shards")
+        raise UserError(f"shards {manifest.folder}: have no labels; evaluate on labelled shards")
     label_set_members(config.evaluation.label_sets, classes)
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
     images = torch.zeros((), dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""A run's network without the run."""
+"""Export of a run's network."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,21 +20,22 @@ def export(
     onnx: bool = False,
     onnx_size: tuple[int, int] | None = None,
 ) -> float | None:
-    """Write a network into a folder that `dist_pca.model.exported.load_exported` reads; whole or not at all.
+    """Write a network into a folder for `dist_pca.model.exported.load_exported`, atomically.
 
     Args:
         model: The network, on the CPU, in evaluation mode.
         config: The run.
         classes: Classes by train id.
-        out: The folder to make.
+        out: The folder to create.
         onnx: Add `model.onnx`.
-        onnx_size: The only height and width that it takes; None for any.
+        onnx_size: Fixed height and width of its input; None for any.
 
     Returns:
-        The largest difference of the ONNX file's logits to PyTorch's, in units of the largest; None without it.
+        Largest difference between the logits of ONNX and PyTorch, relative to the largest logit; None without ONNX.
 
     Raises:
-        UserError: the folder is not empty or cannot be written, or the network has no ONNX graph with its logits.
+        UserError: the folder is not empty or cannot be written, or the network cannot be exported to ONNX with equal
+            logits.
     """
     size = config.evaluation.input_size
     with staged_folder(out, "--out") as staged:

@@ -1,4 +1,4 @@
-"""Which image files a command line means, and what their results are called."""
+"""Find the image files given on a command line, and name their results."""
 
 import glob
 import os
@@ -13,12 +13,12 @@ from dist_pca.shards.images import SUFFIXES, as_rgb, decode_header, decode_pixel
 
 
 def find_images(sources: Sequence[str], out: Path) -> list[Path]:
-    """Image files that files, folders and globs mean, each once, in the order given, sorted within folders and globs.
+    """Expand files, folders and globs to image files, each once, in the given order, sorted within folders and globs.
 
-    A folder means all images below it, known by their extension, without hidden ones and without what is in `out`.
+    A folder stands for all images below it, by extension, without hidden files and without those in `out`.
 
     Raises:
-        UserError: a source does not exist, or means no image.
+        UserError: a source does not exist, or contains no image.
     """
     found: dict[Path, Path] = {}
     for source in sources:
@@ -32,9 +32,10 @@ def find_images(sources: Sequence[str], out: Path) -> list[Path]:
 
 
 def result_names(images: Sequence[Path]) -> dict[Path, str]:
-    """A name without extension for the results of each image, no two the same on any file system.
+    """Unique names, without extension, for the results of each image; case-insensitive file systems are considered.
 
-    It is the image's path below the folder that all of them share, with the extension where that tells two apart.
+    A name is the image's path below the common folder of all images, with the extension if it is needed to distinguish
+    two of them.
     """
     absolute = {path: path.parent.resolve() / path.name for path in images}
     common = Path(os.path.commonpath([path.parent for path in absolute.values()]))
@@ -55,7 +56,7 @@ def result_names(images: Sequence[Path]) -> dict[Path, str]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image in 8-bit RGB, the way up that viewers show it.
+    """Read an image in 8-bit RGB, rotated according to its EXIF data.
 
     Raises:
         UserError: it is not an image of a known format, too large, or damaged.
@@ -82,7 +83,7 @@ def _files(source: str, out: Path) -> list[Path]:
     if path.exists():
         return [path]
     if glob.has_magic(source):
-        # Path.glob takes no absolute patterns.
+        # Path.glob does not support absolute patterns.
         names = glob.glob(source, recursive=True)  # noqa: PTH207
         return sorted(Path(name) for name in names if Path(name).is_file())
     raise UserError(f"{source}: no such file or folder")

@@ -1,4 +1,4 @@
-"""From images to label maps."""
+"""Inference: from images to label maps."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,9 +11,9 @@ from dist_pca.errors import UserError
 from dist_pca.evaluation.views import view_logits
 
 _BAND_ELEMENTS = 2**24
-"""Scores held at the output size at once; whole maps of them would not fit for large images."""
+"""Number of logits that are upsampled at once; for large images all of them would not fit into memory."""
 _LONGEST_ASPECT = 16
-"""Images longer than that in proportion to their height are resized to the area of one that is not."""
+"""Largest aspect ratio; more elongated images are resized to the area of an image with this ratio."""
 
 
 @torch.no_grad()
@@ -24,14 +24,14 @@ def predict(
     output_size: tuple[int, int],
     protocol: EvaluationConfig | None = None,
 ) -> torch.Tensor:
-    """Label images: resize them, run the network, upsample its logits and take the largest.
+    """Predict labels: resize images, run the network, upsample its logits and take the argmax.
 
-    Where the network sees an image in several ways, the largest mean probability is taken.
+    With several views of an image (scales, mirror images), the argmax of the mean probability is taken.
 
     Args:
         model: A segmenter, in evaluation mode, on the images' device.
         images: uint8 RGB, B x 3 x H x W.
-        input_size: Height and width that the network sees; bilinear with antialiasing.
+        input_size: Height and width of the network's input; bilinear with antialiasing.
         output_size: Height and width of the result; bilinear, corners not aligned.
         protocol: Windows, mirror images, scales and aggregation; None has none of them.
 
@@ -39,7 +39,7 @@ def predict(
         Train ids, uint8, B x height x width.
 
     Raises:
-        UserError: the accelerator's memory does not suffice, or the network sees fewer pixels than it needs.
+        UserError: the accelerator runs out of memory, or the input is too small for the network.
     """
     try:
         views = view_logits(model, images.float() / 255, input_size, protocol or EvaluationConfig())
@@ -47,14 +47,14 @@ def predict(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"an image of {input_size[0]} x {input_size[1]} pixels does not fit into the memory of {images.device}; "
-            "show the network smaller windows with --window or evaluation.window"
+            "use smaller windows with --window or evaluation.window"
         ) from error
 
 
 def input_size(config: RunConfig, height: int, width: int) -> tuple[int, int]:
-    """Height and width at which the network sees an image of this size.
+    """Height and width of the network's input for an image of this size.
 
-    evaluation.input_size, or with the shorter edge at the middle of data.shorter_edge and the aspect ratio kept.
+    It is evaluation.input_size; or the aspect ratio is kept, and the shorter edge is the mean of data.shorter_edge.
     """
     if config.evaluation.input_size is not None:
         return config.evaluation.input_size
@@ -63,10 +63,10 @@ def input_size(config: RunConfig, height: int, width: int) -> tuple[int, int]:
 
 
 def proportional_input_size(config: RunConfig, height: int, width: int) -> tuple[int, int]:
-    """Height and width at which the network sees an image of any proportions, which are kept.
+    """Height and width of the network's input for an image of any aspect ratio, which is kept.
 
-    The shorter edge is that of evaluation.input_size, or the middle of data.shorter_edge. Very long images are resized
-    to the area of a 16 : 1 image of that edge.
+    The shorter edge is that of evaluation.input_size, or the mean of data.shorter_edge. Very elongated images are
+    resized to the area of a 16 : 1 image with that edge.
     """
     edge = min(config.evaluation.input_size or (sum(config.data.shorter_edge) / 2,))
     scale = min(edge / min(height, width), edge * (_LONGEST_ASPECT / (height * width)) ** 0.5)
@@ -88,7 +88,7 @@ def _upsampled_rows(logits: torch.Tensor, top: int, bottom: int, output_size: tu
     """Rows `top` to `bottom` of bilinear upsampling with corners not aligned, B x K x rows x width."""
     height, width = output_size
     given = logits.shape[2]
-    # Fractions of rows are in fp64: in fp32 the rows of a band would lie a little off those of the whole map.
+    # Row coordinates are fp64: in fp32 the rows of a band would differ slightly from those of the whole map.
     place = (torch.arange(top, bottom, device=logits.device, dtype=torch.float64) + 0.5) * (given / height) - 0.5
     place = place.clamp(min=0, max=given - 1)
     above = place.floor().long()

@@ -1,4 +1,4 @@
-"""Predictions as files: in the format of Cityscapes' own evaluation, and as pictures that people look at."""
+"""Write predictions to files: in the format of the Cityscapes evaluation, and as pictures."""
 
 import re
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ _CITYSCAPES_FRAME = re.compile(r"(?:^|[_/])([A-Za-z-]+_\d{6}_\d{6}_leftImg8bit)$
 
 
 def cityscapes_ids(classes: Sequence[ClassInfo]) -> Pixels | None:
-    """256 entries that turn train ids into the label ids of Cityscapes, by class name.
+    """Build a table of 256 entries from train ids to Cityscapes label ids, by class name.
 
-    None where a class is not one of Cityscapes': a file must not mix two codings.
+    None if a class is not in Cityscapes: a file must not mix two codings.
     """
     ids = {name: value for value, name in load_recipe("cityscapes").coding.ids.items()}
     if any(info.name not in ids for info in classes):
@@ -34,7 +34,7 @@ def cityscapes_ids(classes: Sequence[ClassInfo]) -> Pixels | None:
 def prediction_names(manifest: Manifest) -> dict[str, str]:
     """File name, without extension, of each sample's prediction, by key.
 
-    An image of Cityscapes is called as its file was, which is how their evaluation finds it; others as their key.
+    A Cityscapes image has its original file name, which the official evaluation needs; other names are the keys.
     """
     keys = [key for shard in manifest.shards for key in shard.keys]
     frames = [_CITYSCAPES_FRAME.search(key) for key in keys]
@@ -46,9 +46,9 @@ def save_label(path: Path, label: Pixels, classes: Sequence[ClassInfo] | None = 
     """Write a label map, height x width, as an 8-bit PNG of its values.
 
     Args:
-        path: The file, which appears whole; its folder is made.
+        path: The file, written atomically; its folder is created.
         label: The values.
-        classes: Classes whose colours viewers show the values in; None leaves them grey.
+        classes: Classes whose colours become the palette; None gives a grey image.
     """
     image = Image.fromarray(label)
     if classes is not None:
@@ -57,12 +57,12 @@ def save_label(path: Path, label: Pixels, classes: Sequence[ClassInfo] | None = 
 
 
 def overlay(image: Pixels, label: Pixels, classes: Sequence[ClassInfo]) -> Image.Image:
-    """An RGB image, height x width x 3, half covered by its classes' colours."""
+    """Blend an RGB image, height x width x 3, with its classes' colours, half and half."""
     return Image.blend(Image.fromarray(image), Image.fromarray(color_labels(label, classes)), 0.5)
 
 
 def save_whole(path: Path, image: Image.Image) -> None:
-    """Write a PNG that appears whole or not at all, and its folder."""
+    """Write a PNG atomically, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:

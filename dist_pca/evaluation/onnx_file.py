@@ -1,4 +1,4 @@
-"""A segmenter as an ONNX file, compared with PyTorch before anyone relies on it."""
+"""Export a segmenter to ONNX, and compare the result with PyTorch."""
 
 import io
 import logging
@@ -19,16 +19,16 @@ from dist_pca.model.segmenter import Segmenter
 
 OPSET = 18
 TOLERANCE = 1e-3
-"""Largest difference of logits that is taken for rounding, in units of the largest logit."""
+"""Largest accepted difference of logits, relative to the largest logit."""
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _TRACED = (2, 128, 192)
-"""Batch, height and width that a graph for any size is traced with; unequal, so that none is taken for another."""
+"""Batch, height and width with which a graph for any size is traced; unequal, so that none is mistaken for another."""
 _CHECKED = ((1, 160, 224), (2, 131, 97))
-"""What it is then compared at: other sizes, one of them no multiple of any stride."""
+"""Batch, height and width of the comparison: other sizes, one of them not a multiple of any stride."""
 
 
 class _Graph(nn.Module):
-    """uint8 images in, logits at their own resolution out."""
+    """Wrapper from uint8 images to logits at the network's output stride."""
 
     def __init__(self, model: Segmenter) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class _Graph(nn.Module):
 
 
 def require_onnx() -> None:
-    """Make sure that what an export needs is installed.
+    """Check that the packages for ONNX export are installed.
 
     Raises:
-        UserError: it is not.
+        UserError: one is missing.
     """
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
@@ -57,13 +57,13 @@ def write_onnx(model: Segmenter, path: Path, size: tuple[int, int] | None = None
     Args:
         model: The segmenter, on the CPU, in evaluation mode.
         path: The file.
-        size: The only height and width that it takes; None for any.
+        size: Fixed height and width of the input; None for any.
 
     Returns:
-        The largest difference to PyTorch's logits on random images, in units of the largest logit.
+        Largest difference from PyTorch's logits on random images, relative to the largest logit.
 
     Raises:
-        UserError: the network has no such graph, or the graph gives other logits.
+        UserError: the network cannot be exported, or the exported graph gives other logits.
     """
     from torch.export import Dim
 
@@ -73,7 +73,7 @@ def write_onnx(model: Segmenter, path: Path, size: tuple[int, int] | None = None
     level = logging.root.manager.disable
     try:
         logging.disable(logging.WARNING)
-        # Where a trace fails, PyTorch prints whole graphs.
+        # PyTorch prints whole graphs when tracing fails.
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()) as printed, redirect_stderr(printed):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -110,7 +110,7 @@ def _difference(graph: nn.Module, path: Path, images: torch.Tensor) -> float:
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found = session.run(None, {"images": images.numpy()})[0]
-    except Exception as error:  # onnxruntime's exceptions have no common ancestor of their own
+    except Exception as error:  # onnxruntime's exceptions have no common base class
         raise UserError(f"--onnx: onnxruntime cannot run the graph ({_reason(error)}); leave out --onnx") from error
     with torch.no_grad():
         expected = graph(images).numpy()

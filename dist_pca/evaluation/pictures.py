@@ -1,4 +1,4 @@
-"""Pictures that show predictions beside what they should be."""
+"""Pictures that compare predictions with the true labels."""
 
 from collections.abc import Sequence
 
@@ -28,12 +28,12 @@ def color_labels(label: Pixels, classes: Sequence[ClassInfo]) -> Pixels:
 
 
 def comparison_picture(rows: Sequence[Row], classes: Sequence[ClassInfo], titles: Sequence[str]) -> Image.Image:
-    """One image per row: the input, the truth if any row has one, and each prediction, over a legend of the classes.
+    """Draw one image per row (input, true labels if there are any, predictions), and a legend of the classes.
 
     Args:
         rows: Images of any sizes, each with as many predictions as there are titles.
         classes: Classes by train id.
-        titles: What the predictions are, for example before and after adaptation.
+        titles: Titles of the predictions, for example before and after adaptation.
     """
     with_truth = any(truth is not None for _, truth, _ in rows)
     headings = ["input", *(["truth"] if with_truth else []), *titles]
@@ -64,7 +64,7 @@ def comparison_picture(rows: Sequence[Row], classes: Sequence[ClassInfo], titles
 def legend_picture(
     classes: Sequence[ClassInfo], width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
 ) -> Image.Image:
-    """Names of the classes beside their colours, in as many lines as `width` needs, and black for none of them."""
+    """Draw a legend of class colours and names, and black for no class, wrapped at `width` pixels."""
     entries = [*((info.name, info.color) for info in classes), ("none of these", (0, 0, 0))]
     places = []
     left, top = _GAP, 0

@@ -1,4 +1,4 @@
-"""Labels of image files, written as files."""
+"""Predict labels of image files, and write them to files."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -21,12 +21,12 @@ from dist_pca.shards.manifest import write_whole
 
 @dataclass(frozen=True)
 class Predicted:
-    """What became of a list of images."""
+    """Result of predicting a list of images."""
 
     written: int
-    """Images whose results are written."""
+    """Number of images whose results were written."""
     skipped: tuple[str, ...]
-    """What was wrong with each of the others."""
+    """Error message of each skipped image."""
 
 
 def predict_images(
@@ -42,20 +42,20 @@ def predict_images(
     on_error: Literal["fail", "skip"] = "fail",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Predicted:
-    """Label images of any size, one at a time, and write the results at the images' own size.
+    """Predict labels of images of any size, one at a time, and write the results at the images' size.
 
     Args:
         model: A segmenter in evaluation mode, on `device`.
         images: Image files.
         out: Folder of `labels/NAME.png`, 8-bit train ids in the classes' colours, `overlays/NAME.png`, and
-            `classes.json`, names and colours by train id. Each file appears whole or not at all.
+            `classes.json`, names and colours by train id. Each file is written atomically.
         classes: Classes by train id.
-        config: The run: sizes and evaluation protocol. Images keep their proportions.
-        device: Where images are labelled.
+        config: The run: sizes and evaluation protocol. The aspect ratio of images is kept.
+        device: Device of the model.
         labels: Write label maps.
-        overlays: Write the images with colours laid over.
-        on_error: What an unreadable image does.
-        progress: Told how many images are done.
+        overlays: Write the images with colours overlaid.
+        on_error: What to do with an unreadable image: stop, or skip it.
+        progress: Called with the number of images done.
 
     Raises:
         UserError: an image cannot be read and is not to be skipped, or a result cannot be written.

@@ -1,4 +1,4 @@
-"""Scores of a network, and the tables that show them."""
+"""Scores of a network, and tables of them."""
 
 import difflib
 import json
@@ -18,7 +18,7 @@ from dist_pca.shards.classes import LABEL_SETS, ClassInfo
 
 @dataclass(frozen=True)
 class Scores:
-    """How well a network labels a set of images; all scores are in 0..1, nan where there is nothing to score."""
+    """Scores of a network on a set of images; all are in 0..1, or nan if there is nothing to score."""
 
     classes: tuple[str, ...]
     """Class names by train id."""
@@ -27,19 +27,19 @@ class Scores:
     mean_iou: float
     """Mean of `iou` over the classes that occur."""
     pixel_accuracy: float
-    """Share of labelled pixels predicted right."""
+    """Share of labelled pixels that are predicted correctly."""
     images: int
     """Number of images."""
     label_sets: dict[str, float]
     """Mean of `iou` over the classes of each named label set."""
 
     def to_json(self) -> str:
-        """JSON with null for nan."""
+        """Convert to JSON, with null for nan."""
         return json.dumps({key: _nan_to_none(value) for key, value in asdict(self).items()}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote."""
+        """Read the result of `to_json`."""
         values = json.loads(text)
         return cls(
             classes=tuple(values["classes"]),
@@ -52,9 +52,9 @@ class Scores:
 
 
 def score(confusion: torch.Tensor, classes: Sequence[ClassInfo], images: int, label_sets: Sequence[str] = ()) -> Scores:
-    """Scores of a confusion matrix over `classes`.
+    """Compute the scores of a confusion matrix over `classes`.
 
-    The mean of a label set is over its classes' IoUs in the whole matrix; pixels of other classes still count.
+    The mean of a label set is over its classes' IoUs in the whole matrix; pixels of other classes are counted too.
 
     Raises:
         UserError: a label set is unknown or has a class that is not among `classes`.
@@ -85,15 +85,15 @@ def label_set_members(names: Sequence[str], classes: Sequence[ClassInfo]) -> dic
         missing = [member for member in LABEL_SETS[name] if member not in train_ids]
         if missing:
             raise UserError(
-                f"evaluation.label_sets: {name} needs {', '.join(missing)}, which this run has no classes for; "
-                "leave the set out or add them to data.classes"
+                f"evaluation.label_sets: {name} needs {', '.join(missing)}, which are not classes of this run; "
+                "remove the label set or add them to data.classes"
             )
         members[name] = [train_ids[member] for member in LABEL_SETS[name]]
     return members
 
 
 def table(scores: Scores, title: str = "IoU") -> Table:
-    """One network's scores in per cent."""
+    """Tabulate one network's scores in per cent."""
     return compare_table([(title, scores)])
 
 
@@ -102,7 +102,7 @@ def compare_table(
 ) -> Table:
     """Tabulate networks' scores side by side in per cent, the best of each row in bold.
 
-    A dash stands where there is nothing to score.
+    A dash means that there is nothing to score.
 
     Args:
         runs: Title and scores of each network.

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that are written atomically."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,17 +12,16 @@ from dist_pca.errors import UserError
 
 @contextmanager
 def staged_folder(out: Path, option: str) -> Iterator[Path]:
-    """A folder beside `out` to write into, which becomes `out` at the end and is removed if anything fails.
+    """Yield a temporary folder beside `out`, which is renamed to `out` at the end, or removed if anything fails.
 
-    A collective call where torch.distributed is initialised: ranks, which must share the file system, write into one
-    folder.
+    Collective if torch.distributed is initialised: ranks, which must share the file system, write into one folder.
 
     Args:
-        out: The folder to make; if there is one, it must be empty.
-        option: Where the user named it, for messages.
+        out: The folder to create; if it exists, it must be empty.
+        option: Command-line option of the folder, for messages.
 
     Raises:
-        UserError: there is something in `out`, or it cannot be written.
+        UserError: `out` is not empty, or cannot be written.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     aside = out.absolute().with_name(f".{out.absolute().name}.partial")
@@ -41,7 +40,7 @@ def staged_folder(out: Path, option: str) -> Iterator[Path]:
             aside.rename(out)
         _wait_for_all()
     except BaseException as error:
-        # A rank that fails takes the folder from the others too, which its launcher ends.
+        # A rank that fails removes the folder for all ranks; the launcher ends the others.
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(f"{option} {out}: cannot be written ({error}); give another folder") from error
@@ -49,15 +48,15 @@ def staged_folder(out: Path, option: str) -> Iterator[Path]:
 
 
 def refuse_what_is_there(out: Path, option: str) -> None:
-    """Make sure that there is no file in the place of a folder, and nothing in the folder.
+    """Check that a folder does not exist or is empty.
 
     Raises:
-        UserError: there is.
+        UserError: it is a file, or is not empty.
     """
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
-        raise UserError(f"{option} {out}: is there already; remove it or give another folder")
+        raise UserError(f"{option} {out}: exists already; remove it or give another folder")
 
 
 def _wait_for_all() -> None:

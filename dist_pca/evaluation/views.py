@@ -1,4 +1,4 @@
-"""The ways in which a network sees an image: whole or by windows, as it is or mirrored, at several sizes."""
+"""Views of an image at evaluation: whole or by sliding windows, original or mirrored, at several scales."""
 
 from itertools import product
 
@@ -14,12 +14,12 @@ from dist_pca.evaluation.aggregation import aggregated_logits
 def view_logits(
     model: nn.Module, images: torch.Tensor, input_size: tuple[int, int], protocol: EvaluationConfig
 ) -> list[torch.Tensor]:
-    """Logits of each scale, and of its mirror image, at whatever resolution they come, float32, B x K x h x w.
+    """Logits of each scale and of its mirror image, float32, B x K x h x w, each at its own resolution.
 
     Args:
         model: A segmenter, in evaluation mode, on the images' device.
         images: RGB in 0..1, B x 3 x H x W.
-        input_size: Height and width that the network sees at scale 1; bilinear with antialiasing.
+        input_size: Height and width of the network's input at scale 1; bilinear with antialiasing.
         protocol: Windows, mirror images, scales and aggregation.
 
     Raises:
@@ -38,9 +38,9 @@ def view_logits(
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along an edge: every `stride` pixels, the last one moved back to end with the edge.
+    """Start offsets of windows along an edge: every `stride` pixels, the last one moved back to end at the edge.
 
-    Together they cover the edge if the stride is no longer than the window; a longer window stands alone at 0.
+    The windows cover the edge if the stride is not larger than the window; a window longer than the edge starts at 0.
     """
     last = max(0, length - window)
     return [*range(0, last, stride), last]
@@ -69,9 +69,9 @@ def _window_logits(model: nn.Module, pixels: torch.Tensor, protocol: EvaluationC
 def _logits(model: nn.Module, pixels: torch.Tensor, aggregation: float) -> torch.Tensor:
     try:
         logits: torch.Tensor = aggregated_logits(model, pixels, aggregation) if aggregation else model(pixels).logits
-    except ValueError as error:  # so norms refuse a single position
+    except ValueError as error:  # normalisation layers refuse a single pixel
         raise UserError(
-            f"the network cannot see an image of {pixels.shape[-2]} x {pixels.shape[-1]} pixels ({error}); give it a "
+            f"an input of {pixels.shape[-2]} x {pixels.shape[-1]} pixels is too small for the network ({error}); use a "
             "larger window, scale or input size"
         ) from error
     return logits.float()

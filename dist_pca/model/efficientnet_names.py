@@ -29,9 +29,9 @@ _DEPTHWISE_SEPARABLE = {
 
 
 def timm_names(state: Mapping[str, torch.Tensor], timm_keys: Iterable[str]) -> Mapping[str, torch.Tensor]:
-    """The same tensors under timm's names; a state of any other network is given back as it is.
+    """Rename the tensors of a ported EfficientNet to timm's names; other networks' tensors keep their names.
 
-    Ported EfficientNets count blocks through, timm counts them by stage: which block is which follows from `timm_keys`.
+    Ported EfficientNets number all blocks consecutively, timm numbers them per stage; `timm_keys` gives the mapping.
 
     Args:
         state: Tensors by name.

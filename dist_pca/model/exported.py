@@ -73,7 +73,7 @@ def save_exported(
         shorter_edge: As in `Exported`.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    # Not save_file, whose files nobody else may read.
+    # Not save_file, which creates files that other users cannot read.
     (folder / "model.safetensors").write_bytes(save(state, {"format": "pt"}))
     description = {
         "format": FORMAT,

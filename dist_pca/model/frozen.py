@@ -11,8 +11,8 @@ from dist_pca.model.segmenter import Segmenter, normalised
 class FrozenBackbone(nn.Module):
     """A copy of a segmenter's backbone with the weights that it has now, in evaluation mode and without gradients.
 
-    Not part of what an engine trains, shares out or saves: every rank has all of its weights in fp32 whatever the ZeRO
-    stage, 4 bytes per parameter (170 MB for a ResNet-101, 1.2 GB for a ViT-L), and no optimiser state. A forward pass
+    The engine does not train, partition or save it: every rank has all of its weights in fp32 at any ZeRO stage,
+    4 bytes per parameter (170 MB for a ResNet-101, 1.2 GB for a ViT-L), and no optimiser state. A forward pass
     keeps no activations for a backward pass.
 
     Args:

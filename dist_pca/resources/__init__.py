@@ -1,6 +1,6 @@
-"""The run configs, shard recipes, launcher files and batch scripts that travel with the package.
+"""Run configs, shard recipes, launcher files and batch scripts that ship with the package.
 
-In a checkout they are the top-level folders `configs/`, `shards/` and `launch/`; a wheel carries copies in here.
+In a checkout they are in the top-level folders `configs/`, `shards/` and `launch/`; a wheel has copies in this folder.
 """
 
 import difflib
@@ -14,10 +14,10 @@ Suffix = Literal[".yaml", ".sbatch"]
 
 
 def resource(kind: Kind, name: str, suffix: Suffix = ".yaml") -> Path:
-    """Path of a shipped file, by its path inside the folder `kind`, with or without its ending.
+    """Find a shipped file by its path inside the folder `kind`, with or without its extension.
 
     Raises:
-        UserError: there is no such file; the nearest name is given.
+        UserError: there is no such file; the message names the nearest one.
     """
     path = _folder(kind) / f"{name.removesuffix(suffix)}{suffix}"
     if path.is_file():
@@ -30,7 +30,7 @@ def resource(kind: Kind, name: str, suffix: Suffix = ".yaml") -> Path:
 
 
 def names(kind: Kind, suffix: Suffix = ".yaml") -> list[str]:
-    """Names of the shipped files of one kind, without their ending, sorted."""
+    """List the names of the shipped files of one kind, sorted and without extension."""
     folder = _folder(kind)
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"*{suffix}"))
 

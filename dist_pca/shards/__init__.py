@@ -1,1 +1,1 @@
-"""From raw data sets to WebDataset shards with a manifest, and what the shards hold. Imports no torch."""
+"""Build WebDataset shards with a manifest from raw data sets, and check and inspect them. Imports no torch."""

@@ -1,4 +1,4 @@
-"""Building a shard folder: every byte of it a function of the recipe, the options and the raw files."""
+"""Build a shard folder, every byte of which is a function of the recipe, the options and the raw files."""
 
 import shutil
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from dist_pca.shards.writer import ShardJob, Skipped, Written, write_shard
 
 @dataclass(frozen=True)
 class Part:
-    """What one task of several has finished; the whole folder where that is built already."""
+    """Result of one task of several; describes the whole folder if it is already built."""
 
     shards: int
     samples: int
@@ -37,23 +37,23 @@ def build_shards(
     progress: Progress | None = None,
     **options: Unpack[PlanOptions],
 ) -> Manifest:
-    """Turn a raw data set into a shard folder. The same raw files give the same bytes on any number of workers.
+    """Turn a raw data set into a shard folder; the bytes do not depend on the number of workers.
 
-    Shards are written aside, in `out/.building`, and renamed when all are whole; the manifest comes last. A build
-    that fails, is interrupted or killed leaves what was in `out` before, and beside it the shards that it finished:
-    the next build takes those that it would write again.
+    Shards are written to a staging folder, `out/.building`, and renamed when all are complete; the manifest is moved
+    last. A build that fails, is interrupted or is killed keeps the previous content of `out`, and its finished shards
+    stay in the staging folder. The next build reuses those that it would write in the same way.
 
     Args:
         recipe: A recipe, or a shipped one's name, or the path of a YAML file.
         root: Folder of the raw data set.
-        out: Folder for the shards. If it already holds this very build, nothing is done.
-        workers: Processes that write shards, one shard each; None is one per core. 1 works in this process.
-        force: Replace whatever shards `out` holds.
-        progress: Called now and then with samples done, samples to do in all, and bytes stored so far.
-        options: As of `make_plan`.
+        out: Folder for the shards. If it already holds the same build, nothing is done.
+        workers: Processes that write shards, one shard each; None is one per core, 1 is this process.
+        force: Replace any shards in `out`.
+        progress: Called from time to time with samples done, samples in total, and bytes stored so far.
+        options: Options of `make_plan`.
 
     Raises:
-        UserError: anything the caller can put right: missing or damaged raw files, labels that do not fit, an `out`
+        UserError: an error that the caller can fix: missing or damaged raw files, labels that do not fit, an `out`
             that holds something else or that another build is writing to, a full disk.
     """
     plan, out = make_plan(recipe, root, **options), Path(out)
@@ -62,7 +62,7 @@ def build_shards(
         return load_manifest(out)
     with _made(out), stage.whole_folder(out) as staging:
         try:
-            if not force and stage.is_built(out, plan.fingerprint):  # now that what was cut short is finished
+            if not force and stage.is_built(out, plan.fingerprint):  # whole_folder may have finished a killed build
                 shutil.rmtree(staging, ignore_errors=True)
                 return load_manifest(out)
             outline = stage.outline(plan, tasks=1)
@@ -87,24 +87,24 @@ def build_part(
     progress: Progress | None = None,
     **options: Unpack[PlanOptions],
 ) -> Part:
-    """Build one of several parts of a shard folder; `merge_parts` puts them together when all are there.
+    """Build one of several parts of a shard folder; `merge_parts` joins them when all are finished.
 
-    Parts may be built at once, on machines that share `out`. Together they are the shards of one build, and a part
-    that is finished is not built again.
+    Parts may be built at the same time, on machines that share `out`. Together they equal the shards of one build. A
+    part that is already finished is not built again.
 
     Args:
-        recipe: As of `build_shards`, and so on.
+        recipe: A recipe, or a shipped one's name, or the path of a YAML file.
         root: Folder of the raw data set.
         out: Folder for the shards.
-        task: Which part, 0 or more and below `tasks`.
+        task: Index of the part, from 0 to `tasks` - 1.
         tasks: Number of parts.
         workers: Processes that write shards.
-        force: Let `merge_parts` replace whatever shards `out` holds.
-        progress: As of `build_shards`.
-        options: As of `make_plan`; the same for every part.
+        force: Let `merge_parts` replace any shards in `out`.
+        progress: As for `build_shards`.
+        options: Options of `make_plan`; the same for every part.
 
     Raises:
-        UserError: as of `build_shards`.
+        UserError: as for `build_shards`.
     """
     if not 0 <= task < tasks:
         raise UserError(f"--task {task} --tasks {tasks}: tasks are counted from 0, so give one below {tasks}")
@@ -125,10 +125,10 @@ def build_part(
 
 
 def merge_parts(out: str | Path) -> Manifest:
-    """Put the parts that `build_part` built together, to the very bytes of one build.
+    """Join the parts that `build_part` built; the result equals that of one build, byte for byte.
 
     Raises:
-        UserError: there are no parts, or not all of them (those missing are named), or a task is still at work.
+        UserError: there are no parts, some are missing (the message names them), or a task is still running.
     """
     out = Path(out)
     if not out.is_dir():
@@ -149,11 +149,11 @@ def merge_parts(out: str | Path) -> Manifest:
 def _write(
     plan: Plan, outline: stage.Outline, staging: Path, part: slice, workers: int | None, progress: Progress | None
 ) -> list[Written]:
-    """Write what is not finished of some of a plan's shards; their descriptions."""
+    """Write those of some of a plan's shards that are not finished, and return the descriptions of all of them."""
     names = outline.shards[part]
     found = {name: stage.finished(staging, outline, name) for name in names}
     done = [name for name, written in found.items() if written is not None]
-    # Shards of other plans go, but only of this part: other tasks may be at work on theirs.
+    # Remove shards of other plans, but only those of this part: other tasks may be writing theirs.
     beginnings = tuple(f"{stage.shard_name(name).removesuffix('.tar')}-" for name in names)
     stage.clear(staging, keep=done, beginnings=("shard-",) if len(names) == len(outline.shards) else beginnings)
     jobs = [
@@ -178,8 +178,8 @@ def _write(
         stage.clear(staging, keep=whole, beginnings=beginnings)
         reason = str(error)
         if isinstance(error, OSError):
-            reason = f"shards {staging.parent}: build stopped: {error}; mend that and build again"
-        counted = f"finished shards are kept ({len(whole)} of {len(names)}), building again goes on from there"
+            reason = f"shards {staging.parent}: build stopped: {error}; fix that and build again"
+        counted = f"finished shards are kept ({len(whole)} of {len(names)}), building again resumes from there"
         kept = f"; {counted}" if whole else ""
         raise UserError(f"{reason}{kept}") from error
     return [written for name in names if (written := stage.finished(staging, outline, name)) is not None]
@@ -191,7 +191,7 @@ def _cut_short(out: Path) -> bool:
 
 @contextmanager
 def _made(out: Path) -> Iterator[None]:
-    """Take away again, after an error, the folders that were made for `out` and are empty."""
+    """Remove, after an error, the empty folders that were created for `out`."""
     created = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         yield
@@ -200,5 +200,5 @@ def _made(out: Path) -> Iterator[None]:
             with suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
-            raise UserError(f"shards {out}: build stopped: {error}; mend that and build again") from error
+            raise UserError(f"shards {out}: build stopped: {error}; fix that and build again") from error
         raise

@@ -1,4 +1,4 @@
-"""Class tables: names in train-id order and the colours they are shown in."""
+"""Class tables: class names in train-id order, and the colours in which they are displayed."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ CITYSCAPES_CLASSES = (
     ClassInfo("motorcycle", (0, 0, 230)),
     ClassInfo("bicycle", (119, 11, 32)),
 )
-"""The 19 evaluated classes of Cityscapes, by train id, in the data set's own colours."""
+"""The 19 evaluation classes of Cityscapes, by train id, in the data set's own colours."""
 
 
 def _without(names: tuple[str, ...], *left_out: str) -> tuple[str, ...]:
@@ -50,11 +50,11 @@ LABEL_SETS: dict[str, tuple[str, ...]] = {
     "synthia_16": _SYNTHIA_16,
     "synthia_13": _without(_SYNTHIA_16, "wall", "fence", "pole"),
 }
-"""Class names of each named set, in train-id order; all are Cityscapes classes."""
+"""Class names of each label set, in train-id order; all are Cityscapes classes."""
 
 
 def label_set(name: str) -> tuple[ClassInfo, ...]:
-    """The classes of a named label set with their Cityscapes colours.
+    """Classes of a label set, with their Cityscapes colours.
 
     Raises:
         KeyError: no set in `LABEL_SETS` has this name.

@@ -1,4 +1,4 @@
-"""`dist-pca shards`: parsing and printing."""
+"""The command `dist-pca shards`: argument parsing and output."""
 
 import json
 import time
@@ -78,7 +78,7 @@ dist-pca shards inspect data/gta5 --grid gta5.png --samples 20
 dist-pca shards inspect data/gta5 --json
 """
 
-_Workers = Annotated[int | None, typer.Option(min=1, help="Processes at work.", show_default="one per core")]
+_Workers = Annotated[int | None, typer.Option(min=1, help="Number of worker processes.", show_default="one per core")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 _Folder = Annotated[Path, typer.Argument(help="A shard folder.", show_default=False)]
 
@@ -107,19 +107,19 @@ def build(
     ],
     root: Annotated[Path, typer.Option(help="Folder of the raw data set.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the shards and their manifest.", show_default=False)],
-    split: Annotated[str | None, typer.Option(help="Split of the recipe; needed where it has several.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the recipe; needed if it has several.")] = None,
     workers: _Workers = None,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Take only images whose path below the root matches this glob; * spans folders. Repeatable."),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave out images that match. Repeatable.")] = None,
-    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Leave labels out, even where there are some.")] = (
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Leave labels out, even if there are any.")] = (
         False
     ),
     image_format: Annotated[
         Literal["keep", "jpg", "png", "webp"],
-        typer.Option(help="How images are stored; keep copies JPEG, PNG and WebP files byte for byte."),
+        typer.Option(help="Image format in the shards; keep copies JPEG, PNG and WebP files byte for byte."),
     ] = "keep",
     quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of encoded JPEG and WebP images.")] = 90,
     max_edge: Annotated[
@@ -131,36 +131,36 @@ def build(
     shard_size: Annotated[
         str | None,
         typer.Option(
-            help="Cut shards by size instead, for example 512MB. Shards are cut before anything is encoded, so what "
-            "counts are the bytes of the raw images and labels."
+            help="Split into shards by size instead, for example 512MB. The split is made before anything is encoded, "
+            "so it uses the size of the raw images and labels."
         ),
     ] = None,
     on_error: Annotated[
         Literal["fail", "skip"],
-        typer.Option(help="What a damaged or unfit sample does: end the build, or be left out and reported."),
+        typer.Option(help="What to do with a damaged or unfit sample: stop the build, or skip and report it."),
     ] = "fail",
     task: Annotated[
         int | None,
-        typer.Option(min=0, help="Build only this part, counted from 0; then join all with dist-pca shards merge."),
+        typer.Option(min=0, help="Build only this part, counted from 0; join all parts with dist-pca shards merge."),
     ] = None,
     tasks: Annotated[
-        int | None, typer.Option(min=1, help="Number of parts; they may be built at once, on several machines.")
+        int | None, typer.Option(min=1, help="Number of parts; several machines may build them at the same time.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be built and write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the shards that --out holds.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace any shards in --out.")] = False,
 ) -> None:
     """Build shards from a raw data set.
 
-    Shards are plain WebDataset tars, the same bytes whatever the number of workers or parts.
-    A build that is interrupted leaves nothing half-written, and the same command goes on from the shards it finished.
-    A build that is already there is not repeated.
+    Shards are plain WebDataset tars; their bytes do not depend on the number of workers or parts.
+    An interrupted build leaves no partial shards, and the same command resumes from the finished ones.
+    A finished build is not repeated.
     """
     from dist_pca.shards.build import build_part, build_shards
     from dist_pca.shards.plan import PlanOptions, make_plan, parse_bytes
     from dist_pca.shards.staging import STAGING, read_skipped
 
     if (task is None) != (tasks is None):
-        raise UserError("--task and --tasks belong together, for example --task 0 --tasks 4")
+        raise UserError("--task and --tasks must be given together, for example --task 0 --tasks 4")
     options: PlanOptions = {
         "split": split,
         "include": include or (),
@@ -202,7 +202,7 @@ def build(
                 stored = sum(shard.bytes for shard in manifest.shards)
     except KeyboardInterrupt:
         if (out / STAGING).exists():
-            Console(stderr=True).print("interrupted; the same command goes on from the shards that are finished")
+            Console(stderr=True).print("interrupted; the same command resumes from the finished shards")
         raise
     seconds = time.perf_counter() - start
     nothing_done = "already built" if shards else "nothing to do"
@@ -214,9 +214,9 @@ def build(
 
 @app.command("merge", epilog=_MERGE_EXAMPLES)
 def merge(
-    out: Annotated[Path, typer.Argument(help="The folder that all parts were built into.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The --out folder of all parts.", show_default=False)],
 ) -> None:
-    """Join the parts that [bold]build --task[/] made into the shard folder that one build makes, byte for byte."""
+    """Join the parts made by [bold]build --task[/] into one shard folder, byte for byte that of a single build."""
     from dist_pca.shards.build import merge_parts
     from dist_pca.shards.staging import read_skipped
 
@@ -237,9 +237,9 @@ def verify(
     workers: _Workers = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Check a shard folder against its manifest and list all that is wrong; exit code 1 if anything is.
+    """Check a shard folder against its manifest and list all problems; the exit code is 1 if there are any.
 
-    Compares sizes and checksums of the shards, and the key and place of every sample.
+    Compares the sizes and checksums of the shards, and the key and offset of every sample.
     """
     from dist_pca.shards.progress import shown_progress
     from dist_pca.shards.report import problem_table
@@ -272,11 +272,11 @@ def index(
         str, typer.Option(help="Extension of the members that hold labels: 8-bit PNGs of train ids, 255 for ignore.")
     ] = "label.png",
     workers: _Workers = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a manifest that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing manifest.")] = False,
 ) -> None:
-    """Make the manifest of shards that someone else wrote, so that they can be trained on.
+    """Write a manifest for shards made by other tools, so that they can be used for training.
 
-    Shards are read and left as they are; nothing is extracted. Without labels no class table is needed.
+    Shards are only read; nothing is extracted. A class table is needed only if there are labels.
     """
     from dist_pca.shards.index import class_table, index_shards
     from dist_pca.shards.progress import shown_progress
@@ -298,13 +298,11 @@ def index(
 @app.command("inspect", epilog=_INSPECT_EXAMPLES)
 def inspect(
     folder: _Folder,
-    grid: Annotated[
-        Path | None, typer.Option(help="Write a PNG of samples with their labels laid over and a legend.")
-    ] = None,
+    grid: Annotated[Path | None, typer.Option(help="Write a PNG of samples with overlaid labels and a legend.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples in the grid.")] = 12,
     as_json: _AsJson = False,
 ) -> None:
-    """Show what a shard folder holds: samples, sizes, and each class's share."""
+    """Show the contents of a shard folder: samples, sizes, and each class's share of pixels."""
     from dist_pca.shards.inspect import render, save_grid, summarise
     from dist_pca.shards.manifest import load_manifest
 

@@ -1,4 +1,4 @@
-"""Image files: bounded before decoding, decoded whole so that damage shows, their bytes kept where they can be."""
+"""Image files: limit their size before decoding, detect damage by a full decode, and keep their bytes if possible."""
 
 import io
 import warnings
@@ -17,7 +17,7 @@ MAX_PIXELS = 178_956_970
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 MEMBER_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Extensions of image members in shards; of several, the first counts."""
+"""Extensions of image members in shards; if a sample has several, the first in this order is used."""
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 ImageFormat = Literal["keep", "jpg", "png", "webp"]
@@ -25,7 +25,7 @@ ImageFormat = Literal["keep", "jpg", "png", "webp"]
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are stored: format, quality of lossy formats (1 to 100), longest edge in pixels (None: as it is)."""
+    """Image encoding: format, quality of lossy formats (1 to 100), longest edge in pixels (None: unchanged)."""
 
     image_format: ImageFormat = "keep"
     quality: int = 90
@@ -33,7 +33,7 @@ class Encoding:
 
 
 def open_image(path: Path) -> ImageFile.ImageFile:
-    """Decode an image file, in the mode that it is stored in.
+    """Decode an image file without converting its mode.
 
     Raises:
         UserError: it is not an image of a known format, has more than `MAX_PIXELS`, or is damaged.
@@ -71,7 +71,7 @@ def decode_header(source: Path | IO[bytes], formats: tuple[str, ...] = _FORMATS)
         raise ValueError("no such file") from None
     except Image.DecompressionBombError:
         pixels = MAX_PIXELS + 1
-    except Exception as error:  # decoders meet damage with whatever happens to fail first
+    except Exception as error:  # damaged files make decoders raise exceptions of any type
         raise ValueError(f"unreadable image ({error})") from error
     if pixels > MAX_PIXELS:
         raise ValueError(f"more than {MAX_PIXELS:,} pixels")
@@ -91,17 +91,17 @@ def decode_pixels(image: Image.Image) -> None:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The image in 8-bit RGB; 16-bit grey loses its low byte, where Pillow would clip at 255."""
+    """Convert an image to 8-bit RGB; of 16-bit grey the high byte is kept, where Pillow would clip at 255."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")
-    # Pillow would copy an image that is in RGB already.
+    # Image.convert copies even an image that is in RGB already.
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def stored_size(image: Image.Image, encoding: Encoding) -> tuple[int, int]:
-    """Width and height that an image is stored in."""
+    """Width and height at which an image is stored."""
     longest = max(image.size)
     if encoding.max_edge is None or longest <= encoding.max_edge:
         return image.size
@@ -110,7 +110,7 @@ def stored_size(image: Image.Image, encoding: Encoding) -> tuple[int, int]:
 
 
 def encode_image(path: Path, image: Image.Image, encoding: Encoding) -> tuple[str, bytes]:
-    """Extension and bytes that a decoded image is stored as: its file's own bytes where format and size may stay."""
+    """Extension and bytes as which a decoded image is stored; the file's own bytes if format and size are kept."""
     own = _EXTENSIONS.get(image.format or "")
     extension = (own or "png") if encoding.image_format == "keep" else encoding.image_format
     size = stored_size(image, encoding)

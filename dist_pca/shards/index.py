@@ -1,4 +1,4 @@
-"""A manifest for WebDataset shards that someone else wrote."""
+"""Write a manifest for WebDataset shards that were made by other tools."""
 
 import io
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from dist_pca.shards.recipe import Coding, Recipe, Split
 from dist_pca.shards.samples import Place, image_member, image_size, label_counts, walk
 
 RECIPE = "index"
-"""Stands where a built folder's recipe stands."""
+"""Recipe name in the manifest of an indexed folder."""
 
 _COMPRESSED = ("*.tar.*", "*.tgz", "*.tbz2", "*.txz", "*.tzst")
 
@@ -28,7 +28,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Found:
-    """A shard, and the first of its samples that has no labels, if any."""
+    """An indexed shard, and its first sample without labels, if any."""
 
     shard: Shard
     lacking: str | None
@@ -43,19 +43,19 @@ def index_shards(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Make the manifest of a folder of plain WebDataset shards, beside them; the shards are only read.
+    """Write a manifest into a folder of plain WebDataset shards; the shards are only read.
 
     Args:
-        folder: The folder, whose `*.tar` are its shards.
-        classes: Class table by train id; needed where there are labels.
+        folder: Folder with the shards, `*.tar`.
+        classes: Class table by train id; needed if there are labels.
         label_member: Extension of the members that hold labels: 8-bit PNGs of train ids, 255 for ignore.
-        force: Replace a manifest that is there.
+        force: Replace an existing manifest.
         workers: Processes, one shard each; None is one per core.
-        progress: Called now and then with shards done, shards in all, and bytes done.
+        progress: Called from time to time with shards done, shards in total, and bytes done.
 
     Raises:
-        UserError: a shard is no plain tar of regular files, a sample has no image, some samples have labels and some
-            have none, a label does not fit its image or the class table, or a key is there twice.
+        UserError: a shard is not a plain tar of regular files, a sample has no image, only some samples have labels, a
+            label does not fit its image or the class table, or a key occurs twice.
     """
     folder = Path(folder)
     paths = _shards(folder, force)
@@ -69,27 +69,27 @@ def index_shards(
         if labelled and entry.lacking is not None:
             raise UserError(
                 f"{folder / entry.shard.name}: sample {entry.lacking!r} has no {label_member} while others have; "
-                "give it one, or put samples without labels into a folder of their own"
+                "add it, or move samples without labels to a separate folder"
             )
     manifest = Manifest(folder, RECIPE, 1, "all", labelled, table or (), shards, label_member=label_member.lower())
     try:
         save_manifest(manifest)
     except OSError as error:
-        raise UserError(f"{folder / MANIFEST_NAME}: not written ({error}); mend that and index again") from error
+        raise UserError(f"{folder / MANIFEST_NAME}: not written ({error}); fix that and index again") from error
     return manifest
 
 
 def class_table(classes_file: Path | None, set_name: str | None) -> tuple[ClassInfo, ...] | None:
-    """Classes from a YAML list of {name, color}, or of a named label set; None where neither is given.
+    """Read classes from a YAML list of {name, color} or from a label set; None if neither is given.
 
     Raises:
-        UserError: both are given, the file is no class table, or there is no such set.
+        UserError: both are given, the file is not a class table, or there is no such label set.
     """
     if classes_file is not None and set_name is not None:
-        raise UserError("--classes and --label-set both give the class table; give one of them")
+        raise UserError("--classes and --label-set both define the class table; give only one of them")
     if set_name is not None:
         if set_name not in LABEL_SETS:
-            raise UserError(f"--label-set {set_name}: no such set; there are {', '.join(LABEL_SETS)}")
+            raise UserError(f"--label-set {set_name}: no such label set; available: {', '.join(LABEL_SETS)}")
         return label_set(set_name)
     if classes_file is None:
         return None
@@ -106,10 +106,10 @@ def _shards(folder: Path, force: bool) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"shards {folder}: no such folder; give the folder that holds the .tar files")
     if (folder / MANIFEST_NAME).exists() and not force:
-        raise UserError(f"shards {folder}: has a {MANIFEST_NAME} already; replace it with --force")
+        raise UserError(f"shards {folder}: already has a {MANIFEST_NAME}; replace it with --force")
     for pattern in _COMPRESSED:
         for path in sorted(folder.glob(pattern)):
-            raise UserError(f"{path}: compressed, so no sample can be read alone; unpack it to a plain tar")
+            raise UserError(f"{path}: compressed, so single samples cannot be read; decompress it to a plain tar")
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise UserError(f"shards {folder}: no .tar in it; give the folder that holds the .tar files")
@@ -119,14 +119,14 @@ def _shards(folder: Path, force: bool) -> list[Path]:
 def _index(job: _Job, report: Report) -> _Found:
     places = walk(job.path)
     if not places:
-        raise UserError(f"{job.path}: no sample in it; remove the file")
+        raise UserError(f"{job.path}: contains no sample; remove the file")
     sizes, pixel_counts, lacking = [], [], None
     with job.path.open("rb") as file:
         for place in places:
             try:
                 size, counts = _look(file, place, job)
             except ValueError as error:
-                raise UserError(f"{job.path}: sample {place.key!r}: {error}; write the shard anew") from None
+                raise UserError(f"{job.path}: sample {place.key!r}: {error}; write the shard again") from None
             sizes.append(size)
             if counts is not None:
                 pixel_counts.append(counts)
@@ -148,14 +148,14 @@ def _index(job: _Job, report: Report) -> _Found:
 
 
 def _look(file: BinaryIO, place: Place, job: _Job) -> tuple[tuple[int, int], list[int] | None]:
-    """A sample's image size (width, height), and its pixels of each class if it has labels."""
+    """Image size (width, height) of a sample, and its pixels per class if it has labels."""
     extension = image_member(place.members, job.label_member)
     size = image_size(_member(file, place, extension), whole=False)
     if job.label_member not in place.members:
         return size, None
     if job.classes is None:
         raise UserError(
-            f"{job.path}: sample {place.key!r} has a {job.label_member}; say what its values mean with --classes or "
+            f"{job.path}: sample {place.key!r} has a {job.label_member}; define its classes with --classes or "
             "--label-set"
         )
     return size, label_counts(_member(file, place, job.label_member), size, job.classes)
@@ -173,7 +173,7 @@ def _check_keys(folder: Path, shards: Sequence[Shard]) -> None:
         for key in shard.keys:
             if key in seen:
                 raise UserError(
-                    f"{folder / shard.name}: sample {key!r} is in {seen[key]} too, or its members do not lie together; "
-                    "give every sample a key of its own"
+                    f"{folder / shard.name}: sample {key!r} is in {seen[key]} too, or its members are not adjacent; "
+                    "give every sample a unique key"
                 )
             seen[key] = shard.name

@@ -1,4 +1,4 @@
-"""Looking at a shard folder: what it holds in numbers, and a picture of some samples with their labels."""
+"""Summarise a shard folder: statistics, and a picture of some samples with their labels."""
 
 import io
 import math
@@ -26,20 +26,20 @@ _LABEL_OPACITY = 0.55
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """One class in a shard folder."""
+    """Statistics of one class in a shard folder."""
 
     name: str
     color: tuple[int, int, int]
     pixels: int
     share: float
-    """Of all labelled pixels, ignored ones left out; 0 to 1."""
+    """Share of all labelled pixels, without ignored ones; 0 to 1."""
     images: int
-    """Images that hold the class."""
+    """Number of images that contain the class."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A shard folder in numbers."""
+    """Statistics of a shard folder."""
 
     folder: str
     recipe: str
@@ -54,23 +54,23 @@ class Summary:
     largest: tuple[int, int]
     """Width and height of the image with the most pixels."""
     ignored_share: float | None
-    """Of all pixels, those without a class; 0 to 1, None without labels."""
+    """Share of all pixels that have no class; 0 to 1, None without labels."""
     classes: list[ClassSummary]
 
     def to_dict(self) -> dict[str, object]:
-        """The same as plain values for JSON."""
+        """Convert to plain values for JSON."""
         return asdict(self)
 
 
 def summarise(manifest: Manifest) -> Summary:
-    """Count a shard folder from its manifest alone.
+    """Compute a shard folder's statistics from its manifest alone.
 
     Raises:
-        UserError: it holds no samples.
+        UserError: the folder has no samples.
     """
     sizes = [size for shard in manifest.shards for size in zip(shard.widths, shard.heights, strict=True)]
     if not sizes:
-        raise UserError(f"shards {manifest.folder}: no samples in them; build them from a folder with images")
+        raise UserError(f"shards {manifest.folder}: contain no samples; build them from a folder with images")
     pixels = sum(width * height for width, height in sizes)
     rows = [row for shard in manifest.shards for row in shard.pixel_counts]
     totals = manifest.pixel_counts
@@ -101,7 +101,7 @@ def summarise(manifest: Manifest) -> Summary:
 
 
 def render(summary: Summary) -> Group:
-    """A summary as tables for a terminal."""
+    """Format a summary as tables for a terminal."""
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.add_column(style="bold")
     facts.add_column()
@@ -135,7 +135,7 @@ def _class_table(summary: Summary) -> Table:
 
 
 def grid(manifest: Manifest, samples: int = 12) -> Image.Image:
-    """A picture of samples spread evenly over the folder, labels laid over in the classes' colours, and a legend."""
+    """Draw samples spread evenly over the folder, with labels overlaid in the classes' colours, and a legend."""
     places = [(shard, index) for shard in manifest.shards for index in range(len(shard.keys))]
     chosen = [places[round(k)] for k in np.linspace(0, len(places) - 1, min(samples, len(places)))]
     tiles = [_tile(manifest, read_sample(manifest, shard, index)) for shard, index in chosen]
@@ -155,10 +155,10 @@ def grid(manifest: Manifest, samples: int = 12) -> Image.Image:
 
 
 def save_grid(manifest: Manifest, path: Path, samples: int = 12) -> None:
-    """Write `grid` to a picture file.
+    """Write `grid` to an image file.
 
     Raises:
-        UserError: the file cannot be written there, or its extension is of no picture format.
+        UserError: the file cannot be written, or its extension is not that of an image format.
     """
     try:
         grid(manifest, samples).save(path)

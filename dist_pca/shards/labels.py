@@ -1,4 +1,4 @@
-"""From a label file in its data set's own coding to 8-bit train ids."""
+"""Convert label files from a data set's own coding to 8-bit train ids."""
 
 import io
 from pathlib import Path
@@ -16,11 +16,11 @@ from dist_pca.shards.recipe import IGNORE, Coding
 TrainIds = npt.NDArray[np.uint8]
 Codes = npt.NDArray[Any]
 _UNKNOWN = 254
-"""Marks values outside the table; class tables have at most 254 classes, 0 to 253."""
+"""Marker of values outside the table; class tables have at most 254 classes, 0 to 253."""
 
 
 def lookup_table(coding: Coding, classes: tuple[ClassInfo, ...]) -> TrainIds:
-    """Train id of every raw value: 2**16 ids, or 2**24 colours as 0xRRGGBB."""
+    """Build a table of the train id of every raw value: 2**16 ids, or 2**24 colours as 0xRRGGBB."""
     train_ids = {info.name: index for index, info in enumerate(classes)} | {IGNORE: IGNORE_INDEX}
     size = 1 << (24 if coding.kind == "color" else 16)
     table = np.full(size, IGNORE_INDEX if coding.other == "ignore" else _UNKNOWN, np.uint8)
@@ -42,12 +42,12 @@ def read_label(path: Path, coding: Coding, table: TrainIds) -> TrainIds:
 
     Args:
         path: The label file.
-        coding: What its values mean.
+        coding: Meaning of its values.
         table: `lookup_table` of that coding.
 
     Raises:
-        UserError: the file is no readable image, has not the channels that the coding speaks of, or holds values
-            outside the table where the coding does not let them pass.
+        UserError: the file is not a readable image, lacks the channels that the coding needs, or has values outside
+            the table and the coding does not ignore them.
     """
     codes = _READERS[coding.kind](path, coding)
     train_ids: TrainIds = table.take(codes)
@@ -63,7 +63,7 @@ def read_label(path: Path, coding: Coding, table: TrainIds) -> TrainIds:
 
 
 def encode_label(train_ids: TrainIds) -> bytes:
-    """Train ids (height x width) as an 8-bit grey PNG."""
+    """Encode train ids (height x width) as an 8-bit grey PNG."""
     buffer = io.BytesIO()
     Image.fromarray(train_ids).save(buffer, "PNG")
     return buffer.getvalue()
@@ -71,11 +71,11 @@ def encode_label(train_ids: TrainIds) -> bytes:
 
 def _read_index(path: Path, coding: Coding) -> Codes:
     image = open_image(path)
-    # Pillow shows a 16-bit grey image as mode I;16 or, in older releases, I; palette images stay indices.
+    # Pillow opens a 16-bit grey image in mode I;16 or, in older releases, I; palette images stay indices.
     if image.mode not in {"L", "P", "I", "I;16", "I;16B"}:
         raise UserError(
-            f"{path}: an image of mode {image.mode} where the recipe's coding `index` expects one channel of ids "
-            "or a palette; use kind channel or color"
+            f"{path}: has image mode {image.mode}, but the recipe's coding `index` needs one channel of ids or a "
+            "palette; set coding.kind to channel or color"
         )
     return np.asarray(image)
 
@@ -85,13 +85,13 @@ def _read_channel(path: Path, coding: Coding) -> Codes:
     bands = len(image.getbands())
     if image.mode == "P" or bands <= coding.channel:
         raise UserError(
-            f"{path}: an image of mode {image.mode} has no channel {coding.channel}, which the recipe's coding reads"
+            f"{path}: image mode {image.mode} has no channel {coding.channel}; set coding.channel in the recipe"
         )
     if bands == 1:
         return np.asarray(image)
     codes: Codes = np.asarray(image)[..., coding.channel]
-    # Pillow decodes 16 bits of several channels to their high byte. Read as if the file were little-endian, the same
-    # pixels give the low byte.
+    # Pillow decodes several 16-bit channels to their high bytes only. Decoding the file again as if it were
+    # little-endian gives the low bytes.
     again = open_header(path)
     rawmode = str(again.tile[0][3])
     if not rawmode.endswith(";16B"):

@@ -1,4 +1,4 @@
-"""The manifest of a shard folder: what is in each shard, where each sample lies, and how to tell that it is whole."""
+"""The manifest of a shard folder: contents and checksum of each shard, and the byte offset of each sample."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = "dist-pca-shards"
 VERSION = 1
 PART = ".part"
-"""Ending of files that are being written."""
+"""Suffix of files that are being written."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file and, column by column, its samples in the order they are stored."""
+    """One tar file and its samples, in columns, in stored order."""
 
     name: str
     """File name inside the shard folder."""
@@ -35,7 +35,7 @@ class Shard:
     offsets: list[int]
     """Byte offset of each sample's first tar header."""
     lengths: list[int]
-    """Bytes from there to the end of the sample's last member, padded to 512: that slice is a tar of this sample."""
+    """Bytes from there to the end of the sample's last member, padded to 512; the slice is a tar of the sample."""
     heights: list[int]
     """Image height in pixels."""
     widths: list[int]
@@ -46,10 +46,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything known about a shard folder without opening a shard."""
+    """Description of a shard folder; read without opening any shard."""
 
     folder: Path
-    """Where the shards lie; not stored."""
+    """Local folder of the shards; not stored."""
     recipe: str
     recipe_version: int
     split: str
@@ -58,11 +58,11 @@ class Manifest:
     """Classes by train id."""
     shards: tuple[Shard, ...]
     fingerprint: str = ""
-    """Digest of what the shards were built from (recipe, options, raw file names and sizes)."""
+    """Digest of the inputs of the build (recipe, options, raw file names and sizes)."""
     label_member: str = "label.png"
     """Extension of the members that hold labels."""
     location: str = field(default="", compare=False, repr=False)
-    """Where the shards come from, a path or a URL; not stored. Files of a URL are fetched into the folder."""
+    """Origin of the shards, a path or a URL; not stored. Files of a URL are downloaded into the folder."""
 
     @property
     def samples(self) -> int:
@@ -84,7 +84,7 @@ def load_manifest(folder: str | Path, *, location: str | None = None, check_file
 
     Args:
         folder: The folder that holds the manifest.
-        location: Where it was fetched from; None is the folder itself.
+        location: URL from which it was downloaded; None is the folder itself.
         check_files: Whether the shards must be in the folder.
 
     Raises:
@@ -94,11 +94,11 @@ def load_manifest(folder: str | Path, *, location: str | None = None, check_file
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise UserError(f"shards {folder}: no such folder; make it with `dist-pca shards build`")
+        raise UserError(f"shards {folder}: no such folder; create it with `dist-pca shards build`")
     if not path.is_file():
         raise UserError(
-            f"shards {folder}: no {MANIFEST_NAME} in it; make shards with `dist-pca shards build`, "
-            "or a manifest for shards that others made with `dist-pca shards index`"
+            f"shards {folder}: no {MANIFEST_NAME} in it; build shards with `dist-pca shards build`, "
+            "or index existing shards with `dist-pca shards index`"
         )
     try:
         raw = json.loads(path.read_bytes())
@@ -119,7 +119,7 @@ def load_manifest(folder: str | Path, *, location: str | None = None, check_file
 
 
 def save_manifest(manifest: Manifest, aside: Path | None = None) -> None:
-    """Write the manifest into its folder, whole or not at all; `aside` as of `write_whole`."""
+    """Write the manifest into its folder, atomically; `aside` as for `write_whole`."""
     content = {"format": FORMAT, "version": VERSION} | _ADAPTER.dump_python(
         manifest, mode="json", exclude={"folder", "location"}
     )
@@ -127,11 +127,11 @@ def save_manifest(manifest: Manifest, aside: Path | None = None) -> None:
 
 
 def write_whole(path: Path, text: str, aside: Path | None = None) -> None:
-    """Write a text file so that it appears whole or not at all.
+    """Write a text file atomically.
 
-    Until then it is in `aside`, a folder of the same file system; None is the file's own.
+    The temporary file is in `aside`, a folder of the same file system; None is the file's own folder.
     """
-    # A name of its own, so that a process that is about to be gone cannot rename what another one is writing.
+    # The temporary name is unique, so that a dying process cannot rename what another one is writing.
     part = (aside or path.parent) / f".{path.name}.{uuid4().hex}{PART}"
     try:
         with part.open("w", encoding="utf-8") as file:
@@ -144,7 +144,7 @@ def write_whole(path: Path, text: str, aside: Path | None = None) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -154,11 +154,11 @@ def file_sha256(path: Path) -> str:
 
 def _check_format(path: Path, raw: Any) -> None:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise UserError(f"{path}: not a manifest of dist-pca shards; make one with `dist-pca shards build`")
+        raise UserError(f"{path}: not a manifest of dist-pca shards; create one with `dist-pca shards build`")
     if raw.get("version") != VERSION:
         raise UserError(
-            f"{path}: format version {raw.get('version')!r}, this dist-pca reads version {VERSION}; "
-            "build the shards again with --force or install the dist-pca that made them"
+            f"{path}: has format version {raw.get('version')!r}, but this dist-pca reads version {VERSION}; "
+            "build the shards again with --force or install the dist-pca version that built them"
         )
 
 
@@ -169,25 +169,25 @@ def _check_file(manifest: Manifest, shard: Shard) -> None:
     size = path.stat().st_size
     if size != shard.bytes:
         raise UserError(
-            f"{path}: {size} bytes, {MANIFEST_NAME} says {shard.bytes}; copy it again or build again with --force"
+            f"{path}: {size} bytes, {MANIFEST_NAME} lists {shard.bytes}; copy it again or build again with --force"
         )
 
 
 def _check_columns(manifest: Manifest, shard: Shard) -> None:
     if Path(shard.name).name != shard.name:
-        raise UserError(f"{manifest.folder / MANIFEST_NAME}: shard name {shard.name!r} leaves the folder")
+        raise UserError(f"{manifest.folder / MANIFEST_NAME}: shard name {shard.name!r} is outside the folder")
     samples = len(shard.keys)
     columns = [shard.offsets, shard.lengths, shard.heights, shard.widths]
     if manifest.labelled:
         columns.append([len(row) for row in shard.pixel_counts if len(row) == len(manifest.classes)])
     if any(len(column) != samples for column in columns):
         raise UserError(
-            f"{manifest.folder / MANIFEST_NAME}: {shard.name}: columns do not all list {samples} samples; "
+            f"{manifest.folder / MANIFEST_NAME}: {shard.name}: columns differ in length from {samples} samples; "
             "build the shards again with --force"
         )
     for key, offset, length in zip(shard.keys, shard.offsets, shard.lengths, strict=True):
         if not 0 <= offset < offset + length <= shard.bytes:
             raise UserError(
-                f"{manifest.folder / MANIFEST_NAME}: {shard.name}: sample {key!r} lies outside of the file; "
+                f"{manifest.folder / MANIFEST_NAME}: {shard.name}: sample {key!r} is outside the file; "
                 "build the shards again with --force"
             )

@@ -1,4 +1,4 @@
-"""What a slice of a tar holds, in memory: one sample's members, whoever wrote them."""
+"""Parse a slice of a tar in memory: the members of one sample, from trusted or untrusted shards."""
 
 import io
 import re
@@ -20,17 +20,17 @@ _PLAIN_HEADER = re.compile(
 
 
 def members_of(content: bytes, key: str) -> dict[str, bytes]:
-    """Content of a sample's members by extension in lower case.
+    """Read the contents of a sample's members, by extension in lower case.
 
-    Left out are all but regular files without holes whose names begin with the key and a dot.
+    Only regular, non-sparse files whose names begin with the key and a dot are returned.
 
     Args:
         content: The sample's headers and blocks, without an end mark.
-        key: Its key.
+        key: The sample's key.
 
     Raises:
-        tarfile.TarError: the bytes are no tar, or a member is larger than they are.
-        ValueError: a header's numbers are none.
+        tarfile.TarError: the bytes are not a tar, or a member extends beyond them.
+        ValueError: a number in a header cannot be parsed.
     """
     found = _plain_members(content)
     if found is None:
@@ -40,9 +40,9 @@ def members_of(content: bytes, key: str) -> dict[str, bytes]:
 
 
 def _plain_members(content: bytes) -> list[tuple[str, bytes]] | None:
-    """Names and bytes in a tar of nothing but regular files with short ASCII names, as shards are written here.
+    """Names and contents in a tar of regular files with short ASCII names, which is how `writer` writes shards.
 
-    None for any other tar and a damaged one, which `tarfile` judges better but takes several times as long for.
+    None for any other or damaged tar; `tarfile` handles those, but is several times slower.
     """
     members = []
     offset = 0
@@ -53,7 +53,7 @@ def _plain_members(content: bytes) -> list[tuple[str, bytes]] | None:
             return None
         name, size, checksum = fields[1].partition(b"\0")[0], int(fields[2], 8), int(fields[3], 8)
         start = offset + tarfile.BLOCKSIZE
-        # By definition the checksum counts its own eight bytes as blanks.
+        # By definition the checksum treats its own eight bytes as blanks.
         if start + size > len(content) or sum(header) - sum(header[148:156]) + 8 * 32 != checksum:
             return None
         members.append((name.decode("ascii"), content[start : start + size]))
@@ -63,15 +63,15 @@ def _plain_members(content: bytes) -> list[tuple[str, bytes]] | None:
 
 def _tar_members(content: bytes) -> list[tuple[str, bytes]]:
     members = []
-    # Mode "r:" refuses compression and `issparse` leaves out holes: neither may grow a few bytes into many.
+    # Mode "r:" refuses compression, and `issparse` excludes sparse files: neither may expand a few bytes to many.
     with tarfile.open(fileobj=io.BytesIO(content + _END_OF_ARCHIVE), mode="r:") as archive:
         for member in archive:
-            # Some versions of `tarfile` walk backwards, and so for ever.
+            # With negative sizes, some versions of `tarfile` move backwards and never end.
             if member.size < 0:
                 raise tarfile.ReadError("a member of negative size")
             if member.isreg() and not member.issparse():
                 if member.offset_data + member.size > len(content):
-                    raise tarfile.ReadError("a member that goes on after the sample")
+                    raise tarfile.ReadError("a member extends beyond the sample")
                 stream = archive.extractfile(member)
                 if stream is not None:
                     members.append((member.name, stream.read()))

@@ -1,6 +1,6 @@
-"""What a build is made of, settled before anything is written: samples, their cut into shards, and how they are stored.
+"""The plan of a build, made before anything is written: samples, their split into shards, and their encoding.
 
-Digests stand for it: two plans of one digest would write the same bytes.
+A digest identifies a plan: two plans with the same digest write the same bytes.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from dist_pca.shards.recipe import Recipe, load_recipe
 from dist_pca.shards.scan import RawSample, scan
 
 BUILDER_VERSION = 1
-"""Part of every digest; raise it when the same raw files and options would become other bytes."""
+"""Part of every digest; increase it whenever the same raw files and options give other bytes."""
 
 SAMPLES_PER_SHARD = 256
 _UNITS = {"": 1, "B": 1} | {
@@ -34,7 +34,7 @@ OnError = Literal["fail", "skip"]
 
 
 class PlanOptions(TypedDict, total=False):
-    """What may be asked of a plan; the meanings are `make_plan`'s."""
+    """Options of `make_plan`, documented there."""
 
     split: str | None
     include: Sequence[str]
@@ -50,19 +50,19 @@ class PlanOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Plan:
-    """A build before it begins."""
+    """The plan of a build."""
 
     recipe: Recipe
     root: Path
     split: str
     samples: tuple[RawSample, ...]
     sizes: tuple[tuple[int | None, int | None], ...]
-    """Bytes of each sample's raw image and label; None where there is no file."""
+    """Bytes of each sample's raw image and label; None if there is no such file."""
     classes: tuple[ClassInfo, ...]
     encoding: Encoding
     samples_per_shard: int | None
     shard_size: int | None
-    """Raw bytes in a shard at most; None where samples are counted."""
+    """Largest number of raw bytes in a shard; None if shards are split by number of samples."""
     on_error: OnError
 
     @property
@@ -72,7 +72,7 @@ class Plan:
 
     @cached_property
     def shards(self) -> list[slice]:
-        """Which samples each shard holds."""
+        """Samples of each shard."""
         if self.samples_per_shard is not None:
             starts = [*range(0, len(self.samples), self.samples_per_shard)]
         else:
@@ -91,7 +91,7 @@ class Plan:
 
     @cached_property
     def shard_digests(self) -> list[str]:
-        """Digest of all that each shard's bytes depend on, so that what else is built does not matter."""
+        """Digest of everything that each shard's bytes depend on, independent of the other shards."""
         return [self._digest(self._options(), shard) for shard in self.shards]
 
     def _options(self) -> dict[str, Any]:
@@ -126,27 +126,28 @@ def make_plan(
     shard_size: int | None = None,
     on_error: OnError = "fail",
 ) -> Plan:
-    """Look at a raw data set's names and sizes and settle what a build of it is made of; writes nothing.
+    """Plan a build from a raw data set's file names and sizes; writes nothing.
 
     Args:
         recipe: A recipe, or a shipped one's name, or the path of a YAML file.
         root: Folder of the raw data set.
-        split: One of the recipe's splits; None where it has only one.
-        include: Globs on image paths relative to `root` (`*` spans folders); only matching images are taken.
-        exclude: Globs likewise; matching images are left out.
-        unlabelled: Leave labels out though the data set has them.
+        split: One of the recipe's splits; None if it has only one.
+        include: Globs on image paths relative to `root` (`*` spans folders); only matching images are used.
+        exclude: Globs of the same kind; matching images are left out.
+        unlabelled: Leave labels out, even if the data set has them.
         image_format: `keep` stores JPEG, PNG and WebP files byte for byte and others as PNG.
         quality: Quality of images that are encoded as JPEG or WebP, 1 to 100.
         max_edge: Images with a longer edge (pixels) are shrunk to it, labels by nearest neighbour.
-        samples_per_shard: Samples in each shard but the last; None is 256, or what `shard_size` makes of it.
-        shard_size: Cut shards by bytes instead: as many samples as have so many bytes of raw files, and at least one.
-        on_error: Whether a sample that cannot be stored ends the build or is left out and reported.
+        samples_per_shard: Samples in each shard but the last; None is 256, or as many as fit in `shard_size`.
+        shard_size: Split by size instead: a shard has as many samples as fit in so many raw bytes, at least one.
+        on_error: Whether a sample that cannot be stored stops the build or is skipped and reported.
 
     Raises:
-        UserError: the recipe, the root or the selection is wrong, labels are missing, or both cuts are given.
+        UserError: the recipe, the root or the selection is wrong, labels are missing, or both `samples_per_shard` and
+            `shard_size` are given.
     """
     if samples_per_shard is not None and shard_size is not None:
-        raise UserError("--samples-per-shard and --shard-size both cut shards; give one of them")
+        raise UserError("--samples-per-shard and --shard-size both set the size of shards; give only one of them")
     if samples_per_shard is None and shard_size is None:
         samples_per_shard = SAMPLES_PER_SHARD
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -181,10 +182,10 @@ def raw_bytes(sizes: tuple[int | None, int | None]) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes that a text such as 256MB, 1.5 GiB or 1000000 stands for.
+    """Parse a number of bytes such as 256MB, 1.5 GiB or 1000000.
 
     Raises:
-        UserError: it is no such text, or less than one byte.
+        UserError: the text has another form, or is less than one byte.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", text.strip().upper())
     if match is None or match[2] not in _UNITS or float(match[1]) * _UNITS[match[2]] < 1:

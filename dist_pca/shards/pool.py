@@ -1,4 +1,4 @@
-"""Work on shards in several processes that stop together: on an error, on Ctrl-C, and when the parent is killed."""
+"""Process shards in a pool of workers that stops as a whole: on an error, on Ctrl-C, or when the parent is killed."""
 
 import multiprocessing
 import os
@@ -18,19 +18,19 @@ from dist_pca.errors import UserError
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Report = Callable[[int, int], None]
-"""Told by a job now and then: samples and bytes done since the last time. It may raise to stop the job."""
+"""Called by a job from time to time with samples and bytes done since the last call. It may raise to stop the job."""
 Progress = Callable[[int, int, int], None]
-"""Told now and then: samples done, samples in all, bytes done."""
+"""Called from time to time with samples done, samples in total, and bytes done."""
 _POLL_SECONDS = 0.1
 
 
 class _Stopped(Exception):
-    """Raised in a worker whose fellows have failed."""
+    """Raised in a worker when another worker has failed."""
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """What workers and parent share: samples and bytes done, and the order to stop."""
+    """State shared by workers and parent: samples and bytes done, and the stop flag."""
 
     samples: "Synchronized[int]"
     stored: "Synchronized[int]"
@@ -45,17 +45,17 @@ def run_jobs(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[Result]:
-    """Do jobs, in this process if one worker is enough, and return their results in the jobs' order.
+    """Run jobs, in this process if one worker is enough, and return their results in the order of the jobs.
 
     Args:
-        work: A function of a module, given a job and a `Report`.
-        jobs: What to do; jobs and results go between processes.
+        work: A module-level function of a job and a `Report`.
+        jobs: The jobs; jobs and results must be picklable.
         total: Samples in all jobs.
         workers: Processes; None is one per core that this process may use.
         progress: Called in this process.
 
     Raises:
-        UserError: a worker was killed; and whatever `work` raises.
+        UserError: a worker was killed. Exceptions of `work` are raised too.
     """
     tell = progress or (lambda samples, total, stored: None)
     tell(0, total, 0)
@@ -77,12 +77,12 @@ def _run_here(work: Callable[[Job, Report], Result], jobs: Sequence[Job], total:
 def _run_pool(
     work: Callable[[Job, Report], Result], jobs: Sequence[Job], workers: int, total: int, tell: Progress
 ) -> list[Result]:
-    # Spawned, because a progress bar's thread may hold locks at the time of a fork.
+    # Spawn, because a progress bar's thread may hold locks at the time of a fork.
     context = multiprocessing.get_context("spawn")
     shared = _Shared(context.Value("q", 0), context.Value("q", 0), context.Event())
     with ProcessPoolExecutor(workers, context, _start_worker, (shared,)) as pool:
         try:
-            # Workers start while jobs are handed in, and inherit that Ctrl-C, which reaches the whole group, waits.
+            # Workers start while jobs are submitted, and inherit the blocked SIGINT: Ctrl-C reaches the whole group.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 futures = [pool.submit(work, job, _report) for job in jobs]
@@ -93,10 +93,10 @@ def _run_pool(
                 done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                # Read without the locks, which a killed worker may hold for ever.
+                # Read without the locks, which a killed worker may never release.
                 tell(shared.samples.get_obj().value, total, shared.stored.get_obj().value)
         except BrokenProcessPool:
-            raise UserError("a worker was killed, most likely for want of memory; use fewer --workers") from None
+            raise UserError("a worker was killed, most likely because memory ran out; lower --workers") from None
         except BaseException:
             shared.stop.set()
             pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, a plain line now and then where there is none."""
+"""Progress of a long job: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def shown_progress(noun: str) -> Iterator[Tell]:
-    """Something to tell progress to, which shows it on stderr; `noun` says what is counted."""
+    """Yield a function that displays progress on stderr; `noun` names what is counted."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if not console.is_terminal:
         yield _lines(console, noun)
@@ -40,7 +40,7 @@ def _lines(console: Console, noun: str) -> Tell:
         if now - last < SECONDS_BETWEEN_LINES:
             return
         last = now
-        left = f"{(total - done) * (now - start) / done:.0f} s left" if done else "no time known yet"
+        left = f"{(total - done) * (now - start) / done:.0f} s left" if done else "time left not known yet"
         console.print(f"{done:,} of {total:,} {noun}, {_speed(noun, done, stored, now - start)}, {left}", markup=False)
 
     return tell

@@ -1,4 +1,4 @@
-"""A recipe: how one data set's raw files become samples. Read from YAML, typed, and refused with the key at fault."""
+"""Recipes: how one data set's raw files become samples. Read from typed YAML; errors name the wrong key."""
 
 import difflib
 import re
@@ -16,7 +16,7 @@ from dist_pca.resources import resource
 from dist_pca.shards.classes import LABEL_SETS, ClassInfo, label_set
 
 IGNORE = "ignore"
-"""Stands where a class name stands and means: no class."""
+"""Written in place of a class name; means no class."""
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 Color = tuple[Byte, Byte, Byte]
@@ -30,12 +30,12 @@ class NamedColor(Section):
 
 
 class Pairing(Section):
-    """Where an image's label file is, both relative to the data set's root."""
+    """Maps an image's path to its label's path, both relative to the data set's root."""
 
     match: str
-    """Regular expression that the whole image path matches."""
+    """Regular expression that must match the whole image path."""
     replace: str
-    """Label path, in which \\1, \\2, ... stand for the groups of `match`."""
+    """Template of the label path, in which \\1, \\2, ... are the groups of `match`."""
 
     @field_validator("match")
     @classmethod
@@ -51,28 +51,28 @@ class Split(Section):
     """Images of one split and their labels."""
 
     images: tuple[str, ...] = Field(min_length=1)
-    """Globs relative to the root; `**` spans folders. Files that are not images are passed over."""
+    """Globs relative to the root; `**` spans folders. Files that are not images are skipped."""
     label: Pairing | None = None
-    """None: the split has no labels."""
+    """Where labels are; None if the split has no labels."""
     list_file: str | None = None
-    """Text file below the root, one image a line, as a path or the end of one, with or without extension; only
-    listed images belong to the split."""
+    """Text file below the root that lists the images of the split, one per line, as a path or the end of a path, with
+    or without extension."""
 
 
 class Coding(Section):
-    """What the values of a label file mean."""
+    """Meaning of the values in a label file."""
 
     kind: Literal["index", "channel", "color"]
-    """`index`: one channel of ids, or a palette image, of which the palette index is the id. `channel`: ids in one
-    channel of an 8-bit or 16-bit image. `color`: a class is an RGB colour."""
+    """`index`: one channel of ids, or a palette image whose palette indices are ids. `channel`: ids in one channel of
+    an 8-bit or 16-bit image. `color`: each class has an RGB colour."""
     channel: NonNegative = 0
-    """The channel read under `channel`."""
+    """Index of the channel that `channel` reads."""
     ids: dict[NonNegative, str] = {}
-    """Class name (or `ignore`) of each raw id; empty where ids are train ids already, with 255 for ignore."""
+    """Class name (or `ignore`) of each raw id; empty if ids are train ids already, with 255 for ignore."""
     colors: tuple[NamedColor, ...] = ()
-    """Class names (or `ignore`) of colours under `color`; a class may have several."""
+    """Class names (or `ignore`) of colours for kind `color`; a class may have several colours."""
     other: Literal["ignore", "error"] = "error"
-    """What becomes of values that the table does not hold."""
+    """What to do with values that are not in the table."""
 
     @model_validator(mode="after")
     def _check_table(self) -> Self:
@@ -86,7 +86,7 @@ class Coding(Section):
 
     @property
     def class_names(self) -> list[str]:
-        """Names in the table, without `ignore`."""
+        """Class names in the table, without `ignore`."""
         names = [*self.ids.values(), *(entry.name for entry in self.colors)]
         return [name for name in names if name != IGNORE]
 
@@ -96,10 +96,10 @@ class Recipe(Section):
 
     name: str
     version: Positive
-    """Raise it when the same raw files would become other samples."""
+    """Version of the recipe; increase it whenever the same raw files give other samples."""
     description: str = ""
     label_set: str | None = None
-    """Class table by name; or give `classes`, or `classes_file`."""
+    """Name of a label set as the class table; alternatives are `classes` and `classes_file`."""
     classes: tuple[NamedColor, ...] = ()
     """Class table, in train-id order."""
     classes_file: str | None = None
@@ -126,12 +126,12 @@ class Recipe(Section):
         return tuple(ClassInfo(entry.name, entry.color) for entry in self.classes)
 
     def class_table(self, root: Path, *, required: bool = True) -> tuple[ClassInfo, ...]:
-        """Classes in train-id order; read from `classes_file` below `root` where the recipe says so.
+        """Classes in train-id order, read from `classes_file` below `root` if the recipe has one.
 
-        Where they are not `required` (no labels are read), a missing file is an empty table.
+        If they are not `required` (no labels are read), a missing file gives an empty table.
 
         Raises:
-            UserError: the file is missing or is not a class table, or the label coding names a class it lacks.
+            UserError: the file is missing or not a class table, or the label coding has a class that is not in it.
         """
         if self.classes_file is None:
             return self._known_classes()
@@ -151,16 +151,16 @@ class Recipe(Section):
         return classes
 
     def split(self, name: str | None) -> str:
-        """Name of the split asked for; None is the only one.
+        """Check the name of a split; None selects the only one.
 
         Raises:
-            UserError: there is no such split, or there are several and none was named.
+            UserError: there is no such split, or there are several and `name` is None.
         """
         names = ", ".join(self.splits)
         if name is None and len(self.splits) == 1:
             return next(iter(self.splits))
         if name is None:
-            raise UserError(f"recipe {self.name}: has the splits {names}; name one with --split")
+            raise UserError(f"recipe {self.name}: has several splits, {names}; choose one with --split")
         if name not in self.splits:
             nearest = _nearest(name, self.splits)
             raise UserError(f"recipe {self.name}: no split {name!r}; the nearest is {nearest}, all are {names}")
@@ -171,8 +171,8 @@ def load_recipe(name: str | Path) -> Recipe:
     """Read a recipe: a shipped one by name, or a YAML file by path.
 
     Raises:
-        UserError: there is no such recipe, the file is not YAML, a key is unknown (the nearest is named) or missing,
-            or a value does not fit.
+        UserError: there is no such recipe, the file is not YAML, a key is unknown (the message names the nearest one)
+            or missing, or a value is invalid.
     """
     path = Path(name) if Path(name).suffix in {".yaml", ".yml"} else resource("shards", str(name))
     if not path.is_file():
@@ -184,7 +184,7 @@ def load_recipe(name: str | Path) -> Recipe:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key written twice, the likeliest slip in a table of ids, which YAML otherwise lets pass."""
+    """YAML loader that refuses duplicate keys, a likely mistake in a table of ids, which YAML would accept."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -205,7 +205,7 @@ def _load_yaml(path: Path) -> Any:
 def _check_table(coding: Coding, classes: tuple[ClassInfo, ...]) -> None:
     names = [info.name for info in classes]
     if not 0 < len(names) <= 254:
-        raise ValueError(f"classes: {len(names)} of them; labels are 8-bit with 255 for ignore, so 1 to 254 fit")
+        raise ValueError(f"classes: {len(names)} given; labels are 8-bit with 255 for ignore, so give 1 to 254")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"classes: {twice!r} is listed twice")
@@ -215,7 +215,7 @@ def _check_table(coding: Coding, classes: tuple[ClassInfo, ...]) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    # A misspelt key is also a missing one; the misspelling says more.
+    # A misspelt key is also reported as missing; the misspelling is the more useful error.
     detail = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""What the shards commands print: tables of a plan, of skipped samples, of problems."""
+"""Tables that the shards commands print: a plan, skipped samples, problems."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ _ROWS = 50
 
 
 def plan_tables(plan: Plan, out: Path) -> Group:
-    """What a build would make, and of which files."""
+    """Tables of what a build would write, and from which files."""
     stored = sum(raw_bytes(sizes) for sizes in plan.sizes)
     counts = [shard.stop - shard.start for shard in plan.shards]
     per_shard = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
@@ -42,7 +42,7 @@ def plan_tables(plan: Plan, out: Path) -> Group:
 
 
 def summary_table(title: str, *, samples: int, shards: int, stored: int, seconds: float, speed: str) -> Table:
-    """One row that says what was built."""
+    """Table with one row about what was built."""
     table = Table(title=escape(title), title_justify="left")
     for name in ("samples", "shards", "MB", "seconds", "images/s"):
         table.add_column(name, justify="right")
@@ -51,7 +51,7 @@ def summary_table(title: str, *, samples: int, shards: int, stored: int, seconds
 
 
 def skipped_table(skipped: Sequence[Skipped]) -> Group:
-    """The samples that a build left out, and why."""
+    """Table of the samples that a build skipped, with reasons."""
     table = Table("file", "reason", title="skipped", title_justify="left")
     for sample in skipped[:_ROWS]:
         table.add_row(Text(sample.image), Text(sample.reason))
@@ -59,7 +59,7 @@ def skipped_table(skipped: Sequence[Skipped]) -> Group:
 
 
 def problem_table(found: Verification) -> Group:
-    """What a verification found wrong."""
+    """Table of the problems that a verification found."""
     table = Table("file", "sample", "problem", title=escape(found.folder), title_justify="left")
     for problem in found.problems[:_ROWS]:
         table.add_row(Text(problem.file), Text(problem.key), Text(problem.problem))

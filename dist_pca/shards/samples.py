@@ -1,6 +1,6 @@
-"""Samples inside a tar that anyone may have made: where they lie, and what their images and labels hold.
+"""Samples inside a tar, possibly untrusted: their offsets, image sizes and label values.
 
-Nothing is extracted to disk, and members are looked at by their extension alone.
+Nothing is extracted to disk, and members are identified by their extension alone.
 """
 
 import re
@@ -27,25 +27,25 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sample lies in its tar."""
+    """Position of a sample in its tar."""
 
     key: str
     offset: int
-    """Of its first header, in bytes."""
+    """Byte offset of the sample's first header."""
     length: int
-    """Bytes to the end of its last member's last block."""
+    """Bytes from there to the end of the last member's last block."""
     members: dict[str, tuple[int, int]]
     """Offset and size of each member's content, by extension in lower case."""
 
 
 def walk(path: Path) -> list[Place]:
-    """List a tar's samples as WebDataset groups them: consecutive members of one key.
+    """List a tar's samples as WebDataset groups them: consecutive members with the same key.
 
-    Reads headers only. The key is the name up to the first dot of its last part, folders included.
+    Reads headers only. The key is the member's path up to the first dot of its file name.
 
     Raises:
-        UserError: the tar is compressed, damaged or cut short, or a member is no regular file, would leave its folder
-            or is twice in its sample; shard and member are named.
+        UserError: the tar is compressed, damaged or truncated, or a member is not a regular file, has a path outside
+            its folder or occurs twice in its sample; the message names shard and member.
     """
     try:
         with path.open("rb") as file:
@@ -54,7 +54,7 @@ def walk(path: Path) -> list[Place]:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 places, end = _group(path, archive)
                 if set(archive.pax_headers) - {"comment"}:
-                    raise UserError(f"{path}: has global headers, which its samples alone would lack; write it anew")
+                    raise UserError(f"{path}: has global headers, which single samples lack; write the shard again")
             _check_end(path, file, end)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{path}: not a readable tar ({error}); copy it again") from error
@@ -62,11 +62,11 @@ def walk(path: Path) -> list[Place]:
 
 
 def read_sample(manifest: Manifest, shard: Shard, index: int) -> dict[str, bytes]:
-    """One sample's members by extension (`png`, `label.png`, `json`, ...), reading no other byte of the shard.
+    """Read one sample's members by extension (`png`, `label.png`, `json`, ...), and no other byte of the shard.
 
     Raises:
         OSError: the shard cannot be read.
-        tarfile.TarError: the shard ends before, or there is no tar at the sample's place.
+        tarfile.TarError: the shard is truncated, or there is no tar at the sample's offset.
     """
     with (manifest.folder / shard.name).open("rb") as file:
         file.seek(shard.offsets[index])
@@ -77,10 +77,10 @@ def read_sample(manifest: Manifest, shard: Shard, index: int) -> dict[str, bytes
 
 
 def image_member(members: Collection[str], label_member: str) -> str:
-    """Which of a sample's members, by extension, is its image.
+    """Find the extension of a sample's image member.
 
     Raises:
-        ValueError: none is, or it is the one that is said to hold labels.
+        ValueError: there is no image member, or it is the label member.
     """
     found = next((extension for extension in MEMBER_EXTENSIONS if extension in members), None)
     if found is None:
@@ -91,10 +91,10 @@ def image_member(members: Collection[str], label_member: str) -> str:
 
 
 def image_size(source: IO[bytes], *, whole: bool) -> tuple[int, int]:
-    """Width and height of an encoded image, which is decoded where `whole`.
+    """Width and height of an encoded image; if `whole`, all of it is decoded.
 
     Raises:
-        ValueError: it is not a JPEG, PNG or WebP image, too large, or damaged.
+        ValueError: it is not a JPEG, PNG or WebP image, is too large, or is damaged.
     """
     image = decode_header(source, ("JPEG", "PNG", "WEBP"))
     if whole:
@@ -103,15 +103,15 @@ def image_size(source: IO[bytes], *, whole: bool) -> tuple[int, int]:
 
 
 def label_counts(source: IO[bytes], size: tuple[int, int], classes: int) -> list[int]:
-    """Pixels of each class in an encoded label.
+    """Count the pixels of each class in an encoded label.
 
     Args:
         source: The label, an 8-bit PNG of train ids.
-        size: Width and height that it must have.
+        size: Required width and height.
         classes: Number of classes.
 
     Raises:
-        ValueError: it is no such label, or holds a value that is neither a class nor ignore.
+        ValueError: it is not such a label, or has a value that is neither a class nor ignore.
     """
     label = decode_header(source, ("PNG",))
     if label.mode not in ("L", "P"):
@@ -132,7 +132,9 @@ def label_counts(source: IO[bytes], size: tuple[int, int], classes: int) -> list
 def _check_uncompressed(path: Path, beginning: bytes) -> None:
     for magic, name in _COMPRESSED.items():
         if beginning.startswith(magic):
-            raise UserError(f"{path}: compressed with {name}, so no sample can be read alone; unpack it to a plain tar")
+            raise UserError(
+                f"{path}: compressed with {name}, so single samples cannot be read; decompress it to a plain tar"
+            )
 
 
 def _group(path: Path, archive: tarfile.TarFile) -> tuple[list[Place], int]:
@@ -141,12 +143,12 @@ def _group(path: Path, archive: tarfile.TarFile) -> tuple[list[Place], int]:
     for member in _members(path, archive):
         end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
         match = None if _META.match(member.name) else _MEMBER.fullmatch(member.name)
-        if match is None:  # WebDataset passes over it too
+        if match is None:  # WebDataset skips it too
             continue
         key, extension = match[1], match[2].lower()
         place = places[-1] if places and places[-1].key == key else Place(key, member.offset, 0, {})
         if extension in place.members:
-            raise UserError(f"{path}: member {member.name!r}: twice in its sample; write the shard anew")
+            raise UserError(f"{path}: member {member.name!r}: occurs twice in its sample; write the shard again")
         grown = Place(
             key,
             place.offset,
@@ -162,23 +164,25 @@ def _group(path: Path, archive: tarfile.TarFile) -> tuple[list[Place], int]:
 
 def _members(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in archive:
-        # Some versions of `tarfile` would walk backwards, and so for ever.
+        # With negative sizes, some versions of `tarfile` move backwards and never end.
         if member.size < 0:
-            raise UserError(f"{path}: member {member.name!r}: of negative size; copy the shard again")
+            raise UserError(f"{path}: member {member.name!r}: has a negative size; copy the shard again")
         if not member.isreg() or member.issparse():
             raise UserError(f"{path}: member {member.name!r}: not a regular file; write the shard without it")
         if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
-            raise UserError(f"{path}: member {member.name!r}: the name leaves its folder; write the shard anew")
+            raise UserError(f"{path}: member {member.name!r}: the name is outside its folder; write the shard again")
         yield member
 
 
 def _check_end(path: Path, file: IO[bytes], end: int) -> None:
-    # Python's tarfile takes whatever it cannot read for the end.
+    # Python's tarfile treats anything unreadable as the end of the archive.
     file.seek(end)
     rest = file.read(_BLOCK)
     if len(rest) < _BLOCK:
-        raise UserError(f"{path}: ends without a tar's end mark; copy it again")
+        raise UserError(f"{path}: has no end-of-archive mark; copy it again")
     while rest:
         if any(rest):
-            raise UserError(f"{path}: damaged or a second tar after byte {end}; copy it again, or write the shard anew")
+            raise UserError(
+                f"{path}: damaged, or followed by a second tar, after byte {end}; copy or write the shard again"
+            )
         rest = file.read(_CHUNK)

@@ -1,4 +1,4 @@
-"""Which raw files are samples: globs, split lists, selection, and each image's label."""
+"""Find the samples among raw files: globs, split lists, selection, and each image's label."""
 
 import hashlib
 import re
@@ -17,7 +17,7 @@ _LONGEST_KEY = 80  # with ".label.png" a key must fit in the 100 characters of a
 
 @dataclass(frozen=True)
 class RawSample:
-    """An image and its label, as paths relative to the root, and the key they get in a shard."""
+    """An image and its label, as paths relative to the root, and their key in a shard."""
 
     key: str
     image: str
@@ -34,20 +34,20 @@ def scan(
     unlabelled: bool = False,
     need_labels: bool = True,
 ) -> list[RawSample]:
-    """List a split's samples in the order of their paths.
+    """List a split's samples, sorted by path.
 
     Args:
-        recipe: How the data set is laid out.
+        recipe: Layout of the data set.
         root: The data set's folder.
         split: One of the recipe's splits.
         include: Globs on image paths relative to `root`, in which `*` spans folders; an image must match one of them.
-        exclude: Globs likewise; an image must match none of them.
-        unlabelled: Leave labels aside.
-        need_labels: Whether a label file that is missing is an error; else its sample is listed all the same.
+        exclude: Globs of the same kind; an image must match none of them.
+        unlabelled: Do not look for labels.
+        need_labels: Whether a missing label file is an error; if not, its sample is listed anyway.
 
     Raises:
         UserError: the root is missing, nothing is selected, a listed image does not exist, or labels are missing
-            (the first ones are named).
+            (the message names the first one).
     """
     if not root.is_dir():
         raise UserError(f"root {root}: no such folder; give the folder that holds the raw data set")
@@ -83,27 +83,27 @@ def _images(root: Path, rules: Split) -> list[str]:
 
 
 def _remedy(root: Path, rules: Split) -> str:
-    # Archives are often unpacked one folder too low.
+    # Archives are often unpacked one folder too deep.
     lower = next((folder for folder in sorted(root.iterdir()) if folder.is_dir() and _images(folder, rules)), None)
     if lower is not None:
-        return f"give {lower} as the root, where they are"
+        return f"give {lower} as the root, which has matching images"
     held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-    return f"the root holds {held}; lay the files out as the recipe says, or give the folder that holds them so"
+    return f"the root contains {held}; arrange the files as in the recipe, or give the folder where they are"
 
 
 def _listed(images: Sequence[str], path: Path) -> list[str]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; the recipe lists the split's images there")
+        raise UserError(f"{path}: no such file; the recipe reads the list of the split's images from it")
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     wanted = {line for line in lines if line and not line.startswith("#")}
     if not wanted:
-        raise UserError(f"{path}: lists no image; write one a line")
+        raise UserError(f"{path}: lists no image; write one per line")
     named = {image: wanted.intersection(_names(image)) for image in images}
     unknown = wanted.difference(*named.values())
     if unknown:
         raise UserError(
-            f"{path}: {len(unknown)} of {len(wanted)} lines name no image, the first is {min(unknown)!r}; "
-            "write paths as they are below the root, or their ends"
+            f"{path}: {len(unknown)} of {len(wanted)} lines match no image, the first is {min(unknown)!r}; "
+            "write paths relative to the root, or the ends of paths"
         )
     return [image for image in images if named[image]]
 
@@ -143,7 +143,7 @@ def _label_of(image: str, pairing: Pairing, recipe: Recipe) -> str:
 
 
 def unique_keys(images: Sequence[str]) -> list[str]:
-    """WebDataset keys: the path without its extension, and a digest of it where that is long or not unique."""
+    """WebDataset keys of images: the path without its extension; if long or not unique, shortened with a digest."""
     plain = [re.sub(r"[^A-Za-z0-9_-]", "_", image.rpartition(".")[0]) for image in images]
     count = Counter(plain)
     return [

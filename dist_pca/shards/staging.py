@@ -1,7 +1,7 @@
-"""The folder in which shards wait until all are whole: what is expected there, what is finished, and how it goes out.
+"""The staging folder, in which shards are written until all of them are complete, and their publication.
 
-Names of staged shards carry a digest of all that their bytes depend on. So a finished shard can be told from one of
-another build by its name alone, and a process that was left over from an earlier build writes nothing of this one's.
+The name of a staged shard contains a digest of everything that its bytes depend on. So the name alone distinguishes
+shards of different builds, and a process left over from an earlier build cannot overwrite those of this one.
 """
 
 import fcntl
@@ -30,7 +30,7 @@ _SHARDS = "shard-*.tar"
 
 @dataclass(frozen=True)
 class Outline:
-    """As much of a plan as is needed to put its finished shards together without the raw files."""
+    """The part of a plan that is needed to join its finished shards without the raw files."""
 
     fingerprint: str
     recipe: str
@@ -45,7 +45,7 @@ class Outline:
     tasks: int
 
     def part(self, task: int) -> slice:
-        """Which of the shards a task writes."""
+        """Shards that a task writes."""
         count = len(self.shards)
         return slice(task * count // self.tasks, (task + 1) * count // self.tasks)
 
@@ -55,7 +55,7 @@ _REPORTS = TypeAdapter(tuple[Skipped, ...])
 
 
 def outline(plan: Plan, tasks: int) -> Outline:
-    """What of a plan goes into its staging folder."""
+    """Outline of a plan, as stored in its staging folder."""
     return Outline(
         fingerprint=plan.fingerprint,
         recipe=plan.recipe.name,
@@ -71,20 +71,20 @@ def outline(plan: Plan, tasks: int) -> Outline:
 
 
 def shard_name(staged: str) -> str:
-    """What a staged shard is called in the end."""
+    """Final name of a staged shard."""
     return f"{staged.rpartition('-')[0]}.tar"
 
 
 def sweep(out: Path) -> None:
-    """Remove what a build that was killed after its very end has left."""
+    """Remove the leftovers of a build that was killed after it was published."""
     shutil.rmtree(out / _DONE, ignore_errors=True)
 
 
 def is_built(out: Path, fingerprint: str) -> bool:
-    """Whether a folder holds this very build already.
+    """Whether a folder already holds this build.
 
     Raises:
-        UserError: it holds other shards.
+        UserError: the folder holds other shards.
     """
     if (out / MANIFEST_NAME).exists():
         if load_manifest(out).fingerprint == fingerprint:
@@ -97,10 +97,10 @@ def is_built(out: Path, fingerprint: str) -> bool:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Make the staging folder and hold it alone, after finishing what an earlier build was killed at the end of.
+    """Create and lock the staging folder; first finish an earlier build that was killed while it was published.
 
     Raises:
-        UserError: another build is at work there.
+        UserError: another build is running there.
     """
     with ExitStack() as held:
         staging = _hold(held, out, fcntl.LOCK_EX)
@@ -112,23 +112,23 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def task_folder(out: Path, wanted: Outline, task: int) -> Iterator[Path]:
-    """Make the staging folder and hold one task's part of it, while other tasks of the same plan hold theirs.
+    """Create the staging folder and lock one task's part of it; other tasks of the same plan lock theirs.
 
     Raises:
-        UserError: a whole build, this task, or tasks of another plan are at work there.
+        UserError: a whole build, this task, or tasks of another plan are running there.
     """
     with ExitStack() as held:
         staging = _hold(held, out, fcntl.LOCK_SH)
         if (staging / MANIFEST_NAME).exists():
-            raise UserError(f"shards {out}: a build was cut short at its end; finish it with `dist-pca shards merge`")
+            raise UserError(f"shards {out}: a build was killed at its end; finish it with `dist-pca shards merge`")
         with _locked(staging / "plan.lock", fcntl.LOCK_EX):
             if read_outline(staging) != wanted:
-                others = "tasks with another recipe, other options, other raw files or another --tasks are at work"
+                others = "tasks with another recipe, other options, other raw files or another --tasks are running"
                 for path in staging.glob("task-*.lock"):
                     with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB, f"shards {out}: {others} there"):
                         pass
                 write_outline(staging, wanted)
-            busy = f"shards {out}: another process is at work on --task {task} there"
+            busy = f"shards {out}: another process is running --task {task} there"
             held.enter_context(_locked(staging / f"task-{task}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB, busy))
         yield staging
 
@@ -140,7 +140,7 @@ def _hold(held: ExitStack, out: Path, kind: int) -> Path:
         lock = staging / "lock"
         busy = f"shards {out}: another build is writing there"
         handle = held.enter_context(_locked(lock, kind | fcntl.LOCK_NB, busy))
-        # A build that ended in the meantime took its folder away, and the lock with it.
+        # A build that ended in the meantime has removed its folder, and the lock with it.
         with suppress(FileNotFoundError):
             if os.path.samestat(lock.stat(), os.fstat(handle)):
                 return staging
@@ -148,7 +148,7 @@ def _hold(held: ExitStack, out: Path, kind: int) -> Path:
 
 @contextmanager
 def _locked(path: Path, kind: int, busy: str = "") -> Iterator[int]:
-    """Hold a lock file, of which this gives the descriptor; the system lets go of it however this process ends."""
+    """Lock a file and yield its descriptor; the system releases the lock when this process ends in any way."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -169,18 +169,18 @@ def read_outline(staging: Path) -> Outline | None:
 
 
 def write_outline(staging: Path, wanted: Outline) -> None:
-    """Say whose shards are staged."""
+    """Record the plan whose shards are staged."""
     write_whole(staging / _OUTLINE, _OUTLINES.dump_json(wanted).decode())
 
 
 def finished(staging: Path, plan: Outline, name: str) -> Written | None:
-    """Description of a staged shard, if it is there and the plan would write the same."""
+    """Description of a staged shard, if it is finished and the plan would write the same bytes."""
     written = read_written(staging / name)
     return None if written is None or (written.skipped and plan.on_error == "fail") else written
 
 
 def clear(staging: Path, *, keep: Iterable[str], beginnings: tuple[str, ...]) -> None:
-    """Remove parts, and shards of other plans, whose names begin in a certain way; `keep` names staged tars."""
+    """Remove partial files and other plans' shards whose names start with `beginnings`; `keep` lists staged tars."""
     kept = {kept for name in keep for kept in (name, f"{Path(name).stem}.json")}
     for path in staging.iterdir():
         if path.name.removeprefix(".").startswith(beginnings) and path.name not in kept:
@@ -188,10 +188,10 @@ def clear(staging: Path, *, keep: Iterable[str], beginnings: tuple[str, ...]) ->
 
 
 def publish(out: Path, plan: Outline) -> Manifest:
-    """Put the finished shards of a plan in place, of which every one is there, and the manifest last.
+    """Move the finished shards of a plan to their final names, and the manifest last.
 
     Raises:
-        UserError: shards are missing, or more than half of the samples were skipped.
+        UserError: a shard is missing, or more than half of the samples were skipped.
     """
     staging = out / STAGING
     written = {name: finished(staging, plan, name) for name in plan.shards}
@@ -209,14 +209,14 @@ def publish(out: Path, plan: Outline) -> Manifest:
     )
     if skipped:
         write_whole(staging / SKIPPED_NAME, json.dumps([asdict(sample) for sample in skipped], indent=1) + "\n")
-    # From here on the staged manifest stands for a build that is decided: whoever comes next finishes it.
+    # From here on the build is committed: if this process is killed, the next one finishes the move.
     save_manifest(manifest)
     _put_in_place(out)
     return replace(manifest, folder=out)
 
 
 def read_skipped(out: Path) -> tuple[Skipped, ...]:
-    """The samples that the build of a shard folder left out."""
+    """Samples that were skipped when a shard folder was built."""
     path = out / SKIPPED_NAME
     return _REPORTS.validate_json(path.read_bytes()) if path.is_file() else ()
 
@@ -227,17 +227,17 @@ def _check_complete(out: Path, plan: Outline, missing: set[str]) -> None:
     if parts:
         raise UserError(
             f"shards {out}: {len(parts)} of {plan.tasks} parts are not finished: {', '.join(parts)}; run "
-            f"`dist-pca shards build` with --tasks {plan.tasks} and each of them, all other options as they were"
+            f"`dist-pca shards build` with --tasks {plan.tasks} and each of them, all other options unchanged"
         )
 
 
 def _put_in_place(out: Path) -> None:
-    """Move what a staged manifest lists; after a kill at any point, doing it again does the rest."""
+    """Move the shards that a staged manifest lists; after a kill at any point, another call completes the move."""
     staging = out / STAGING
     manifest = load_manifest(staging, check_files=False)
     plan = read_outline(staging)
     places = {shard_name(name): staging / name for name in plan.shards} if plan else {}
-    # Without a manifest the folder counts as unbuilt, so that goes first and comes last.
+    # A folder without a manifest counts as not built, so the manifest is removed first and written last.
     (out / MANIFEST_NAME).unlink(missing_ok=True)
     for stale in set(out.glob(_SHARDS)) - {out / shard.name for shard in manifest.shards}:
         stale.unlink()
@@ -249,6 +249,6 @@ def _put_in_place(out: Path) -> None:
         write_whole(out / SKIPPED_NAME, (staging / SKIPPED_NAME).read_text(encoding="utf-8"), staging)
     save_manifest(replace(manifest, folder=out), staging)
     sweep(out)
-    # Renamed first, so that what a kill leaves of it is never taken for a build.
+    # Renamed before it is removed, so that its remains after a kill are never mistaken for a build.
     staging.replace(out / _DONE)
     sweep(out)

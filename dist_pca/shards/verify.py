@@ -1,4 +1,4 @@
-"""Whether a shard folder is what its manifest says: every problem in it, not only the first."""
+"""Verify a shard folder against its manifest, and list every problem, not only the first."""
 
 import io
 import tarfile
@@ -16,18 +16,18 @@ _SAMPLES_PER_JOB = 64
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong."""
+    """One problem in a shard folder."""
 
     file: str
-    """Name in the shard folder."""
+    """File name in the shard folder."""
     key: str
-    """The sample; empty where it is the whole file."""
+    """Key of the sample; empty if the problem is about the whole file."""
     problem: str
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was looked at, and what is wrong with it."""
+    """What was checked, and the problems found."""
 
     folder: str
     deep: bool
@@ -37,16 +37,16 @@ class Verification:
     problems: list[Problem]
 
     def to_dict(self) -> dict[str, object]:
-        """The same as plain values for JSON."""
+        """Convert to plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A shard as a file, or some of its samples to be decoded."""
+    """A shard to check as a file, or some of its samples to decode."""
 
     manifest: Manifest
-    """Without shards."""
+    """The manifest without its shards."""
     shard: Shard
     decode: bool
 
@@ -56,16 +56,16 @@ def verify(
 ) -> Verification:
     """Compare a shard folder with its manifest.
 
-    Sizes and checksums of the files, what is in the folder, and the place, order and key of every sample.
+    Checks sizes and checksums of the files, unlisted files, and the offset, order and key of every sample.
 
     Args:
         folder: The shard folder.
-        deep: Also decode every image and label: damage, sizes, label values, and pixels of each class.
+        deep: Also decode every image and label: check damage, sizes, label values, and pixels of each class.
         workers: Processes; None is one per core.
-        progress: Called now and then with samples done, samples in all (twice as many where deep), and bytes done.
+        progress: Called from time to time with samples done, samples in total (twice as many if deep), and bytes done.
 
     Raises:
-        UserError: there is no such folder, or no manifest in it.
+        UserError: there is no such folder, or it has no manifest.
     """
     folder = Path(folder)
     try:
@@ -124,9 +124,9 @@ def _file_problems(job: _Job, report: Report) -> Iterator[Problem]:
     else:
         size = path.stat().st_size
         if size != shard.bytes:
-            yield Problem(shard.name, "", f"{size} bytes where {MANIFEST_NAME} says {shard.bytes}")
+            yield Problem(shard.name, "", f"{size} bytes where {MANIFEST_NAME} lists {shard.bytes}")
         elif file_sha256(path) != shard.sha256:
-            yield Problem(shard.name, "", "the bytes are not those that were built (SHA-256)")
+            yield Problem(shard.name, "", f"SHA-256 differs from {MANIFEST_NAME}")
         yield from _place_problems(path, shard)
     report(len(shard.keys), shard.bytes)
 
@@ -143,10 +143,10 @@ def _place_problems(path: Path, shard: Shard) -> Iterator[Problem]:
     listed = zip(shard.keys, shard.offsets, shard.lengths, strict=True)
     for place, (key, offset, length) in zip(places, listed, strict=False):
         if place.key != key:
-            yield Problem(shard.name, key, f"the sample at its place is {place.key!r}")
+            yield Problem(shard.name, key, f"the sample at its index is {place.key!r}")
         elif (place.offset, place.length) != (offset, length):
-            said = f"{MANIFEST_NAME} says bytes {offset} to {offset + length}"
-            yield Problem(shard.name, key, f"lies at bytes {place.offset} to {place.offset + place.length}, {said}")
+            expected = f"{MANIFEST_NAME} lists bytes {offset} to {offset + length}"
+            yield Problem(shard.name, key, f"is at bytes {place.offset} to {place.offset + place.length}, {expected}")
 
 
 def _sample_problems(job: _Job, report: Report) -> Iterator[Problem]:
@@ -172,7 +172,7 @@ def _image_problems(shard: Shard, index: int, members: dict[str, bytes], image: 
         yield f"{image}: {error}"
         return
     if size != said:
-        yield f"{image}: {size[0]} x {size[1]} pixels where {MANIFEST_NAME} says {said[0]} x {said[1]}"
+        yield f"{image}: {size[0]} x {size[1]} pixels where {MANIFEST_NAME} lists {said[0]} x {said[1]}"
 
 
 def _label_problems(manifest: Manifest, shard: Shard, index: int, label: bytes | None) -> Iterator[str]:
@@ -191,4 +191,4 @@ def _label_problems(manifest: Manifest, shard: Shard, index: int, label: bytes |
         if both[0] != both[1]
     ]
     if wrong:
-        yield f"{member}: pixels of {', '.join(wrong[:5])} are not as many as {MANIFEST_NAME} says"
+        yield f"{member}: pixel counts of {', '.join(wrong[:5])} differ from {MANIFEST_NAME}"

@@ -1,4 +1,4 @@
-"""Writing one shard: samples into a WebDataset tar, byte for byte the same wherever and whenever it is written."""
+"""Write one shard, a WebDataset tar whose bytes do not depend on when and where it is written."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from dist_pca.shards.scan import RawSample
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to write, complete enough to be sent to another process."""
+    """One shard to write, with everything that a worker process needs."""
 
     path: Path
-    """Where the tar goes; its description goes beside it, as `.json`."""
+    """Path of the tar; its description is written beside it, as `.json`."""
     name: str
-    """What the shard will be called in the end."""
+    """Final name of the shard."""
     root: Path
     samples: tuple[RawSample, ...]
     coding: Coding
@@ -39,16 +39,16 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that was left out."""
+    """A sample that was skipped."""
 
     image: str
-    """Path below the root."""
+    """Path relative to the root."""
     reason: str
 
 
 @dataclass(frozen=True)
 class Written:
-    """Description of a shard that is on the disk as a whole."""
+    """Description of a shard that is completely written."""
 
     shard: Shard
     skipped: tuple[Skipped, ...]
@@ -61,12 +61,12 @@ def write_shard(job: ShardJob, report: Report) -> None:
     """Write a shard and then its description, each synced under a temporary name and renamed.
 
     Args:
-        job: What to write, and where.
-        report: Called after each sample with the bytes that it takes in the tar.
+        job: The shard to write.
+        report: Called after each sample with its size in the tar.
 
     Raises:
-        UserError: an image or label is damaged, or they do not fit together, unless such samples are to be skipped.
-        OSError: the disk does not take the shard.
+        UserError: an image or label is damaged, or they do not fit together, and such samples are not to be skipped.
+        OSError: the shard cannot be written to disk.
     """
     part = job.path.with_name(f"{job.path.stem}.{uuid4().hex}{PART}")
     try:
@@ -79,7 +79,7 @@ def write_shard(job: ShardJob, report: Report) -> None:
 
 
 def read_written(path: Path) -> Written | None:
-    """The description of a shard at `path`; None if the shard was never finished."""
+    """Read the description of the shard at `path`; None if the shard was never finished."""
     try:
         written = _ADAPTER.validate_json(path.with_suffix(".json").read_bytes())
         return written if path.stat().st_size == written.shard.bytes else None
@@ -88,7 +88,7 @@ def read_written(path: Path) -> Written | None:
 
 
 def _write(job: ShardJob, part: Path, report: Report) -> Written:
-    # Imported here because webdataset brings torch with it, which only processes that write need to wait for.
+    # Imported here because webdataset imports torch, and only processes that write shards should wait for it.
     from webdataset import TarWriter
 
     table = lookup_table(job.coding, job.classes)
@@ -121,14 +121,14 @@ def _write(job: ShardJob, part: Path, report: Report) -> Written:
 
 
 def _reason(error: UserError, root: Path, raw: RawSample) -> str:
-    # Without the root, so that the report is the same wherever the raw files lie; the remedy is not wanted any more.
+    # Remove the root, so that the report does not depend on it, and the remedy, which no longer applies.
     return str(error).replace(f"{root}/", "").removeprefix(f"{raw.image}: ").partition("; ")[0]
 
 
 def _encode(
     job: ShardJob, raw: RawSample, table: TrainIds
 ) -> tuple[dict[str, bytes], tuple[int, int], TrainIds | None]:
-    """A sample's members by extension, its stored (width, height), and its labels if it has any."""
+    """Members of a sample by extension, its stored (width, height), and its labels if it has any."""
     path = job.root / raw.image
     image = open_image(path)
     size = stored_size(image, job.encoding)

@@ -79,7 +79,7 @@ def read_step(checkpoint: Path) -> int:
 
 @cache
 def code_version() -> str:
-    """This package's version, with a hash of its source files, which also tells unreleased changes apart."""
+    """This package's version, with a hash of its source files, so that unreleased changes differ too."""
     digest = hashlib.sha256()
     package = Path(dist_pca.__file__).parent
     for file in sorted(package.rglob("*.py")):

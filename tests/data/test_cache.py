@@ -91,7 +91,7 @@ def test_a_url_s_manifest_says_the_same_from_a_folder_of_the_cache(
 
 
 def test_a_pipe_is_not_opened(cache: CacheSettings, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"\Ashards pipe: cannot be read from; [^\n]+\Z"):
+    with pytest.raises(UserError, match=r"\Ashards pipe: unknown URL scheme; [^\n]+\Z"):
         open_manifest(f"pipe:touch {tmp_path / 'executed'}", cache)
     assert not (tmp_path / "executed").exists()
 
@@ -269,7 +269,7 @@ def test_a_shard_larger_than_the_cache_is_one_line_and_not_fetched(
     server: FolderServer, location: str, cache: CacheSettings
 ) -> None:
     manifest = open_manifest(location, cache)
-    with pytest.raises(UserError, match=r"\A[^\n]+shard-000000\.tar: \d+ bytes, the cache may hold 1000; [^\n]+\Z"):
+    with pytest.raises(UserError, match=r"\A[^\n]+shard-000000\.tar: \d+ bytes, but the cache is limited to 1000; "):
         open_shard(manifest, 0, replace(cache, max_bytes=1000))
     assert server.asked("shard-000000.tar") == 0
 
@@ -291,14 +291,14 @@ def test_a_disk_that_takes_no_more_is_one_line_and_nothing_half_written_is_left(
     process.join()
     assert process.exitcode == 0
     message = messages.get()
-    assert "shard-000000.tar: the cache cannot take it (File too large); free space" in message
+    assert "shard-000000.tar: cannot be written to the cache (File too large); free space" in message
     assert "\n" not in message
     assert kept(cache) == []
 
 
 def test_a_cache_where_no_folder_can_be_made_is_one_line(location: str, cache: CacheSettings) -> None:
     cache.folder.write_text("a file")
-    with pytest.raises(UserError, match=r"\A[^\n]+the cache cannot take it \([^\n]+\); [^\n]+DIST_PCA_CACHE\Z"):
+    with pytest.raises(UserError, match=r"\A[^\n]+cannot be written to the cache \([^\n]+\); [^\n]+DIST_PCA_CACHE\Z"):
         open_manifest(location, cache)
 
 

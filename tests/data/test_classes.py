@@ -35,7 +35,7 @@ def test_an_unlabelled_target_has_no_say() -> None:
     ],
 )
 def test_different_tables_are_refused_with_their_first_difference(target: tuple[str, ...], difference: str) -> None:
-    with pytest.raises(UserError, match=rf"{difference}; name a common subset in data\.classes"):
+    with pytest.raises(UserError, match=rf"{difference}; set data\.classes to a common subset"):
         class_table(data_config(), [SOURCE], [domain(*target)])
 
 
@@ -50,9 +50,9 @@ def test_a_common_subset_is_taken_from_different_tables(choice: str | tuple[str,
     ("choice", "message"),
     [
         ("synthia_12", "no label set 'synthia_12'; did you mean 'synthia_1[36]'"),
-        (("road", "rod"), "'rod' is no class of simulator; did you mean 'road'"),
-        (("road", "sky", "road"), "'road' is there twice"),
-        ((), "an empty list"),
+        (("road", "rod"), "'rod' is not a class of simulator; did you mean 'road'"),
+        (("road", "sky", "road"), "'road' occurs twice"),
+        ((), "the list is empty"),
     ],
 )
 def test_a_choice_that_cannot_be_met_is_refused(choice: str | tuple[str, ...], message: str) -> None:
@@ -61,12 +61,12 @@ def test_a_choice_that_cannot_be_met_is_refused(choice: str | tuple[str, ...], m
 
 
 def test_a_class_that_only_one_domain_has_is_refused() -> None:
-    with pytest.raises(UserError, match="'terrain' is no class of camera"):
+    with pytest.raises(UserError, match="'terrain' is not a class of camera"):
         class_table(data_config(classes="cityscapes_19"), [SOURCE], [domain(*LABEL_SETS["synthia_16"])])
 
 
 def test_a_source_without_labels_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^data\.source: simulator holds no labels"):
+    with pytest.raises(UserError, match=r"^data\.source: simulator has no labels"):
         class_table(data_config(), [replace(SOURCE, labelled=False)], [])
 
 

@@ -89,7 +89,7 @@ def test_huge_images_are_refused_before_decoding(size: tuple[int, int]) -> None:
         ({"jpg": b"not an image"}, "jpg: unreadable"),
         ({"png": encoded("RGB", "BMP")}, "png: unreadable"),
         ({"png": sample_members(0)["png"][:-500]}, "png: damaged"),
-        ({"png": encoded("RGB", "PNG", (30, 24))}, "png: 24 x 30 pixels where the manifest says 24 x 40"),
+        ({"png": encoded("RGB", "PNG", (30, 24))}, "png: 24 x 30 pixels where the manifest lists 24 x 40"),
         ({"png": encoded("RGB", "PNG")}, r"no label\.png"),
         ({"png": encoded("RGB", "PNG"), "label_png": encoded("RGB", "PNG")}, r"label\.png: mode RGB"),
         ({"png": encoded("RGB", "PNG"), "label_png": encoded("I;16", "PNG")}, r"label\.png: mode I;16"),

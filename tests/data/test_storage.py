@@ -159,7 +159,7 @@ def test_a_file_that_became_shorter_than_what_was_taken_is_taken_afresh(url: str
 
 def test_a_server_that_never_recovers_ends_in_one_line(url: str, server: FolderServer) -> None:
     server.faults["file"].extend(["503"] * 9)
-    with pytest.raises(UserError, match=rf"{ONE_LINE[:-2]}HTTP 503, 4 attempts; see that the server is reachable"):
+    with pytest.raises(UserError, match=rf"{ONE_LINE[:-2]}HTTP 503, 4 attempts; check that the server is reachable"):
         fetch(url)
     assert server.asked("file") == 4
 
@@ -183,7 +183,7 @@ def test_a_final_answer_is_not_asked_for_twice(url: str, server: FolderServer, s
 
 
 def test_a_file_larger_than_allowed_is_not_taken(url: str) -> None:
-    with pytest.raises(UserError, match=r"\A[^\n]+file: more than the 999999 bytes[^\n]+\Z"):
+    with pytest.raises(UserError, match=r"\A[^\n]+file: larger than the limit of 999999 bytes[^\n]+\Z"):
         fetch(url, most=len(CONTENT) - 1)
 
 
@@ -250,7 +250,7 @@ def test_an_object_is_read_from_an_s3_compatible_server(bucket: Any) -> None:
 
 def test_a_missing_object_and_a_missing_bucket_are_final(bucket: Any) -> None:
     for url in ("s3://bucket/none", "s3://none/none"):
-        with pytest.raises(UserError, match=rf"\A{url}: HTTP 404, not there; [^\n]+\Z"):
+        with pytest.raises(UserError, match=rf"\A{url}: HTTP 404, not found; [^\n]+\Z"):
             fetch(url)
 
 

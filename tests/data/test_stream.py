@@ -163,7 +163,7 @@ def test_what_cannot_work_is_refused_before_anything_is_read(
 
 
 def test_shards_without_samples_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.source: .* holds no samples"):
+    with pytest.raises(UserError, match=r"data\.source: .* has no samples"):
         start(write_shards(tmp_path / "shards", [[]]))
 
 

@@ -101,7 +101,7 @@ def test_a_folder_of_nothing_but_corrupt_samples_ends(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path / "shards", [2])
     for sample in (0, 1):
         damage(manifest, sample)
-    with pytest.raises(UserError, match=r"samples drawn in its place are no better$"):
+    with pytest.raises(UserError, match=r"replacements are corrupt too$"):
         take(start(manifest, max_corrupt_share=1), 1)
 
 
@@ -110,7 +110,7 @@ def test_an_image_of_another_size_than_the_manifest_says_is_corrupt(tmp_path: Pa
     manifest = write_shards(tmp_path / "shards", [members])
     (batch,) = take(start(manifest, max_corrupt_share=1, batch=2), 1)
     assert batch.keys == ["000-000"] * 2
-    assert "30 x 40 pixels where the manifest says 24 x 40" in batch.skipped[0]
+    assert "30 x 40 pixels where the manifest lists 24 x 40" in batch.skipped[0]
 
 
 def test_a_missing_shard_stops_the_stream_and_is_not_replaced(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_written_predictions_end_with_a_line_that_says_their_coding(
     assert f"{out}: 3 predictions (Cityscapes ids)" in capsys.readouterr().err
     assert len(list(out.iterdir())) == 3
     assert run(monkeypatch, *evaluate) == 2
-    assert f"--write-predictions {out}: is there already" in capsys.readouterr().err
+    assert f"--write-predictions {out}: exists already" in capsys.readouterr().err
 
 
 def test_predict_ends_with_one_line(
@@ -111,24 +111,24 @@ def test_export_names_what_it_wrote(
     [
         ("evaluate nowhere --shards labelled", "nowhere: not a run folder"),
         ("evaluate empty/tiny --shards labelled", "empty/tiny: has no checkpoint yet"),
-        ("evaluate tiny --shards unlabelled", "no labels to score against"),
+        ("evaluate tiny --shards unlabelled", "have no labels"),
         ("evaluate tiny --shards labelled --checkpoint 7", "checkpoint 7: not in tiny, which has step-00000001, "),
         ("evaluate tiny --shards labelled --checkpoint ../x", "checkpoint ../x: not in tiny"),
-        ("evaluate tiny --shards labelled --stride 4 4", "evaluation.stride: there is no window to move"),
+        ("evaluate tiny --shards labelled --stride 4 4", "evaluation.stride: has no effect without a window"),
         ("evaluate tiny --shards labelled --scale 0", "evaluation.scales: Input should be greater than 0"),
-        ("evaluate tiny --shards labelled --window 4 4", "the network cannot see an image of 4 x 4 pixels"),
+        ("evaluate tiny --shards labelled --window 4 4", "an input of 4 x 4 pixels is too small for the network"),
         ("evaluate tiny --shards labelled --window 0 4", "evaluation.window: Input should be greater than 0"),
         ("evaluate tiny --shards labelled --label-set cityscape", "no label set 'cityscape'"),
         ("evaluate tiny --shards labelled --write-predictions text.png", "--write-predictions text.png: is there"),
         ("evaluate tiny --shards labelled --write-predictions text.png/out", "text.png/out: cannot be written"),
         ("predict tiny nothing.png --out out", "nothing.png: no such file or folder"),
         ("predict tiny text.png --out out", "text.png: unreadable image"),
-        ("predict tiny images --out images", "--out images: is there already"),
+        ("predict tiny images --out images", "--out images: exists already"),
         ("predict tiny images --out text.png/out", "--out text.png/out: cannot be written"),
-        ("predict tiny images --out out --no-labels --no-overlay", "nothing is left to write"),
+        ("predict tiny images --out out --no-labels --no-overlay", "nothing to write"),
         ("predict empty/tiny images --out out", "has no checkpoint yet"),
-        ("export tiny --out images", "--out images: is there already"),
-        ("export tiny --out out --onnx-size 8 8", "there is no ONNX file without --onnx"),
+        ("export tiny --out images", "--out images: exists already"),
+        ("export tiny --out out --onnx-size 8 8", "has no effect without --onnx"),
         ("export nowhere --out out", "nowhere: not a run folder"),
     ],
 )

@@ -141,7 +141,7 @@ def test_predictions_are_not_written_over_others(manifest: Manifest, tmp_path: P
     (tmp_path / "theirs").write_text("x")
     model = segmenter()
     model.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
-    with pytest.raises(UserError, match=r"^--write-predictions .*: is there already"):
+    with pytest.raises(UserError, match=r"^--write-predictions .*: exists already"):
         evaluate(model, manifest, CLASSES, run(), device="cpu", predictions=tmp_path)
 
 
@@ -163,7 +163,7 @@ def test_labels_of_classes_that_the_model_does_not_know_are_ignored(manifest: Ma
 
 def test_shards_without_labels_are_refused(tmp_path: Path) -> None:
     manifest = write_shards(tmp_path / "shards", [[sample_members(0, labelled=False)]], labelled=False)
-    with pytest.raises(UserError, match=r"^shards .*: no labels to score against"):
+    with pytest.raises(UserError, match=r"^shards .*: have no labels"):
         evaluate(segmenter(), manifest, CLASSES, run(), device="cpu")
 
 

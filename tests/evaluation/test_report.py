@@ -58,7 +58,7 @@ def test_an_unknown_label_set_is_refused_with_the_nearest() -> None:
 def test_a_label_set_with_classes_that_the_run_lacks_is_refused_naming_them() -> None:
     counts = torch.zeros(16, 16, dtype=torch.int64)
     with pytest.raises(
-        UserError, match=r"cityscapes_19 needs terrain, truck, train, which this run has no classes for"
+        UserError, match=r"cityscapes_19 needs terrain, truck, train, which are not classes of this run"
     ):
         score(counts, label_set("synthia_16"), 1, ["cityscapes_19"])
 

@@ -47,7 +47,7 @@ def test_an_empty_folder_is_taken_and_a_full_one_left_alone(tmp_path: Path) -> N
     with staged_folder(tmp_path / "empty", "--out") as staged:
         (staged / "file").write_text("x")
     with (
-        pytest.raises(UserError, match=r"^--out .*empty: is there already"),
+        pytest.raises(UserError, match=r"^--out .*empty: exists already"),
         staged_folder(tmp_path / "empty", "--out"),
     ):
         pytest.fail("the body ran")

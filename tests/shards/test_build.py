@@ -199,7 +199,7 @@ def test_a_bad_sample_is_named_and_nothing_unfinished_is_left(
 def test_an_error_keeps_finished_shards_and_says_so(tmp_path: Path) -> None:
     make_folder(tmp_path / "raw")
     _damage_image(tmp_path / "raw")
-    message = r"images/002\.png: .* image .*; finished shards are kept \(1 of 2\), building again goes on from there"
+    message = r"images/002\.png: .* image .*; finished shards are kept \(1 of 2\), building again resumes from there"
     with pytest.raises(UserError, match=message):
         build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1, samples_per_shard=2)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".building"]

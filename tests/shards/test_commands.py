@@ -62,7 +62,7 @@ def test_parts_are_built_and_merged(run, raw: Path, tmp_path: Path, capsys) -> N
     assert capsys.readouterr().out == f"{tmp_path}/out: 6 samples in 3 shards\n"
     assert run("merge", tmp_path / "out") == 0
     assert run(*_build(raw, tmp_path / "out"), "--task", 0) == 2
-    assert "--task and --tasks belong together" in capsys.readouterr().err
+    assert "--task and --tasks must be given together" in capsys.readouterr().err
 
 
 def test_verify_exits_with_one_where_there_are_problems(run, raw: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -124,7 +124,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(raw: Path
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert "build stopped: [Errno 27]" in line
-    assert line.endswith("; finished shards are kept (2 of 3), building again goes on from there")
+    assert line.endswith("; finished shards are kept (2 of 3), building again resumes from there")
     assert not list(out.glob(".building/*.part"))
     assert not list(out.glob("*"))[1:]
     ended = subprocess.run([*command, "enough"], env=environment, capture_output=True, text=True)

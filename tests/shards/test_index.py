@@ -133,7 +133,7 @@ def test_class_tables_come_from_a_file_or_a_named_set(tmp_path: Path) -> None:
         class_table(tmp_path / "nowhere.yaml", None)
     with pytest.raises(UserError, match="cityscapes_19, synthia_16, synthia_13"):
         class_table(None, "cityscapes")
-    with pytest.raises(UserError, match="give one of them"):
+    with pytest.raises(UserError, match="give only one of them"):
         class_table(tmp_path / "classes.yaml", "synthia_16")
 
 

@@ -81,7 +81,7 @@ def test_colours_outside_the_table_are_named_in_hexadecimal(tmp_path: Path) -> N
 
 def test_colours_where_ids_are_expected_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "label.png")
-    with pytest.raises(UserError, match="mode RGB where the recipe's coding `index` expects one channel"):
+    with pytest.raises(UserError, match="image mode RGB, but the recipe's coding `index` needs one channel"):
         _read(tmp_path / "label.png", kind="index")
 
 

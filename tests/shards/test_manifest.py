@@ -62,7 +62,7 @@ def test_a_sample_outside_of_its_file_is_refused(built: Manifest, column: str, v
     shard = built.shards[0]
     moved = replace(shard, **{column: [value, *getattr(shard, column)[1:]]})
     save_manifest(replace(built, shards=(moved, *built.shards[1:])))
-    with pytest.raises(UserError, match=r"lies outside of the file"):
+    with pytest.raises(UserError, match=r"is outside the file"):
         load_manifest(built.folder)
 
 
@@ -88,7 +88,7 @@ def test_another_format_is_refused(built: Manifest) -> None:
 
 def test_another_format_version_is_refused(built: Manifest) -> None:
     _edit(built, version=2)
-    with pytest.raises(UserError, match="format version 2, this dist-pca reads version 1"):
+    with pytest.raises(UserError, match="format version 2, but this dist-pca reads version 1"):
         load_manifest(built.folder)
 
 
@@ -102,7 +102,7 @@ def test_columns_of_unequal_length_are_refused(built: Manifest) -> None:
     shards = json.loads((built.folder / "manifest.json").read_text())["shards"]
     shards[0]["offsets"].pop()
     _edit(built, shards=shards)
-    with pytest.raises(UserError, match=r"shard-000000\.tar: columns do not all list 3 samples"):
+    with pytest.raises(UserError, match=r"shard-000000\.tar: columns differ in length from 3 samples"):
         load_manifest(built.folder)
 
 
@@ -110,7 +110,7 @@ def test_a_shard_outside_the_folder_is_refused(built: Manifest) -> None:
     shards = json.loads((built.folder / "manifest.json").read_text())["shards"]
     shards[0]["name"] = "../raw/classes.yaml"
     _edit(built, shards=shards)
-    with pytest.raises(UserError, match="leaves the folder"):
+    with pytest.raises(UserError, match="is outside the folder"):
         load_manifest(built.folder)
 
 
@@ -124,7 +124,7 @@ def test_a_truncated_shard_is_named_with_both_sizes(built: Manifest) -> None:
     path = built.folder / "shard-000000.tar"
     path.write_bytes(path.read_bytes()[:-512])
     size = built.shards[0].bytes
-    with pytest.raises(UserError, match=rf"shard-000000\.tar: {size - 512} bytes, manifest\.json says {size}"):
+    with pytest.raises(UserError, match=rf"shard-000000\.tar: {size - 512} bytes, manifest\.json lists {size}"):
         load_manifest(built.folder)
 
 

@@ -97,7 +97,7 @@ def test_an_unknown_label_set_names_the_nearest(tmp_path: Path) -> None:
 
 def test_the_only_split_needs_no_name_and_several_do() -> None:
     assert load_recipe("gta5").split(None) == "all"
-    with pytest.raises(UserError, match="splits train, val, test; name one with --split"):
+    with pytest.raises(UserError, match="splits, train, val, test; choose one with --split"):
         load_recipe("cityscapes").split(None)
     with pytest.raises(UserError, match="no split 'vall'; the nearest is val"):
         load_recipe("cityscapes").split("vall")
@@ -114,7 +114,7 @@ def test_a_missing_class_table_says_what_to_write(tmp_path: Path) -> None:
     [
         ("- {name: a}", r"classes\.yaml: 0\.color: required and missing"),
         ("- {name: a, color: [0, 0, 0]}\n- {name: a, color: [1, 1, 1]}", "'a' is listed twice"),
-        ("[]", "0 of them"),
+        ("[]", "0 given"),
     ],
 )
 def test_a_faulty_class_table_is_refused(tmp_path: Path, text: str, message: str) -> None:

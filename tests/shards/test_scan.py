@@ -74,7 +74,7 @@ def test_a_split_list_names_images_by_path_or_its_end(tmp_path: Path, line: str)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("001\n777\n", "1 of 2 lines name no image, the first is '777'"), ("\n", "lists no image")]
+    ("text", "message"), [("001\n777\n", "1 of 2 lines match no image, the first is '777'"), ("\n", "lists no image")]
 )
 def test_a_split_list_that_does_not_fit_is_refused(tmp_path: Path, text: str, message: str) -> None:
     make_folder(tmp_path)

@@ -136,7 +136,7 @@ def test_another_build_than_the_one_cut_short_is_refused_and_that_one_finished(
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_a_mended_file_costs_its_own_shard_only(raw: Path, tmp_path: Path) -> None:
+def test_a_fixed_file_costs_its_own_shard_only(raw: Path, tmp_path: Path) -> None:
     build(raw, tmp_path / "whole")
     image = raw / "images/013.png"
     content = image.read_bytes()
@@ -259,9 +259,9 @@ def test_a_task_beyond_the_last_is_refused(raw: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda raw, out: build_task(raw, out, 0), "another process is at work on --task 0"),
+        (lambda raw, out: build_task(raw, out, 0), "another process is running --task 0"),
         (lambda raw, out: build_task(raw, out, 1, unlabelled=True), "tasks with another recipe, other options"),
-        (lambda raw, out: build_task(raw, out, 1, tasks=4), "another --tasks are at work"),
+        (lambda raw, out: build_task(raw, out, 1, tasks=4), "another --tasks are running"),
         (lambda raw, out: build(raw, out), "another build is writing there"),
         (lambda raw, out: merge_parts(out), "another build is writing there"),
     ],

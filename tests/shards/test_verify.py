@@ -56,9 +56,9 @@ def test_all_problems_are_listed_and_not_only_the_first(built: Manifest) -> None
     (built.folder / "shard-000003.tar").touch()
     found = problems(built)
     assert [(problem.file, problem.problem.partition(" (")[0]) for problem in found] == [
-        ("shard-000000.tar", "the bytes are not those that were built"),
+        ("shard-000000.tar", "SHA-256 differs from manifest.json"),
         ("shard-000001.tar", "listed in manifest.json but missing"),
-        ("shard-000002.tar", f"{built.shards[2].bytes + 4} bytes where manifest.json says {built.shards[2].bytes}"),
+        ("shard-000002.tar", f"{built.shards[2].bytes + 4} bytes where manifest.json lists {built.shards[2].bytes}"),
         ("shard-000002.tar", found[3].problem),
         ("shard-000003.tar", "not listed in manifest.json"),
     ]
@@ -72,8 +72,8 @@ def test_keys_twice_in_the_folder_are_a_problem(built: Manifest) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (lambda shard: {"keys": shard.keys[::-1]}, "the sample at its place is 'images_000'"),
-        (lambda shard: {"offsets": [512, shard.offsets[1]]}, r"lies at bytes 0 to \d+, manifest.json says bytes 512"),
+        (lambda shard: {"keys": shard.keys[::-1]}, "the sample at its index is 'images_000'"),
+        (lambda shard: {"offsets": [512, shard.offsets[1]]}, r"is at bytes 0 to \d+, manifest.json lists bytes 512"),
         (
             lambda shard: {
                 name: getattr(shard, name)[:1]
@@ -93,9 +93,9 @@ def test_places_that_are_not_the_tars_are_a_problem(
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"heights": [13, 12]}, "png: 20 x 12 pixels where manifest.json says 20 x 13"),
+        ({"heights": [13, 12]}, "png: 20 x 12 pixels where manifest.json lists 20 x 13"),
         ({"widths": [20, 21]}, "label.png: 20 x 12 pixels where the image has 21 x 12"),
-        ({"pixel_counts": [[60, 60, 60], [61, 60, 59]]}, "label.png: pixels of class 0, class 2 are not as many as"),
+        ({"pixel_counts": [[60, 60, 60], [61, 60, 59]]}, "label.png: pixel counts of class 0, class 2 differ from"),
     ],
 )
 def test_deep_finds_sizes_and_counts_that_the_pixels_deny(

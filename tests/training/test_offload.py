@@ -56,7 +56,7 @@ def test_a_launcher_with_offload_trains_and_contradicts_a_run_without(tmp_path: 
     # The same command is not refused: what the launcher filled in does not count as a changed key.
     done = launch(tmp_path, "offloaded", "training.steps=2", launcher=launcher, launcher_options=processes)
     assert done.returncode == 0, done.stderr
-    assert "all 2 steps are made already" in done.stderr
+    assert "all 2 steps are done already" in done.stderr
     for part in ("optimizer", "parameters"):
         key = f"training.offload.{part}"
         done = launch(tmp_path, part, f"{key}=none", launcher=launcher, launcher_options=processes)

@@ -106,7 +106,7 @@ def test_a_world_that_cannot_share_the_batch_is_refused_with_the_sizes_that_woul
         "training.accumulation=2",
     )
     message = (
-        r"training\.source_batch: 12 samples do not share out over 4 ranks x 2 micro-batches; "
+        r"training\.source_batch: 12 samples cannot be divided evenly among 4 ranks x 2 micro-batches; "
         r"use 8 or 16 samples or a world size out of \[1, 2, 3, 6\]"
     )
     with pytest.raises(UserError, match=message):

@@ -131,5 +131,5 @@ def test_a_finished_run_is_not_trained_over(streets: Path) -> None:
     before = (streets / "runs" / "twice" / "metrics.jsonl").read_bytes()
     done = launch(streets, "twice", "training.steps=1")
     assert done.returncode == 0
-    assert "all 1 steps are made already" in done.stderr
+    assert "all 1 steps are done already" in done.stderr
     assert (streets / "runs" / "twice" / "metrics.jsonl").read_bytes() == before

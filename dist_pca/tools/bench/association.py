@@ -97,7 +97,7 @@ def run(plan_cases: Sequence[Case], progress: Callable[[int, str], None]) -> lis
 
     Args:
         plan_cases: What to measure.
-        progress: Told before each case how many are done, and what comes now.
+        progress: Called before each case with the number of finished cases and a description of the next one.
     """
     records = []
     with tempfile.TemporaryDirectory() as folder:

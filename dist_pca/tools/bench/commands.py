@@ -231,7 +231,7 @@ def resume(
     """Kill a small run of two processes again and again, some times inside a checkpoint write, and start it again.
 
     Weights, optimiser and metrics are then compared, bit by bit, with those of the run that was never killed. Another
-    run goes on on 1, 3 and 2 processes; its samples and losses are compared with those of a run that stays on 2.
+    run is resumed on 1, 3 and 2 processes; its samples and losses are compared with those of a run that stays on 2.
     """
     from dist_pca.tools.bench import report
     from dist_pca.tools.bench.resume import measure_resume

@@ -35,7 +35,7 @@ IMAGES, COPIES = 16, 16
 """Different images, and how often the builder meets each."""
 BATCH, BATCHES = 8, 10
 SAMPLES = 25_000
-"""Of the manifest that is loaded and sought in, with 19 classes."""
+"""Number of samples in the manifest for loading and seeking, with 19 classes."""
 FAR_STEP = 1_000_000
 MEMORY_BATCHES = 20_000
 TRAINING_STEPS = 30

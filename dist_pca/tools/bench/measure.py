@@ -28,9 +28,9 @@ class Reading:
     """What one rank measured of time and exactness; for a bare product only seconds."""
 
     seconds: list[float]
-    """Of value and both gradients, by repeat."""
+    """Seconds for value and both gradients, by repeat."""
     seconds_value: list[float]
-    """Of the value where no gradient is asked for, by repeat."""
+    """Seconds for the value without gradients, by repeat."""
     loss: float | None = None
     """The mean over the kept cycles of all ranks."""
     gradient_difference: float | None = None
@@ -49,7 +49,7 @@ class ReferenceValues:
 
 
 def measure_peak(rank: int, case: Case, store: Path) -> int | None:
-    """Peak memory of value and both gradients on this rank, in bytes; None where the system does not tell.
+    """Peak memory of value and both gradients on this rank, in bytes; None if the system does not report it.
 
     Ranks meet at the file `store`.
     """

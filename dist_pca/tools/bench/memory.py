@@ -12,7 +12,7 @@ _M_MMAP_THRESHOLD = -3
 
 
 def peak_of(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a call takes above those in use before it; None where the system does not tell.
+    """Peak memory of a call above that in use before it, in bytes; None if the system does not report it.
 
     On the CPU the call must be the process's first of its size: memory that an earlier one left with the allocator
     would be used again unseen. On a GPU it runs twice, because the first run compiles and tunes kernels in memory of
@@ -44,7 +44,7 @@ def return_freed_memory_at_once() -> None:
 
 
 def available() -> int | None:
-    """Bytes that processes can still take on this machine's CPU side; None where the system does not tell."""
+    """Available CPU memory of this machine, in bytes; None if the system does not report it."""
     file = Path("/proc/meminfo")
     return _field_bytes(file, "MemAvailable") if file.is_file() else None
 

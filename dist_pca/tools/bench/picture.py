@@ -11,7 +11,7 @@ from dist_pca.tools.bench.report import Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, told apart by colour-blind readers as well.
+# Okabe and Ito's palette, which colour-blind readers can distinguish too.
 _COLOURS = {"dense": "#D55E00", "blockwise": "#0072B2", "triton": "#009E73", "matmul": "#7F7F7F"}
 _NAMES = {"matmul": "bare product"}
 _DASHES = {"fp32": "-", "bf16": (0, (4, 1.5))}

@@ -36,8 +36,8 @@ def measure_resume(folder: Path, kills: int, seed: int, tell: Callable[[str], ob
     Args:
         folder: An empty folder.
         kills: How often.
-        seed: Of the instants.
-        tell: Is told what is being done.
+        seed: Seed of the random times of kills.
+        tell: Called with a description of each step.
 
     Raises:
         UserError: a run ends by itself before it should.
@@ -84,7 +84,7 @@ def draw_streets(folder: Path) -> None:
 
 
 def train_to_the_end(folder: Path, name: str, steps: int, processes: int = 2, **settings: object) -> None:
-    """Train a run of a small network, or go on with it.
+    """Train a run of a small network, or resume it.
 
     Args:
         folder: Holds the shards; the run folder's parent.

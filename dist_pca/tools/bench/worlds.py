@@ -1,4 +1,4 @@
-"""A run that goes on on other numbers of ranks, compared with one that stays on its own."""
+"""Compare a run that is resumed at other world sizes with one whose world size never changes."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def measure_worlds(folder: Path, tell: Callable[[str], object]) -> list[Record]:
 
     Args:
         folder: Where the runs go.
-        tell: Is told what is being done.
+        tell: Called with a description of each step.
 
     Raises:
         UserError: a run does not end as it should.
@@ -40,7 +40,7 @@ def measure_worlds(folder: Path, tell: Callable[[str], object]) -> list[Record]:
     tell("training on 2 processes")
     train_to_the_end(folder, "steady", last, **settings)
     for number, ranks in enumerate(RANKS, 1):
-        tell(f"going on on {ranks}, the {number}. of {len(RANKS)}")
+        tell(f"resuming on {ranks} processes, {number} of {len(RANKS)}")
         train_to_the_end(folder, "moving", STEPS * number, ranks, **settings)
     steady, moving = (_lines(folder / name / "metrics.jsonl") for name in ("steady", "moving"))
     samples = [_lines(folder / name / "samples.jsonl") for name in ("steady", "moving")]

@@ -65,8 +65,8 @@ def submit(
 ) -> None:
     """Train under SLURM: fill in the batch script, check the run, submit it, and say how to follow it.
 
-    The script is printed, and kept in the run folder. What cannot run is refused here rather than hours later in the
-    queue. A run goes on from its newest checkpoint, whatever stopped it.
+    The script is printed, and saved in the run folder. Errors are reported now, and not hours later in the queue. A run
+    resumes from its newest checkpoint, whatever stopped it.
     """
     from dist_pca.tools.cluster.status import saved_step
     from dist_pca.tools.cluster.submit import check_run, render, train_directives
@@ -107,7 +107,7 @@ def submit(
         f"dist-pca status {run.folder}",
         f"squeue --job {job} --start",
         f"tail -F {run.folder}/slurm/{job}*",
-        f"scancel --signal=INT {job}    # to save and end; the same command goes on from there",
+        f"scancel --signal=INT {job}    # to save and exit; the same command resumes from there",
     ):
         console.print(f"  {line}", markup=False)
 
@@ -117,10 +117,10 @@ def status(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, with every metric.")] = False,
 ) -> None:
-    """Tell how runs are doing, from their folders: state, step, time left, last metrics, restarts.
+    """Show the status of runs from their folders: state, step, time left, last metrics, restarts.
 
-    [bold]queued[/] waits to be started or to go on, [bold]stopped[/] has saved and goes on when it is started again,
-    [bold]stale[/] never said that it ended and shows no sign of life.
+    [bold]queued[/] waits to be started or resumed, [bold]stopped[/] has saved and resumes when it is restarted,
+    [bold]stale[/] has neither recorded an end nor written anything for a while.
     """
     from dist_pca.tools.cluster.status import read_status, table, to_json
 

@@ -19,7 +19,7 @@ from dist_pca.training.launch_log import read_launch_log
 FRUITLESS_STARTS = 3
 """Starts of a job in a row without a step saved, after which it is not started again."""
 GAVE_UP = 1
-"""Exit code of a job that nobody knows the end of, or that would not get on."""
+"""Exit code of a job whose end was not recorded, or that made no progress."""
 
 app = typer.Typer(add_completion=False)
 

@@ -37,15 +37,16 @@ class Status(NamedTuple):
 
     run: str
     state: State
-    """`queued` waits in SLURM's queue to start or to go on; `stale` never said that it ended, and shows no life."""
+    """State of the run. `queued`: waits in SLURM's queue to start or resume. `stale`: has neither recorded an end nor
+    written anything for a while."""
     step: int
-    """Last step told in metrics.jsonl, or saved."""
+    """Last step that is logged in metrics.jsonl, or saved."""
     steps: int
     """Steps of the run; 0 where it has not been started yet."""
     saved_step: int
-    """That of the newest checkpoint; 0 without one."""
+    """Step of the newest checkpoint; 0 without one."""
     seconds_left: float | None
-    """Of a running one that has told its speed."""
+    """Seconds left of a running run, once it has logged its speed."""
     silent: float | None
     """Seconds since the run last wrote anything; None where it never did."""
     starts: int
@@ -109,7 +110,7 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     elif _is_at_work(starts, job_state, silent, settings, metrics):
         state = "running"
     else:
-        state, message = "stale", "no sign of life; start it again, and it goes on from its newest checkpoint"
+        state, message = "stale", "no sign of life; restart it, and it resumes from its newest checkpoint"
     if state != "finished" and job_state == "PENDING":
         state, message = "queued", "" if outcome is None else message
     pace = metrics.get("seconds_per_step")

@@ -123,7 +123,7 @@ def submit(script: str, folder: Path) -> str:
             for path in made:
                 path.rmdir()
         raise UserError(f"sbatch: {refusal.removeprefix('sbatch: error: ')}")
-    # Of several clusters it tells the name too.
+    # With several clusters, sbatch prints the cluster's name too.
     job = done.stdout.strip().split(";")[0]
     (logs / f"{job}.sbatch").write_text(script)
     return job

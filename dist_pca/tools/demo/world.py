@@ -136,7 +136,7 @@ class World:
     crossing: float | None
     """Where a zebra crossing begins."""
     patches: tuple[tuple[float, float, float, float], ...]
-    """Mended rectangles of road: x0, z0, x1, z1."""
+    """Rectangular repair patches of the road: x0, z0, x1, z1."""
     skyline: tuple[tuple[float, float, float, bool], ...]
     """What closes the view: x0, x1, height, and whether it is trees."""
     lots: tuple[Lot, ...]

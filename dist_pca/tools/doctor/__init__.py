@@ -1,1 +1,1 @@
-"""Whether a machine, or a cluster, is fit to train on: each line passes, warns or fails, and says how to mend it."""
+"""Check whether a machine or a cluster is ready for training; each check passes, warns or fails, with a fix."""

@@ -58,7 +58,7 @@ def doctor(
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     checks, hosts, speaks = _diagnose(config, overrides or [], shared, wait)
-    # Every rank knows the outcome, and one is enough to tell the launcher.
+    # All ranks have the same outcome; the exit code of one is enough for the launcher.
     if speaks:
         _print(checks, hosts, as_json)
         sys.stdout.flush()

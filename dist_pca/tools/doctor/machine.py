@@ -129,7 +129,7 @@ def disk(folder: Path) -> Check:
     for place in (folder, Path(tempfile.gettempdir())):
         existing = next(parent for parent in (place.absolute(), *place.absolute().parents) if parent.is_dir())
         if not os.access(existing, os.W_OK):
-            return Check("disk", "fail", f"{existing} is not writable", "choose another output=, or mend its rights")
+            return Check("disk", "fail", f"{existing} is not writable", "set another output=, or fix its permissions")
         free = shutil.disk_usage(existing).free
         least = min(least, free)
         found.append(f"{free / 1e9:.1f} GB free at {place}")
@@ -141,7 +141,7 @@ def disk(folder: Path) -> Check:
 
 
 def batches(config: RunConfig, world_size: int) -> Check:
-    """Whether the batches share out over these ranks."""
+    """Check that the batches can be divided evenly among the ranks."""
     try:
         source, target = images_per_rank(fit_accumulation(config, world_size), world_size)
     except UserError as error:

@@ -36,7 +36,7 @@ class Ranks(NamedTuple):
     rank: int
     size: int
     hosts: list[str]
-    """Of each rank."""
+    """Host name of each rank."""
 
 
 class SomeAreMissing(Exception):
@@ -237,7 +237,7 @@ def shared_folder(ranks: Ranks, folder: Path) -> Check:
             _remove_probe(probe, new)
     dist.broadcast_object_list(token)
     if not token[0]:
-        remedy = "mend its rights or make room, or name another folder"
+        remedy = "fix its permissions, free space, or give another folder"
         return Check(name, "fail", f"rank 0 cannot write to {folder}: {why}", remedy)
     deadline, seen = time.monotonic() + SEEN_WITHIN, False
     while not seen and time.monotonic() < deadline:
@@ -260,7 +260,7 @@ def shared_folder(ranks: Ranks, folder: Path) -> Check:
 
 
 def clocks(ranks: Ranks) -> Check:
-    """How far ranks' clocks are apart, told right after a barrier, at best of several. Collective."""
+    """Check how far ranks' clocks differ, read right after a barrier; the best of several reads. Collective."""
     spreads = []
     for _ in range(_REPEATS):
         dist.barrier()

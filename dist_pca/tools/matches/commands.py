@@ -85,8 +85,8 @@ def matches(
 ) -> None:
     """Show which pixels association matches, which matches are wrong, and which classes these pull where.
 
-    A run's network is shown labelled crops of both domains, and source pixels are matched to target pixels and back as
-    in training; true labels of the target then tell which matches are right. Needs no GPU.
+    The network is run on labelled crops of both domains, and source pixels are matched to target pixels and back as in
+    training; the target's true labels show which matches are correct. Needs no GPU.
 
     For each source class the table has its matches, the kept ones (consistent, and seen alike by the teacher where the
     run asks one), the share of each that is correct, the wrong class that kept cycles meet most, and the class's share

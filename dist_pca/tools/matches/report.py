@@ -26,7 +26,7 @@ class Block(NamedTuple):
     """One level of one checkpoint."""
 
     checkpoint: str
-    """Its name."""
+    """Name of the checkpoint."""
     level: Level
     scope: str
     summary: Summary

@@ -20,8 +20,10 @@ def best_choice(
     *,
     images: tuple[int, int],
 ) -> Prediction | None:
-    """Of all ZeRO stages, scopes and exchanges that fit into memory and are at most `SLOWER` times as slow as the
-    fastest of them: the one with the widest pool, then with Lovasz-Softmax over all pixels, then the fastest. ZeRO 2
+    """Choose ZeRO stage, scope and exchange.
+
+    Of all that fit into memory and are at most `SLOWER` times as slow as the fastest of them, the one with the most
+    candidates is chosen, then with Lovasz-Softmax over all pixels, then the fastest. ZeRO 2
     where stages are equal. None if nothing fits.
     """
     fitting = [

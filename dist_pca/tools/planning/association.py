@@ -72,8 +72,9 @@ def sent_bytes(config: AssociationConfig, pool: Pool, device: str) -> float:
         # The teacher's keys are shared to match, and the student's to contrast.
         sent += 2 * vector + keys
     if exchange(config, pool) == "ring":
-        # Keys go round once to match and once with the gradients, which take one step more to be home. A teacher's get
-        # no gradient, and have to go round once more for the softmax that is not of what chose the matches.
+        # Keys are sent around the ring once to match and once with their gradients, which take one more step to reach
+        # their owner. A teacher's keys have no gradient, but are sent once more for the softmax, since other features
+        # chose the matches.
         return sent + (3 * keys if config.teacher_keys else 2 * keys + ranks * rows * pool.channels * 4)
     gradient_bytes = 0 if config.teacher_keys else 2 if config.wire_dtype == "bf16" else 4
     return sent + keys + others * rows * pool.channels * gradient_bytes
@@ -135,7 +136,7 @@ def flops(config: AssociationConfig, pool: Pool, assumptions: Assumptions, devic
 
 
 def _tile_bytes(rows: int, columns: int, channels: int, device: str, triton: bool) -> tuple[int, int]:
-    """Of a tile of products, and of the copies of queries that are made for it."""
+    """Bytes of a tile of logits, and of the copies of queries that are made for it."""
     if triton:
         # The kernels keep no tile.
         return 0, min(rows, KERNEL_ROWS) * channels * 14

@@ -191,7 +191,7 @@ def plan(
     printer.print(report.advice(prediction, best), markup=False)
     printer.print(report.MEANING, style="dim", markup=False)
     if count is None:
-        printer.print(f"Classes: {DEFAULT_CLASSES}, since no shards are there to tell; --classes says otherwise.")
+        printer.print(f"Classes: {DEFAULT_CLASSES}, as there are no shards to read them from; set it with --classes.")
 
 
 def _classes(run: "RunConfig") -> int | None:

@@ -96,7 +96,7 @@ def find_gpu(name: str) -> Gpu:
     """A GPU by name; `cpu` is this machine's processor, which a node's ranks share, for runs over gloo.
 
     Raises:
-        UserError: nobody has entered it.
+        UserError: there is no entry for it.
     """
     if name == "cpu":
         # Each core multiplies and adds two vectors of eight a cycle at 3 GHz, and twice as many numbers of bf16.

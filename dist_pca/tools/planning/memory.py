@@ -30,7 +30,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """What `torch.cuda.max_memory_allocated` tells."""
+        """Peak memory in bytes, as measured by `torch.cuda.max_memory_allocated`."""
         return self.phases[self.phase]
 
 
@@ -47,7 +47,7 @@ def memory(
         ranks: Number of ranks.
         device: A GPU's name, or `cpu`, where collectives do not overlap with the computation.
     """
-    # Flat groups are padded so that they share out evenly.
+    # Flat groups are padded so that they can be divided evenly.
     padded = sum(2 * ranks * ceil(count / (2 * ranks)) for count in group_elements(network))
     own = padded / ranks
     offload = config.training.offload

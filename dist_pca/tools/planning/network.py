@@ -52,9 +52,9 @@ class NetworkStep:
     groups: tuple[tuple[Parameter, ...], ...]
     """Trained parameters, by parameter group of the optimiser."""
     frozen_bytes: int
-    """Of parameters that are not trained, with the frozen backbone that the feature distance is to."""
+    """Bytes of parameters that are not trained, including the frozen backbone of the feature distance."""
     buffer_bytes: int
-    """Of buffers, such as running statistics."""
+    """Bytes of buffers, such as running statistics."""
     batch_norms: tuple[int, ...]
     """Channels of each batch norm."""
     phases: tuple[tuple[str, int], ...]
@@ -71,9 +71,9 @@ class NetworkStep:
     """Operations of convolutions, a multiplication and an addition counting two: the teacher's forward pass, and the
     student's forward and backward pass."""
     product_flops: int
-    """Likewise of matrix products and attention."""
+    """Operations of matrix products and attention, counted in the same way."""
     backward_flops: int
-    """Of all operations, those of the backward pass."""
+    """Operations of the backward pass, out of all operations."""
 
     @property
     def parameters(self) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dist_pca.tools.planning.predict import Prediction
 
-# Okabe and Ito's colours, told apart by colour-blind readers as well.
+# Okabe and Ito's palette, which colour-blind readers can distinguish too.
 _BOUNDS = {"compute": "#0072B2", "network": "#D55E00", "loader": "#009E73"}
 _PARTS = {
     "weights": "#0072B2",

@@ -34,9 +34,9 @@ class Prediction:
     """Bytes of the GPU's memory that tensors can have."""
     traffic: list[Traffic]
     exchange_seconds: list[float]
-    """Of each kind of traffic alone."""
+    """Seconds of each kind of traffic, without overlap."""
     network_flops: float
-    """Of one update on one GPU."""
+    """Network operations of one update on one GPU."""
     association_flops: float
     timing: Timing
 
@@ -47,7 +47,7 @@ class Prediction:
 
     @property
     def hours(self) -> float:
-        """Of all steps, without starts, checkpoints and validation."""
+        """Hours for all steps, without starts, checkpoints and validation."""
         return self.steps * self.timing.step / 3600
 
     @property
@@ -102,7 +102,7 @@ def images_per_rank(config: RunConfig, ranks: int) -> tuple[int, int]:
     """Source and target images in one rank's micro-batch.
 
     Raises:
-        UserError: a batch does not share out evenly; the overrides that would make all do are given.
+        UserError: a batch cannot be divided evenly; the message gives the overrides that fix it.
     """
     accumulation = config.training.accumulation
     try:
@@ -176,7 +176,7 @@ def sweep(
     stage: int,
     largest: int,
 ) -> list[Prediction]:
-    """The same images per GPU on 1, 2, 4, ... up to `largest` GPUs, full nodes as soon as there are several.
+    """Predict 1, 2, 4, ... up to `largest` GPUs at constant images per GPU; multiple nodes are full nodes.
 
     The batch grows with the GPUs, and steps shrink so that as many images are seen.
     """

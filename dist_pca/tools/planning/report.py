@@ -9,7 +9,7 @@ from dist_pca.tools.planning.predict import Prediction
 
 MEANING = (
     "Memory is what all tensors of one GPU take at the fullest moment of a step, as torch.cuda.max_memory_allocated "
-    "tells; usable is the GPU's memory without the reserve for what is no tensor. Memory and bytes are held to "
+    "measures; usable is the GPU's memory without the reserve for what is no tensor. Memory and bytes are held to "
     "measured runs by tests, to within 15 %. Times are estimates from data sheets and the assumptions in --help, and "
     "have not been held to runs on GPUs: for good ones, measure a few steps and set those to what they reached."
 )
@@ -70,7 +70,7 @@ def time_table(prediction: Prediction) -> Table:
 
 
 def sweep_table(predictions: Sequence[Prediction]) -> Table:
-    """The same images per GPU on more and more of them."""
+    """Tabulate predictions for increasing numbers of GPUs, at constant images per GPU."""
     columns = ("GPUs", "batch", "step", "images/s", "bound", "memory", "", "sent", "hours", "GPU-h")
     table = _table("as many images per GPU on more GPUs, for as many images in all", *columns)
     for prediction in predictions:

@@ -16,7 +16,7 @@ class Timing(NamedTuple):
     """Seconds of one update on one rank."""
 
     network_compute: float
-    """Of the student, and of its teacher where there is one."""
+    """Seconds of computing for the student, and for its teacher if there is one."""
     association_compute: float
     exposed_exchange: float
     """Exchange that nothing is computed beside."""
@@ -59,7 +59,7 @@ def timing(
     seconds = [(part, exchange_seconds(part, cluster, assumptions)) for part in exchanges]
     hidden = sum(time for part, time in seconds if part.overlaps)
     exposed = sum(time for part, time in seconds if not part.overlaps)
-    # Gradients are exchanged while the backward pass goes on.
+    # Gradients are exchanged during the backward pass.
     backward = network.backward_flops / (network.convolution_flops + network.product_flops)
     exposed += max(0.0, hidden - backward * network_compute)
 

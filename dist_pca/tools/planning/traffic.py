@@ -26,7 +26,7 @@ class Traffic(NamedTuple):
     nodes: bool
     """It crosses from node to node, where there are several."""
     overlaps: bool
-    """It goes on while the backward pass computes."""
+    """Whether the traffic overlaps with the backward pass."""
 
 
 def traffic(
@@ -95,7 +95,7 @@ def _weights_and_gradients(
     if stage == 3:
         # What is gathered for forward is still there in backward: networks are smaller than DeepSpeed's limit of 10^9
         # elements that it keeps. A teacher's passes break the order in which it expects modules, and it then lets go of
-        # each after use. Small parameters are told to all once an update.
+        # each after use. Small parameters are sent to all once an update.
         forward, calls = _shared_out(config, network, ranks)
         gathers = micro_batches * (2 * network.passes if config.objective.uses_teacher else 1)
         weights = gathers * forward + _persistent(network, ranks)
@@ -123,20 +123,20 @@ def _teacher(config: RunConfig, network: NetworkStep, stage: int, ranks: int) ->
 
 
 def _groups(network: NetworkStep, ranks: int) -> float:
-    """Bytes that tell all ranks the whole network in fp32, group by group."""
+    """Bytes for gathering the whole network in fp32 on all ranks, group by group."""
     own = sum(2 * ceil(count / (2 * ranks)) for count in group_elements(network))
     return all_gather(4 * own, ranks)
 
 
 def _shared_out(config: RunConfig, network: NetworkStep, ranks: int) -> tuple[float, int]:
-    """Bytes and collectives that gather for a forward pass what stage 3 shares out."""
+    """Bytes and number of collectives for gathering the parameters that stage 3 partitions, for a forward pass."""
     shared = [p for group in network.groups for p in group if p.elements >= PERSISTENT_ELEMENTS]
     sizes = (all_gather(travelling_bytes(config, p) * ceil(p.elements / ranks), ranks) for p in shared)
     return sum(sizes), len(shared)
 
 
 def _persistent(network: NetworkStep, ranks: int) -> float:
-    """Bytes that tell all ranks the small parameters, which stage 3 leaves whole on each."""
+    """Bytes for updating the small parameters, which stage 3 does not partition, on all ranks."""
     elements = sum(p.elements for group in network.groups for p in group if p.elements < PERSISTENT_ELEMENTS)
     return all_gather(4 * ceil(elements / ranks), ranks)
 

@@ -134,14 +134,14 @@ def study(
 ) -> None:
     """Train and score a grid of runs, and compare its variants with a baseline, seed by seed.
 
-    Runs are ordinary run folders in OUT/runs. What is trained and scored is not done again, and a run that was stopped
-    goes on, so the same command finishes a study that was cut short. OUT gets study.csv, summary.csv, summary.md,
+    Runs are ordinary run folders in OUT/runs. Finished training and evaluation is not repeated, and a run that was
+    stopped is resumed, so the same command finishes an interrupted study. OUT gets study.csv, summary.csv, summary.md,
     study.png, and study.yaml, which this command takes in place of the config. Runs of other settings are refused.
 
     Ctrl-C saves the run at work, and shows the table of what is there.
 
-    Exit codes: 0 all is made and scored, 1 a run failed, 2 something to mend, 75 saved and to be started again, 130
-    saved after Ctrl-C.
+    Exit codes: 0 all runs are trained and evaluated, 1 a run failed, 2 an error that you can fix, 75 checkpoint saved
+    and the study must be restarted, 130 checkpoint saved after Ctrl-C.
     """
     from dist_pca.tools.cluster.submit import train_directives
     from dist_pca.tools.study.array import submit_study

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dist_pca.tools.study.design import Study
 from dist_pca.tools.study.results import RunResult, Summary
 
-# Okabe and Ito's colours, told apart by colour-blind readers as well.
+# Okabe and Ito's palette, which colour-blind readers can distinguish too.
 _BASELINE, _OTHER = "#7F7F7F", "#0072B2"
 
 

@@ -63,7 +63,7 @@ def select(
     candidate (a class counts from 0.1 per cent of the pixels on), their predicted classes have at most half of that
     one's entropy, or they no longer predict a class that the median candidate sees on 1 per cent of the pixels.
 
-    Labels of the target, where there are any, never choose: they only tell afterwards what the choice was worth. The
+    Labels of the target, if there are any, are never used to choose, only to rate the choice afterwards. The
     last line is the chosen run, as [bold]dist-pca evaluate[/] takes it.
     """
     import torch

@@ -145,7 +145,7 @@ def measure(
         candidates: Two or more of the same classes.
         target: The target's shards.
         device: Where networks run.
-        progress: Told how many pairs of candidate and image are done.
+        progress: Called with the number of finished pairs of candidate and image.
 
     Raises:
         UserError: a run or image cannot be read, or there are no images.

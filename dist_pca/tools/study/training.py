@@ -83,7 +83,7 @@ def train_study(
 ) -> int:
     """Train and score what is not there yet, one run after another.
 
-    A run that was stopped goes on from its newest checkpoint. A signal makes the run at work save, and ends the study.
+    A stopped run resumes from its newest checkpoint. On a signal, the current run saves and the study ends.
 
     Args:
         study: The study.

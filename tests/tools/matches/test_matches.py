@@ -142,7 +142,7 @@ def test_a_teacher_needs_a_use_and_an_average(folder: Path, tmp_path: Path) -> N
 
 
 def test_a_folder_that_is_there_is_refused_before_anything_runs(folder: Path) -> None:
-    assert "is there already" in refusal(folder, "--out", str(folder / "target"))
+    assert "exists already" in refusal(folder, "--out", str(folder / "target"))
 
 
 @pytest.mark.slow
