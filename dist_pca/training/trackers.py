@@ -71,7 +71,7 @@ class Trackers:
                 tracker.log(dict(values), step=step)
             except Exception as error:
                 self._open.remove(tracker)
-                _log.warning("continuing without tracker %s: %s", tracker.name, error)
+                _log.warning("the run continues without %s: %s", tracker.name, error)
 
     def close(self) -> None:
         """Close all trackers, which write what they have buffered."""
