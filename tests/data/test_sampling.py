@@ -76,9 +76,7 @@ def test_draws_are_a_function_of_seed_and_position() -> None:
 
 
 def test_what_no_sample_shows_is_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"^data\.sampling\.min_pixels: no sample .* has 2000 pixels .* at most 1000$"
-    ):
+    with pytest.raises(UserError, match=r"^data\.sampling\.min_pixels: no sample .* has 2000 pixels .* at most 1000$"):
         sampler(min_pixels=2000)
 
 
