@@ -145,8 +145,8 @@ def _place_problems(path: Path, shard: Shard) -> Iterator[Problem]:
         if place.key != key:
             yield Problem(shard.name, key, f"the sample at its index is {place.key!r}")
         elif (place.offset, place.length) != (offset, length):
-            listed = f"{MANIFEST_NAME} lists bytes {offset} to {offset + length}"
-            yield Problem(shard.name, key, f"is at bytes {place.offset} to {place.offset + place.length}, {listed}")
+            expected = f"{MANIFEST_NAME} lists bytes {offset} to {offset + length}"
+            yield Problem(shard.name, key, f"is at bytes {place.offset} to {place.offset + place.length}, {expected}")
 
 
 def _sample_problems(job: _Job, report: Report) -> Iterator[Problem]:
