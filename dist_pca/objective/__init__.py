@@ -1,4 +1,4 @@
-"""What is minimised: every term of the method, each the same on any number of ranks."""
+"""The terms of the training loss; none depends on the world size."""
 
 from dist_pca.objective.domains import Domain, Domains
 from dist_pca.objective.objective import objective

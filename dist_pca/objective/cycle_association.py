@@ -1,4 +1,4 @@
-"""Cycle association of a micro-batch's images, as a config describes it (PLCA, section 3.1)."""
+"""Cycle association of a micro-batch's images, according to the config (PLCA, section 3.1)."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def associate_level(
     """Associate source and target at one level (PLCA, section 3.1). Collective.
 
     Raises:
-        UserError: an input is wrong on some rank; level, rank and tensor are named.
+        UserError: an input is wrong on some rank; the message names level, rank and tensor.
     """
     similarity = SIMILARITY[level]
     inputs = association_inputs(config, level, source, target)
@@ -44,9 +44,9 @@ def associate_level(
 def association_inputs(
     config: AssociationConfig, level: Level, source: Domain, target: Domain
 ) -> dict[str, list[torch.Tensor]]:
-    """Pixels of each image at one level, and what is known of them, by argument of `associate`.
+    """Inputs of `associate` at one level, by argument, as lists over images.
 
-    The guide comes as `source_guide` and `target_guide`.
+    The guide is given as `source_guide` and `target_guide`.
     """
     similarity = SIMILARITY[level]
     # Both levels are associated on one grid, that of the features (PLCA, section 3.1).
@@ -83,7 +83,7 @@ def _associate(
     num_classes: int,
     node: dist.ProcessGroup | None,
 ) -> Association:
-    """Associate images pair by pair, or all of them at once; `inputs` are lists over images, by argument."""
+    """Associate images in pairs, or all of them together; `inputs` are lists over images, by argument."""
     sources, targets, labels = (inputs.pop(name) for name in ("source", "target", "labels"))
     guide = None
     if "source_guide" in inputs:
@@ -118,7 +118,7 @@ def _associate(
 def _teacher_inputs(
     config: AssociationConfig, level: Level, source: Domain, target: Domain, grid: tuple[torch.Size, torch.Size]
 ) -> dict[str, list[torch.Tensor]]:
-    """Teacher's part of the inputs: classes and confidences of target pixels, and pixels that choose the matches."""
+    """Inputs from the teacher: classes and confidences of target pixels, and features that choose the matches."""
     assert target.teacher_logits is not None
     inputs = {}
     confidence, classes = pixels_at("predictions", target.features, target.teacher_logits, grid[1]).max(dim=2)
@@ -137,7 +137,7 @@ def _teacher_inputs(
 def _picked(
     config: AssociationConfig, budget: int, domain: Domain, grid: torch.Size, labels: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """Positions of each image that a budget leaves: balanced where there are labels to balance by."""
+    """Sample the pixels of each image under a budget; balanced by class if there are labels."""
     if labels is not None and config.position_sampling == "balanced":
         return [
             class_balanced(label, budget, IGNORE_INDEX, seed) for label, seed in zip(labels, domain.seeds, strict=True)

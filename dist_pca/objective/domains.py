@@ -1,4 +1,4 @@
-"""What the network has computed for each view of a micro-batch, and what is known of it."""
+"""Outputs of the network and labels for each view of a micro-batch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,39 +6,39 @@ from typing import NamedTuple
 import torch
 
 IGNORE_INDEX = 255
-"""Label of pixels that no term counts."""
+"""Label of pixels that every term ignores."""
 
 
 class Domain(NamedTuple):
-    """One domain's crops: outputs of the network for them, and what is known of them."""
+    """Outputs of the network, labels and teacher outputs for one domain's crops."""
 
     logits: torch.Tensor
-    """[B, K, h, w]"""
+    """Logits [B, K, h, w]."""
     features: torch.Tensor
-    """[B, C, h', w']"""
+    """Pixel features for association, [B, C, h', w']."""
     labels: torch.Tensor | None
-    """Integer [B, H, W] at crop resolution, 255 ignored: true ones, which for the target serve diagnosis alone, or of
-    mixed and masked images pseudo labels."""
+    """Labels, integer [B, H, W] at crop resolution, 255 for ignore. True labels, which for the target are used for
+    diagnostics only; pseudo labels for mixed and masked images."""
     seeds: Sequence[int] = ()
-    """B seeds, one of each crop, for the pixels that a budget picks."""
+    """B seeds, one per crop, for sampling pixels under a budget."""
     confident: torch.Tensor | None = None
-    """bool [B, H, W], where pseudo labels are confident; None where labels are true ones."""
+    """Where pseudo labels are confident, bool [B, H, W]; None if labels are true ones."""
     trusted: torch.Tensor | None = None
-    """bool [B, H, W], where a mixed image shows the source and has its label."""
+    """Where a mixed image has source pixels and labels, bool [B, H, W]."""
     truth: torch.Tensor | None = None
-    """Integer [B, H, W], true labels beside pseudo labels, for diagnosis alone."""
+    """True labels in addition to pseudo labels, integer [B, H, W], for diagnostics only."""
     teacher_logits: torch.Tensor | None = None
-    """[B, K, h, w], the teacher's for the same crops in their own colours, where association asks for them."""
+    """Teacher's logits for the same crops without colour augmentation, [B, K, h, w], if association needs them."""
     teacher_features: torch.Tensor | None = None
-    """[B, C, h', w'], likewise."""
+    """Teacher's pixel features for the same crops, [B, C, h', w'], if association needs them."""
     deepest: torch.Tensor | None = None
-    """[B, C", h", w"], the backbone's deepest map, where the feature distance asks for it."""
+    """The backbone's deepest map, [B, C", h", w"], if the feature distance needs it."""
     pretrained: torch.Tensor | None = None
-    """[B, C", h", w"], the frozen backbone's for the same images."""
+    """The frozen backbone's deepest map for the same images, [B, C", h", w"]."""
 
 
 class Domains(NamedTuple):
-    """All that the student has seen in a micro-batch."""
+    """The student's outputs for all views of a micro-batch."""
 
     source: Domain
     target: Domain | None = None

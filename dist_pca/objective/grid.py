@@ -1,4 +1,4 @@
-"""Pixels and labels on the grid that association compares."""
+"""Pixel features and labels on the association grid."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from dist_pca.objective.domains import IGNORE_INDEX
 
 
 def pixels_at(level: Level, features: torch.Tensor, logits: torch.Tensor, grid: torch.Size) -> torch.Tensor:
-    """Pixels of each image on a grid, [B, h * w, C]: features, or class probabilities averaged over each cell."""
+    """Pixels of each image on a grid, [B, h * w, C]: features, or class probabilities averaged over cells."""
     values = features.float() if level == "features" else logits.float().softmax(dim=1)
     if values.shape[-2:] != grid:
         values = F.interpolate(values, grid, mode="area")
@@ -22,18 +22,18 @@ def labels_at(
 
     Args:
         labels: [B, H, W], 255 ignored.
-        num_classes: Other labels are below it.
+        num_classes: Number of classes K; labels are below it.
         grid: h and w.
-        share: A cell has the class that at least this share of its pixels have, and else none; 0 takes the label of the
-            nearest pixel.
+        share: Least share of a cell's pixels that must agree for the cell to have a label; 0 takes the nearest pixel's
+            label.
     """
     if labels is None:
         return None
     if share == 0:
         return F.interpolate(labels[:, None].float(), size=grid, mode="nearest").flatten(1).long()
-    # The ignored get a plane of their own, which no cell can have as its class.
+    # Ignored pixels are counted in an additional plane, which is never a cell's class.
     planes = F.one_hot(torch.where(labels == IGNORE_INDEX, num_classes, labels.long()), num_classes + 1)
     cells = F.interpolate(planes.permute(0, 3, 1, 2).float(), size=grid, mode="area")
     shares, majority = cells[:, :num_classes].max(dim=1)
-    # Half of a cell's pixels is a share of 0.5 whatever rounding does to it.
+    # The tolerance keeps rounding from rejecting a share that is exactly the threshold.
     return torch.where(shares >= share - 1e-6, majority, IGNORE_INDEX).flatten(1)

@@ -33,21 +33,21 @@ def objective(
     node: dist.ProcessGroup | None = None,
     things: Sequence[int] = (),
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of one micro-batch and its terms for the log.
+    """Compute the loss of one micro-batch, and its terms for the log.
 
-    Collective; every term is the mean over all ranks' pixels, scaled so that gradients averaged over ranks are those of
-    one process on the concatenated micro-batch.
+    Collective. Every term is a mean over all ranks' pixels, scaled so that the average of gradients over ranks is the
+    gradient of one process on the concatenated micro-batch.
 
     Args:
         config: Weights and switches.
         source: Labelled domain.
-        target: Unlabelled domain, None when training on the source alone, or on pseudo labels of mixed images alone.
-        mixed: Target images with pasted source classes, where self-training shows them.
-        masked: Target images with hidden blocks, where masked consistency shows them.
-        step: Update, for the association's start and ramp.
+        target: Unlabelled domain; None if no term uses the target's images themselves.
+        mixed: Target images with pasted source classes, if self-training is on.
+        masked: Target images with hidden blocks, if masked consistency is on.
+        step: Optimiser step, for the association's start and ramp.
         accumulation: Micro-batches per update, for the released Lovasz convention and the bytes exchanged.
-        node: This node's ranks, for the association scope `node`.
-        things: Classes whose cells the feature distance is over.
+        node: Process group of this node's ranks, for the association scope `node`.
+        things: Train ids of the feature distance's classes.
     """
     if source.labels is None:
         raise ValueError("the source has no labels")
@@ -107,13 +107,13 @@ def objective(
                     f"correct_ratio_{level}": found.correct_ratio,
                     f"kept_correct_ratio_{level}": found.kept_correct_ratio,
                     f"nats_over_chance_{level}": found.nats_over_chance,
-                    # Per update: the log takes the mean over micro-batches.
+                    # Bytes per update: the log averages over micro-batches.
                     f"exchanged_bytes_{level}": accumulation * found.exchanged_bytes,
                     f"kept_per_class_{level}": found.kept_per_class,
                     **_confusions(level, target, found),
                 }
 
-    # The same target images with the same pseudo labels, seen in another way.
+    # Both views have the same target images and pseudo labels.
     taught = masked or mixed
     if taught is not None and step >= config.self_training.start_step:
         assert taught.confident is not None
@@ -132,14 +132,14 @@ def objective(
 
 
 def _confusions(level: Level, target: Domain, found: Association) -> dict[str, torch.Tensor]:
-    """Matches by source class and true class of the target pixel, where the latter is known."""
+    """Confusion matrices of matches, by source class and true class of the target pixel, if that is known."""
     if target.labels is None:
         return {}
     return {f"confusion_{level}": found.confusion, f"kept_confusion_{level}": found.kept_confusion}
 
 
 def _pseudo_label_accuracy(view: Domain) -> torch.Tensor:
-    """Share of pseudo labels that are the true ones, nan where true ones are not known."""
+    """Share of pseudo labels that are correct; nan if true labels are not known."""
     assert view.labels is not None
     if view.truth is None:
         return view.logits.new_tensor(torch.nan)

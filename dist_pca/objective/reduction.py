@@ -6,8 +6,9 @@ from dist_pca.association.communication import all_reduce_sum, world_size
 
 
 def world_mean(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """`W * local sum / global count`: gradients averaged over the W ranks, and so the values, are those of the mean.
+    """Compute `W * local sum / global count`, whose average over the W ranks is the mean over all ranks' elements.
 
-    Collective. A count of 0 on all ranks gives 0 with a graph.
+    The average of gradients is the gradient of that mean. Collective. If the global count is 0, the result is 0, with a
+    graph.
     """
     return world_size() * total / all_reduce_sum(count.to(total.dtype)).clamp(min=1)

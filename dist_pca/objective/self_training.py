@@ -1,4 +1,4 @@
-"""Self-training: cross-entropy with a teacher's pseudo labels, weighted by how sure the teacher is.
+"""Self-training: cross-entropy with a teacher's pseudo labels, weighted by the teacher's confidence.
 
 DACS (Tranheden et al., WACV 2021) on images mixed by ClassMix (Olsson et al., WACV 2021); Masked Image Consistency
 (Hoyer et al., CVPR 2023) on images with hidden blocks.
@@ -14,18 +14,18 @@ from dist_pca.objective.domains import IGNORE_INDEX
 
 
 class PseudoLabels(NamedTuple):
-    """What a teacher says of B target images."""
+    """Pseudo labels of B target images."""
 
     labels: torch.Tensor
-    """int64 [B, H, W], the most probable class; ignored rows are 255."""
+    """Most probable class, int64 [B, H, W]; ignored rows are 255."""
     confident: torch.Tensor
-    """bool [B, H, W], its probability reaches the threshold; in ignored rows too."""
+    """Whether its probability reaches the threshold, bool [B, H, W]; in ignored rows too."""
 
 
 def pseudo_labels(
     logits: torch.Tensor, size: torch.Size, *, threshold: float, ignore_top: float = 0.0, ignore_bottom: float = 0.0
 ) -> PseudoLabels:
-    """Label images by a teacher's logits.
+    """Compute pseudo labels from a teacher's logits.
 
     Args:
         logits: [B, K, h, w].
@@ -43,17 +43,17 @@ def pseudo_labels(
 
 
 class Confidence(NamedTuple):
-    """How sure a teacher is of all ranks' target images."""
+    """Confidence of a teacher on all ranks' target images."""
 
     share: torch.Tensor
-    """Scalar, q: share of confident pixels."""
+    """Share of confident pixels q, scalar."""
     pixels: torch.Tensor
-    """Scalar, number of pixels, ignored ones included."""
+    """Number of pixels N, including ignored ones, scalar."""
 
 
 def world_confidence(confident: torch.Tensor) -> Confidence:
-    """Count confident pixels, of bool [B, H, W], over all ranks. Collective."""
-    # Counts of pixels pass the precision of fp32 on large machines.
+    """Count confident pixels (bool [B, H, W]) over all ranks. Collective."""
+    # At large world sizes, pixel counts exceed the precision of fp32.
     counts = torch.stack([confident.sum(), torch.tensor(confident.numel(), device=confident.device)]).double()
     sure, pixels = all_reduce_sum(counts)
     return Confidence((sure / pixels).float(), pixels)
@@ -62,20 +62,19 @@ def world_confidence(confident: torch.Tensor) -> Confidence:
 def pseudo_label_loss(
     logits: torch.Tensor, labels: torch.Tensor, confidence: Confidence, trusted: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Cross-entropy with pseudo labels, each pixel weighing the share of confident ones.
+    """Cross-entropy with pseudo labels, weighted by the share of confident pixels.
 
-    `(1 / N) sum_i w_i CE_i` over all N pixels of all ranks, ignored ones included, with `w_i = 1` where a label is
-    trusted and `w_i = q` elsewhere; q is a share over all ranks, so that it does not depend on how images are spread
-    over them.
+    `(1 / N) sum_i w_i CE_i` over all N pixels of all ranks, including ignored ones, with `w_i = 1` for trusted labels
+    and `w_i = q` for others. q is a share over all ranks, so it does not depend on how images are divided among them.
 
     Args:
         logits: [B, K, h, w], upsampled bilinearly to the labels' size.
         labels: int64 [B, H, W], 255 for pixels that are left out.
         confidence: q and N.
-        trusted: bool [B, H, W], pixels that were pasted from the source with its label; None trusts no pixel.
+        trusted: Pixels that were pasted from the source with their labels, bool [B, H, W]; None if there are none.
 
     Returns:
-        Scalar, scaled so that gradients averaged over ranks are those of the mean over all ranks' pixels.
+        Scalar, scaled so that the average of gradients over ranks is the gradient of the mean over all ranks' pixels.
     """
     full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
     weight = confidence.share if trusted is None else torch.where(trusted, 1.0, confidence.share)

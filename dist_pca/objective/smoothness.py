@@ -6,12 +6,13 @@ from dist_pca.objective.reduction import world_mean
 
 
 def smoothness(logits: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Mean over positions of `sg(l / threshold - 1) * l`, `l` being the mean of `-log P` over classes.
+    """Mean over pixels of `sg(l / threshold - 1) * l`, where `l` is the mean of `-log P` over classes. Collective.
 
-    Its gradient sharpens a position whose `l` is below the threshold and smooths one whose `l` is above.
+    The gradient sharpens the prediction of a pixel whose `l` is below the threshold, and smooths it if `l` is above.
+    The mean is over the pixels of all ranks.
 
     Args:
-        logits: [B, K, h, w]. Collective: the mean is over the positions of all ranks.
+        logits: [B, K, h, w].
         threshold: lambda of the paper, in nats.
     """
     mean_negative_log = -torch.log_softmax(logits, dim=1).mean(dim=1)

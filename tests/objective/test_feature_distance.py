@@ -89,8 +89,8 @@ def test_classes_are_cityscapes_things_unless_named() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("cra",), r"feature_distance\.classes: 'cra' is no class of the run; the nearest is 'carrot'"),
-        (None, r"feature_distance\.classes: the run has none .*; name some of soil, carrot"),
+        (("cra",), r"feature_distance\.classes: 'cra' is not a class of the run; the nearest is 'carrot'"),
+        (None, r"feature_distance\.classes: the run has none .*; set the key to some of soil, carrot"),
     ],
 )
 def test_classes_that_the_run_lacks_are_refused(names: tuple[str, ...] | None, message: str) -> None:

@@ -81,7 +81,7 @@ def test_a_run_on_another_machine_is_stale_when_longer_silent_than_a_living_one_
     assert read_status(run, time.time() + 60).state == "running"
     stale = read_status(run, time.time() + 70)
     assert stale.state == "stale"
-    assert "start it again" in stale.message
+    assert "restart it" in stale.message
 
 
 def test_on_its_own_machine_the_process_decides(tmp_path: Path) -> None:
