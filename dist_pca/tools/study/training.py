@@ -28,7 +28,7 @@ def open_tests(study: Study) -> dict[str, Manifest]:
     manifests = {location: open_manifest(location, cache) for location in study.tests}
     for location, manifest in manifests.items():
         if not manifest.labelled:
-            raise UserError(f"--test {location}: have no labels; give labelled shards")
+            raise UserError(f"--test {location}: has no labels; give labelled shards")
     return manifests
 
 

@@ -152,7 +152,7 @@ def test_a_started_run_of_other_settings_is_refused_and_the_key_named(folder: Pa
 
 def test_unlabelled_test_shards_are_refused(tmp_path: Path) -> None:
     make_shards(tmp_path / "bare", [1], labelled=False)
-    with pytest.raises(UserError, match="have no labels"):
+    with pytest.raises(UserError, match="has no labels"):
         open_tests(small_study(tmp_path, tests=(str(tmp_path / "bare"),)))
 
 
