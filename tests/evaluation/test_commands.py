@@ -119,7 +119,10 @@ def test_export_names_what_it_wrote(
         ("evaluate tiny --shards labelled --window 4 4", "an input of 4 x 4 pixels is too small for the network"),
         ("evaluate tiny --shards labelled --window 0 4", "evaluation.window: Input should be greater than 0"),
         ("evaluate tiny --shards labelled --label-set cityscape", "no label set 'cityscape'"),
-        ("evaluate tiny --shards labelled --write-predictions text.png", "--write-predictions text.png: is there"),
+        (
+            "evaluate tiny --shards labelled --write-predictions text.png",
+            "--write-predictions text.png: exists already",
+        ),
         ("evaluate tiny --shards labelled --write-predictions text.png/out", "text.png/out: cannot be written"),
         ("predict tiny nothing.png --out out", "nothing.png: no such file or folder"),
         ("predict tiny text.png --out out", "text.png: unreadable image"),

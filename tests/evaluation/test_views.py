@@ -124,7 +124,7 @@ def test_several_views_give_the_class_of_the_largest_mean_probability() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"stride": (8, 8)}, "there is no window"),
+        ({"stride": (8, 8)}, "without a window"),
         ({"window": (8, 8), "stride": (8, 9)}, r"\[8, 9\] leaves gaps between windows of \[8, 8\]"),
         ({"scales": ()}, "at least 1 item"),
         ({"scales": (0.0,)}, "greater than 0"),

@@ -94,7 +94,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused_with_sizes_that_they_can() -
 
 
 def test_a_limit_without_one_loss_is_refused() -> None:
-    with pytest.raises(UserError, match=r"max_micro_batch: .*; set accumulation_pool=update too"):
+    with pytest.raises(UserError, match=r"max_micro_batch: .*; set training.accumulation_pool=update too"):
         run_config(2, "sgd", "training.max_micro_batch=2")
 
 
