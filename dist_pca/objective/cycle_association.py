@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_pca.association import Association, associate, associate_pairs, diffuse
+from dist_pca.association import Association, cycle_association, cycle_association_pairs, diffuse
 from dist_pca.association.sampling import class_balanced, random_grid
 from dist_pca.association.similarity import Similarity
 from dist_pca.config import AssociationConfig, Level
@@ -44,7 +44,7 @@ def associate_level(
 def association_inputs(
     config: AssociationConfig, level: Level, source: Domain, target: Domain
 ) -> dict[str, list[torch.Tensor]]:
-    """Inputs of `associate` at one level, by argument, as lists over images.
+    """Inputs of `cycle_association` at one level, by argument, as lists over images.
 
     The guide is given as `source_guide` and `target_guide`.
     """
@@ -100,9 +100,9 @@ def _associate(
         "deterministic": config.deterministic,
     }
     if config.scope == "pair":
-        return associate_pairs(sources, targets, labels, guide=guide, **inputs, **options)
+        return cycle_association_pairs(sources, targets, labels, guide=guide, **inputs, **options)
     tensors: dict[str, Any] = {name: torch.cat(images) for name, images in inputs.items()}
-    return associate(
+    return cycle_association(
         torch.cat(sources),
         torch.cat(targets),
         torch.cat(labels),

@@ -32,7 +32,7 @@ def refinements(
     weights: bool = False,
     guide: bool = False,
 ) -> dict[str, Any]:
-    """Optional inputs of `associate`, drawn: classes with some 255, weights with some 0, and a guide's pixels."""
+    """Draw optional inputs of `cycle_association`: classes with some 255, weights with some 0, a guide's pixels."""
     drawn: dict[str, Any] = {}
     if classes:
         drawn["target_classes"] = labels_of(n_target, seed + 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_pca.association import Association, associate, associate_pairs
+from dist_pca.association import Association, cycle_association, cycle_association_pairs
 from dist_pca.association.similarity import Similarity
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
 from tests.ranks import run_on_ranks
@@ -82,7 +82,7 @@ def one_rank(rank: int, ranks: int, node: dist.ProcessGroup, case: Case) -> dict
     own, switches = refined(case, rank)
     sources, targets, labels = pixels(similarity, ranks)
     weight = torch.eye(CHANNELS, dtype=torch.float64, requires_grad=True)
-    found = associate(
+    found = cycle_association(
         through(weight, sources[rank], similarity),
         through(weight, targets[rank], similarity),
         labels[rank],
@@ -125,7 +125,7 @@ def one_process(ranks: int, case: Case) -> dict[str, torch.Tensor]:
     } | refined(case, 0)[1]
     if "guide" in drawn[0]:
         options["guide"] = tuple(joined([own["guide"][side] for own in drawn]) for side in (0, 1))
-    found = associate_pairs(
+    found = cycle_association_pairs(
         [through(weight, rows, similarity) for rows in joined(sources)],
         [through(weight, rows, similarity) for rows in joined(targets)],
         joined(labels),
@@ -159,7 +159,7 @@ def in_several_types(rank: int, ranks: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for exchange, dtype, comm_dtype in product(("gather", "ring"), ("fp32", "bf16"), ("fp32", "bf16")):
         source = sources[rank].float().requires_grad_()
-        found = associate(
+        found = cycle_association(
             source,
             targets[rank].float(),
             labels[rank],
@@ -178,7 +178,7 @@ def in_several_types(rank: int, ranks: int) -> dict[str, Any]:
 
 def test_matmul_and_comm_dtypes_of_either_kind_find_the_same_loss(tmp_path: Path) -> None:
     sources, targets, labels = pixels("cosine", 3)
-    expected = associate(
+    expected = cycle_association(
         torch.cat(sources), torch.cat(targets), torch.cat(labels), num_classes=CLASSES, implementation="reference"
     ).loss.float()
     found = run_on_ranks(in_several_types, 3, tmp_path)[0]
@@ -195,7 +195,9 @@ def repeated(rank: int, ranks: int) -> list[torch.Tensor | None]:
     gradients = []
     for _ in range(3):
         source = sources[rank].float().requires_grad_()
-        associate(source, targets[rank].float(), labels[rank], num_classes=CLASSES, exchange="ring").loss.backward()
+        cycle_association(
+            source, targets[rank].float(), labels[rank], num_classes=CLASSES, exchange="ring"
+        ).loss.backward()
         gradients.append(source.grad)
     return gradients
 
@@ -217,7 +219,7 @@ def wrong_on_one_rank(rank: int, ranks: int) -> list[str]:
             target = target[:0] if problem == "empty" else target
             settings["detach_statistics"] = problem != "argument"
         try:
-            associate(source, target, labels, **settings)
+            cycle_association(source, target, labels, **settings)
             messages.append("")
         except ValueError as error:
             messages.append(str(error))
@@ -271,7 +273,7 @@ def a_wrong_refinement_on_one_rank(rank: int, ranks: int) -> dict[str, str]:
                 case "type":
                     source, target = source.double(), target.double()
         try:
-            associate(source, target, labels, num_classes=2, **options)
+            cycle_association(source, target, labels, num_classes=2, **options)
             messages[problem] = ""
         except ValueError as error:
             messages[problem] = str(error)
@@ -305,7 +307,7 @@ def without_a_kept_cycle(rank: int, ranks: int) -> list[torch.Tensor]:
     results = []
     for weight, seen, exchange in product((0.0, 1.0), (255, None), ("gather", "ring")):
         source, target = sources[rank].clone().requires_grad_(), targets[rank].clone().requires_grad_()
-        found = associate(
+        found = cycle_association(
             source,
             target,
             labels[rank],

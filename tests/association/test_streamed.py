@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_pca.association import Association, associate, associate_pairs, tiles
+from dist_pca.association import Association, cycle_association, cycle_association_pairs, tiles
 from dist_pca.association.similarity import Similarity
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
 
@@ -18,7 +18,7 @@ def value_and_gradients(
     source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, **options: object
 ) -> tuple[Association, torch.Tensor, torch.Tensor]:
     source, target = source.clone().requires_grad_(), target.clone().requires_grad_()
-    found = associate(source, target, labels, num_classes=CLASSES, **options)  # type: ignore[arg-type]
+    found = cycle_association(source, target, labels, num_classes=CLASSES, **options)  # type: ignore[arg-type]
     found.loss.backward()
     assert source.grad is not None
     assert target.grad is not None
@@ -131,7 +131,9 @@ def test_refinements_streamed_equal_those_of_the_reference(
 
     def outcome(implementation: str) -> tuple[Any, ...]:
         sources, targets = ([x.clone().requires_grad_() for x in rows] for rows in zip(*pairs, strict=True))
-        found = associate_pairs(sources, targets, labels, num_classes=CLASSES, implementation=implementation, **options)  # type: ignore[arg-type]
+        found = cycle_association_pairs(
+            sources, targets, labels, num_classes=CLASSES, implementation=implementation, **options
+        )  # type: ignore[arg-type]
         found.loss.backward()
         return found, *(x.grad for x in (*sources, *targets))
 
@@ -156,7 +158,7 @@ def test_gradient_with_refinements_is_that_of_finite_differences(
     drawn = refinements(9, 8, 5, similarity, 3, weights=True, guide=True)
 
     def loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        found = associate(
+        found = cycle_association(
             s,
             t,
             labels,
@@ -181,7 +183,7 @@ def test_gradient_is_that_of_finite_differences(similarity: Similarity, implemen
     labels = labels_of(9, 3)
 
     def loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return associate(
+        return cycle_association(
             s,
             t,
             labels,

@@ -17,7 +17,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dist_pca.association import associate, triton_launch
+from dist_pca.association import cycle_association, triton_launch
 from dist_pca.association.kernels import BlockMatch
 from dist_pca.association.triton_launch import TritonKernels
 
@@ -266,7 +266,7 @@ def test_association_through_the_kernels_is_the_definition(similarity: Any, dtyp
     for implementation, products in (("reference", "fp32"), ("triton", dtype)):
         source, target = (x.clone().requires_grad_() for x in domains)
         options: dict[str, Any] = {"similarity": similarity, "implementation": implementation, "dtype": products}
-        found = associate(source, target, labels, num_classes=3, detach_statistics=False, **options)
+        found = cycle_association(source, target, labels, num_classes=3, detach_statistics=False, **options)
         found.loss.backward()
         results.append((found.loss.detach(), source.grad, target.grad))
     tolerance = 1e-5 if dtype == "fp32" else 2e-2
@@ -288,7 +288,7 @@ def test_refinements_through_the_kernels_are_the_definition(similarity: Any, gui
     for implementation in ("reference", "triton"):
         source, target = (x.clone().requires_grad_() for x in domains[:2])
         options: dict[str, Any] = {"similarity": similarity, "implementation": implementation, "guide_keys": guide_keys}
-        found = associate(
+        found = cycle_association(
             source,
             target,
             labels,

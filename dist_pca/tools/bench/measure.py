@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dist_pca.association import Association, associate
+from dist_pca.association import Association, cycle_association
 from dist_pca.association.options import Implementation
 from dist_pca.tools.bench.cases import Case, Measured, inputs
 from dist_pca.tools.bench.memory import peak_of, return_freed_memory_at_once
@@ -91,7 +91,7 @@ def compute_reference(rank: int, case: Case, file: Path) -> ReferenceValues:
     parts = [inputs(case, part) for part in range(case.world_size)]
     source, target, labels = (torch.cat(same) for same in zip(*parts, strict=True))
     source, target = source.double().requires_grad_(), target.double().requires_grad_()
-    loss = associate(
+    loss = cycle_association(
         source, target, labels, similarity=case.similarity, num_classes=case.classes, implementation="reference"
     ).loss
     gradients = torch.stack(torch.autograd.grad(loss, (source, target)))
@@ -115,7 +115,7 @@ def _world(rank: int, case: Case, store: Path) -> Iterator[torch.device]:
 
 
 def _value(case: Case, source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> Association:
-    return associate(
+    return cycle_association(
         source,
         target,
         labels,

@@ -46,7 +46,7 @@ def exchange(config: AssociationConfig, pool: Pool) -> Literal["local", "gather"
 
 
 def implementation(config: AssociationConfig, device: str) -> Literal["reference", "blockwise", "triton"]:
-    """How it is computed, as `associate` chooses."""
+    """How it is computed, as `cycle_association` chooses."""
     if config.implementation != "auto":
         return config.implementation
     return "triton" if device != "cpu" and config.dtype == "bf16" else "blockwise"

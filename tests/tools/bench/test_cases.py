@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from dist_pca.association import associate
+from dist_pca.association import cycle_association
 from dist_pca.tools.bench.cases import Case, inputs
 
 CASE = Case(
@@ -26,7 +26,7 @@ CASE = Case(
 
 def kept_ratio(case: Case) -> float:
     source, target, labels = inputs(case, 0)
-    found = associate(source, target, labels, similarity=case.similarity, num_classes=case.classes)
+    found = cycle_association(source, target, labels, similarity=case.similarity, num_classes=case.classes)
     return float(found.consistent_ratio)
 
 
@@ -71,6 +71,6 @@ def test_positions_for_kl_are_distributions() -> None:
 def test_the_default_spread_gives_the_ratios_of_a_network_in_training() -> None:
     case = dataclasses.replace(CASE, n=8464, channels=256, classes=19, spread=1.5)
     source, target, labels = inputs(case, 0)
-    found = associate(source, target, labels, num_classes=19)
+    found = cycle_association(source, target, labels, num_classes=19)
     assert float(found.consistent_ratio) == pytest.approx(0.73, abs=0.03)
     assert float(found.cover_ratio) == pytest.approx(0.22, abs=0.03)

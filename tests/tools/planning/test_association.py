@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_pca.association import associate
+from dist_pca.association import cycle_association
 from dist_pca.config import AssociationConfig, Level
 from dist_pca.objective.lovasz import lovasz_softmax
 from dist_pca.tools.planning import association, lovasz
@@ -22,7 +22,7 @@ def counted_with_guide(rank: int, world_size: int, configs: list[AssociationConf
     source, target, *guide = (torch.randn(count, CHANNELS) for count in (300, 260, 300, 260))
     return [
         int(
-            associate(
+            cycle_association(
                 source.requires_grad_(),
                 target.requires_grad_(),
                 torch.arange(300) % CLASSES,
@@ -52,7 +52,7 @@ def measured_association(rank: int, world_size: int, level: Level, exchange: str
         live.count([source, target, labels])
         given = live.bytes
         live.begin("forward")
-        loss = associate(
+        loss = cycle_association(
             source,
             target,
             labels,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_pca.association import Association, associate, associate_pairs, diffuse
+from dist_pca.association import Association, cycle_association, cycle_association_pairs, diffuse
 from dist_pca.association.similarity import Similarity
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
 
@@ -75,7 +75,9 @@ def literal(
 def test_loss_is_the_papers_formula_taken_literally(similarity: Similarity, implementation: str) -> None:
     source, target = domain(23, 7, similarity, 0), domain(17, 7, similarity, 1)
     labels = labels_of(23, 0)
-    found = associate(source, target, labels, similarity=similarity, num_classes=3, implementation=implementation)  # type: ignore[arg-type]
+    found = cycle_association(
+        source, target, labels, similarity=similarity, num_classes=3, implementation=implementation
+    )  # type: ignore[arg-type]
     loss, kept = literal(source, target, labels.tolist(), similarity)
     assert int(found.kept) == kept > 0
     assert float(found.loss) == pytest.approx(loss, rel=1e-9)
@@ -94,7 +96,7 @@ def test_refined_loss_is_its_formula_taken_literally(
     # With two classes enough cycles pass both of their tests.
     labels, options["target_classes"] = labels_of(40, 0, 2), labels_of(30, 4, 2)
     loss, kept = literal(source, target, labels.tolist(), similarity, **options)
-    found = associate(
+    found = cycle_association(
         source, target, labels, similarity=similarity, num_classes=3, implementation=implementation, **options
     )  # type: ignore[arg-type]
     assert int(found.kept) == kept > 2
@@ -105,7 +107,7 @@ def test_refined_loss_is_its_formula_taken_literally(
 def gradients(source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, **options: Any) -> list[torch.Tensor]:
     """Loss and gradients."""
     source, target = (x.clone().requires_grad_() for x in (source, target))
-    loss = associate(source, target, labels, num_classes=CLASSES, **options).loss
+    loss = cycle_association(source, target, labels, num_classes=CLASSES, **options).loss
     return [loss.detach(), *torch.autograd.grad(loss, (source, target))]
 
 
@@ -143,7 +145,7 @@ def test_more_of_one_class_does_not_move_the_class_balanced_mean(seed: int, simi
 
     def loss(repeated: int, class_balanced: bool) -> torch.Tensor:
         sources, targets, labels = zip(*[common] * repeated, rare, strict=True)
-        return associate_pairs(
+        return cycle_association_pairs(
             sources, targets, labels, similarity=similarity, num_classes=3, class_balanced=class_balanced
         ).loss
 
@@ -160,7 +162,7 @@ def test_keys_of_a_guide_take_no_gradient(similarity: Similarity, implementation
     _, keys_too, _ = gradients(source, target, labels, **options)
     source.requires_grad_()
     target.requires_grad_()
-    found = associate(
+    found = cycle_association(
         source, target, labels, num_classes=CLASSES, guide=(guide_source, guide_target), guide_keys=True, **options
     )
     found.loss.backward()
@@ -179,8 +181,8 @@ def test_permuting_pixels_changes_nothing(seed: int, similarity: Similarity) -> 
     source, target = domain(30, 6, similarity, seed), domain(20, 6, similarity, seed + 1)
     labels = labels_of(30, seed)
     rows, columns = torch.randperm(30), torch.randperm(20)
-    before = associate(source, target, labels, similarity=similarity, num_classes=CLASSES)
-    after = associate(source[rows], target[columns], labels[rows], similarity=similarity, num_classes=CLASSES)
+    before = cycle_association(source, target, labels, similarity=similarity, num_classes=CLASSES)
+    after = cycle_association(source[rows], target[columns], labels[rows], similarity=similarity, num_classes=CLASSES)
     torch.testing.assert_close(after.loss, before.loss, rtol=1e-9, atol=1e-12)
     assert torch.equal(after.kept_per_class, before.kept_per_class)
     assert float(after.cover_ratio) == pytest.approx(float(before.cover_ratio))
@@ -192,7 +194,7 @@ def test_doubling_all_targets_leaves_every_matchs_class_unchanged(seed: int, sim
     source, target = domain(30, 6, similarity, seed), domain(20, 6, similarity, seed + 1)
     labels, truth = labels_of(30, seed), labels_of(20, seed + 1)
     once, twice = (
-        associate(
+        cycle_association(
             source,
             target.repeat(times, 1),
             labels,
@@ -211,8 +213,8 @@ def test_doubling_all_targets_leaves_every_matchs_class_unchanged(seed: int, sim
 def test_the_length_of_features_changes_nothing(seed: int, factor: float) -> None:
     source, target = domain(30, 6, "cosine", seed), domain(20, 6, "cosine", seed + 1)
     labels = labels_of(30, seed)
-    before = associate(source, target, labels, num_classes=CLASSES).loss
-    after = associate(source * factor, target / factor, labels, num_classes=CLASSES).loss
+    before = cycle_association(source, target, labels, num_classes=CLASSES).loss
+    after = cycle_association(source * factor, target / factor, labels, num_classes=CLASSES).loss
     torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-12)
 
 
@@ -222,8 +224,8 @@ def test_a_constant_added_to_every_row_of_log_probabilities_changes_nothing(seed
     """Scaling key distributions shifts all their logarithms, so each row of similarities by a constant."""
     source, target = domain(30, 6, "kl", seed), domain(20, 6, "kl", seed + 1)
     labels = labels_of(30, seed)
-    before = associate(source, target, labels, similarity="kl", num_classes=CLASSES).loss
-    after = associate(source, target * constant, labels, similarity="kl", num_classes=CLASSES).loss
+    before = cycle_association(source, target, labels, similarity="kl", num_classes=CLASSES).loss
+    after = cycle_association(source, target * constant, labels, similarity="kl", num_classes=CLASSES).loss
     # Up to the 1e-10 inside the logarithm; the backward queries scale as a whole, which their deviation undoes.
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
 
@@ -232,7 +234,7 @@ def test_a_constant_added_to_every_row_of_log_probabilities_changes_nothing(seed
 @every_implementation
 def test_labels_that_are_all_ignored_give_zero_with_a_graph(similarity: Similarity, implementation: str) -> None:
     source, target = (domain(n, 4, similarity, n).requires_grad_() for n in (6, 5))
-    found = associate(
+    found = cycle_association(
         source,
         target,
         torch.full((6,), 255),
@@ -252,8 +254,8 @@ def test_labels_that_are_all_ignored_give_zero_with_a_graph(similarity: Similari
 def test_several_pairs_share_one_mean_over_their_cycles() -> None:
     sources, targets = [domain(n, 5, "cosine", n) for n in (14, 9)], [domain(n, 5, "cosine", n) for n in (8, 11)]
     labels = [labels_of(14, 0), labels_of(9, 1)]
-    together = associate_pairs(sources, targets, labels, num_classes=CLASSES)
-    alone = [associate(s, t, y, num_classes=CLASSES) for s, t, y in zip(sources, targets, labels, strict=True)]
+    together = cycle_association_pairs(sources, targets, labels, num_classes=CLASSES)
+    alone = [cycle_association(s, t, y, num_classes=CLASSES) for s, t, y in zip(sources, targets, labels, strict=True)]
     expected = sum(found.loss * found.kept for found in alone) / sum(found.kept for found in alone)
     torch.testing.assert_close(together.loss, expected)
 
@@ -262,7 +264,7 @@ def test_diagnostics_count_what_they_say() -> None:
     # Sources 0 and 1 match target 0, which leads back to source 0; source 2 matches target 1, which leads back to it.
     source = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.0, 0.1], [0.0, 1.0, 0.0]])
     target = torch.tensor([[1.0, 0.0, 0.01], [0.0, 1.0, 0.01], [0.1, 0.1, 1.0], [-1.0, -1.0, 0.0]])
-    found = associate(
+    found = cycle_association(
         source, target, torch.tensor([0, 1, 1]), num_classes=2, target_labels=torch.tensor([0, 0, 255, 255])
     )
     assert int(found.kept) == 2
@@ -284,7 +286,7 @@ def test_a_teachers_class_and_weight_decide_which_cycles_count(implementation: s
     target = torch.tensor([[1.0, 0.0, 0.01], [0.0, 1.0, 0.01], [0.1, 0.1, 1.0]])
 
     def found(classes: list[int], weights: list[float]) -> Association:
-        return associate(
+        return cycle_association(
             source,
             target,
             torch.tensor([0, 0, 1]),
@@ -312,7 +314,9 @@ def test_a_teachers_class_and_weight_decide_which_cycles_count(implementation: s
 
 
 def test_without_target_labels_there_is_no_confusion() -> None:
-    found = associate(domain(9, 4, "cosine", 0), domain(8, 4, "cosine", 1), labels_of(9, 0), num_classes=CLASSES)
+    found = cycle_association(
+        domain(9, 4, "cosine", 0), domain(8, 4, "cosine", 1), labels_of(9, 0), num_classes=CLASSES
+    )
     assert found.confusion.shape == found.kept_confusion.shape == (CLASSES, CLASSES)
     assert not found.confusion.any()
     assert not found.kept_confusion.any()
@@ -322,14 +326,16 @@ def test_without_target_labels_there_is_no_confusion() -> None:
 
 def test_the_value_alone_is_the_value_with_gradients() -> None:
     source, target, labels = domain(30, 6, "cosine", 0), domain(20, 6, "cosine", 1), labels_of(30, 0)
-    with_gradients = associate(source.clone().requires_grad_(), target, labels, num_classes=CLASSES).loss
-    assert torch.equal(associate(source, target, labels, num_classes=CLASSES).loss, with_gradients.detach())
+    with_gradients = cycle_association(source.clone().requires_grad_(), target, labels, num_classes=CLASSES).loss
+    assert torch.equal(cycle_association(source, target, labels, num_classes=CLASSES).loss, with_gradients.detach())
 
 
 @pytest.mark.parametrize("given_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_gradients_have_the_type_of_what_was_given(given_dtype: torch.dtype) -> None:
     source = domain(12, 6, "cosine", 0).to(given_dtype).requires_grad_()
-    associate(source, domain(9, 6, "cosine", 1).to(given_dtype), labels_of(12, 0), num_classes=CLASSES).loss.backward()
+    cycle_association(
+        source, domain(9, 6, "cosine", 1).to(given_dtype), labels_of(12, 0), num_classes=CLASSES
+    ).loss.backward()
     assert source.grad is not None
     assert source.grad.dtype == given_dtype
 
@@ -359,17 +365,17 @@ def test_gradients_have_the_type_of_what_was_given(given_dtype: torch.dtype) -> 
 def test_what_does_not_fit_is_named(change: dict[str, torch.Tensor], message: str) -> None:
     fitting = {"source": torch.ones(3, 4), "target": torch.ones(3, 4), "labels": torch.zeros(3)}
     with pytest.raises(ValueError, match=message):
-        associate(**(fitting | change), num_classes=2)  # type: ignore[arg-type]
+        cycle_association(**(fitting | change), num_classes=2)  # type: ignore[arg-type]
 
 
 def test_pairs_that_do_not_fit_are_named() -> None:
     a, b, labels = torch.ones(3, 4), torch.ones(2, 4), torch.zeros(5)
     with pytest.raises(ValueError, match="labels must have as many rows as source in every pair"):
-        associate_pairs([a, b], [a, a], [labels[:2], labels[:3]], num_classes=2)
+        cycle_association_pairs([a, b], [a, a], [labels[:2], labels[:3]], num_classes=2)
     with pytest.raises(ValueError, match="source has 2 images and target 1; they must be as many"):
-        associate_pairs([a, b], [a], [labels[:3], labels[:2]], num_classes=2)
+        cycle_association_pairs([a, b], [a], [labels[:3], labels[:2]], num_classes=2)
     with pytest.raises(ValueError, match="target_weights must have as many rows as target in every pair"):
-        associate_pairs([a, b], [a, b], [labels[:3], labels[:2]], target_weights=[torch.ones(5)], num_classes=2)
+        cycle_association_pairs([a, b], [a, b], [labels[:3], labels[:2]], target_weights=[torch.ones(5)], num_classes=2)
 
 
 @both_similarities
@@ -379,7 +385,7 @@ def test_autocast_around_it_changes_nothing(similarity: Similarity) -> None:
 
     def loss() -> torch.Tensor:
         diffused = diffuse(target[None], 0.5, similarity)[0]
-        return associate(source, diffused, labels, similarity=similarity, num_classes=CLASSES).loss
+        return cycle_association(source, diffused, labels, similarity=similarity, num_classes=CLASSES).loss
 
     outside = loss()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -393,7 +399,7 @@ def test_the_choice_of_implementation_is_logged_once(caplog: pytest.LogCaptureFi
     _log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="dist_pca.association"):
         for _ in range(3):
-            associate(source, target, labels, num_classes=CLASSES)
+            cycle_association(source, target, labels, num_classes=CLASSES)
     assert caplog.messages == ["association: blockwise, matmuls in fp32, candidates: each rank's own pixels"]
 
 
@@ -401,4 +407,4 @@ def test_triton_on_a_device_that_cannot_run_it_is_an_error(monkeypatch: pytest.M
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     source, target, labels = domain(9, 6, "cosine", 0), domain(8, 6, "cosine", 1), labels_of(9, 0)
     with pytest.raises(ValueError, match="implementation=triton cannot run on cpu: it needs Triton and an NVIDIA GPU"):
-        associate(source, target, labels, num_classes=CLASSES, implementation="triton")
+        cycle_association(source, target, labels, num_classes=CLASSES, implementation="triton")
