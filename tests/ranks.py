@@ -22,4 +22,6 @@ def _run(rank: int, function: Callable[..., Any], world_size: int, folder: Path,
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     torch.save(function(rank, world_size, *args), folder / f"{rank}.pt")
+    # If a peer exits while this rank still communicates, gloo's threads may abort the process.
+    dist.barrier()
     dist.destroy_process_group()

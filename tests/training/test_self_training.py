@@ -39,7 +39,13 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("more", [(), ("training.accumulation=2", "training.accumulation_pool=update")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(("training.accumulation=2", "training.accumulation_pool=update"), marks=pytest.mark.exhaustive),
+    ],
+)
 def test_two_ranks_with_every_term_are_one_rank_with_the_whole_batch(tmp_path: Path, more: tuple[str, ...]) -> None:
     build_streets(tmp_path)
     for name, launcher in (("one", "accelerate/single"), ("two", "accelerate/cpu")):

@@ -41,6 +41,7 @@ def test_two_ranks_train_with_both_terms_as_one_does(tmp_path: Path) -> None:
             assert of_two[term] == pytest.approx(of_one[term], rel=1e-4), (of_one["step"], term)
 
 
+@pytest.mark.exhaustive
 def test_the_pretrained_backbone_is_the_same_after_a_restart(tmp_path: Path) -> None:
     build_streets(tmp_path)
     runs = tmp_path / "runs"

@@ -183,7 +183,7 @@ def study_line(folder: Path, out: str) -> list[str]:
     left_out = ("name=", "output=", "training.steps=", "training.checkpoint_every=")
     keys = [key for key in overrides(folder, "unused") if not key.startswith(left_out)]
     # Long enough to be interrupted between the first and the last step.
-    keys += ["training.steps=40", "training.checkpoint_every=1", "data.workers=0"]
+    keys += ["training.steps=24", "training.checkpoint_every=4", "data.workers=0"]
     settings = [word for key in keys for word in ("--set", key)]
     options = ["--seeds", "0,1", "--processes", "1", "--test", str(folder / "dusk"), "--out", str(folder / out)]
     return [sys.executable, "-m", "dist_pca.cli", "study", "demo", *options, *settings]
