@@ -1,6 +1,5 @@
 """The loss is the paper's, its laws hold, and its diagnostics count what they say."""
 
-import logging
 import math
 from typing import Any
 
@@ -390,21 +389,3 @@ def test_autocast_around_it_changes_nothing(similarity: Similarity) -> None:
     outside = loss()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(loss(), outside)
-
-
-def test_the_choice_of_implementation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    source, target, labels = domain(9, 6, "cosine", 0), domain(8, 6, "cosine", 1), labels_of(9, 0)
-    from dist_pca.association.solve import _log_once
-
-    _log_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger="dist_pca.association"):
-        for _ in range(3):
-            cycle_association(source, target, labels, num_classes=CLASSES)
-    assert caplog.messages == ["association: blockwise, matmuls in fp32, candidates: each rank's own pixels"]
-
-
-def test_triton_on_a_device_that_cannot_run_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    source, target, labels = domain(9, 6, "cosine", 0), domain(8, 6, "cosine", 1), labels_of(9, 0)
-    with pytest.raises(ValueError, match="implementation=triton cannot run on cpu: it needs Triton and an NVIDIA GPU"):
-        cycle_association(source, target, labels, num_classes=CLASSES, implementation="triton")

@@ -52,6 +52,14 @@ def test_the_json_tells_agreement_guards_and_what_the_choice_was_worth(folder: P
     assert found["regret"] == pytest.approx(max(true) - found["chosen"]["true_mean_iou"])
 
 
+def test_an_excluded_candidate_has_no_vote_in_the_ensemble(folder: Path) -> None:
+    found, expected = (
+        {row["run"]: row["agreement"] for row in json.loads(select(folder, names, "--json").stdout)["candidates"]}
+        for names in ("a b c d", "a b d")
+    )
+    assert {run: found[run] for run in expected} == expected
+
+
 def test_other_labels_on_the_same_images_leave_the_choice_and_change_the_report(folder: Path, tmp_path: Path) -> None:
     members = [sample_members(index) for index in range(3)]
     turned = [
