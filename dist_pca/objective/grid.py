@@ -22,8 +22,8 @@ def labels_at(
 
     Args:
         labels: [B, H, W], 255 ignored.
-        num_classes: Number of classes K; labels are below it.
         grid: h and w.
+        num_classes: Number of classes K; labels are below it.
         share: Least share of a cell's pixels that must agree for the cell to have a label; 0 takes the nearest pixel's
             label.
     """

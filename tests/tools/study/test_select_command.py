@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 from dist_pca.cli import app
 from dist_pca.tools.study import select_command, selection
 from tests.data.shards import make_shards, sample_members, write_shards
-from tests.evaluation.networks import segmenter, write_run
+from tests.evaluation.networks import CLASSES, segmenter, write_run
 from tests.tools.study.test_selection import shaken
 
 
@@ -18,6 +18,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     collapsed = segmenter()
     torch.nn.init.zeros_(collapsed.head.classifier.weight)  # type: ignore[union-attr, arg-type]
     torch.nn.init.zeros_(collapsed.head.classifier.bias)  # type: ignore[union-attr, arg-type]
+    certain = segmenter()
+    torch.nn.init.zeros_(certain.head.classifier.weight)  # type: ignore[union-attr, arg-type]
+    with torch.no_grad():
+        certain.head.classifier.bias.copy_(50 * torch.eye(len(CLASSES))[0])  # type: ignore[union-attr, operator]
+    write_run(folder / "e", certain)
     for name, network in (("a", shaken(0.02, 1)), ("b", segmenter()), ("c", collapsed), ("d", shaken(0.02, 2))):
         write_run(folder / name, network)
     write_run(folder / "two", shaken(0.5, 3), segmenter(), shaken(0.02, 4))
@@ -55,7 +60,7 @@ def test_the_json_tells_agreement_guards_and_what_the_choice_was_worth(folder: P
 def test_an_excluded_candidate_has_no_vote_in_the_ensemble(folder: Path) -> None:
     found, expected = (
         {row["run"]: row["agreement"] for row in json.loads(select(folder, names, "--json").stdout)["candidates"]}
-        for names in ("a b c d", "a b d")
+        for names in ("a b d e", "a b d")
     )
     assert {run: found[run] for run in expected} == expected
 
