@@ -99,9 +99,9 @@ def main(
         if code != ExitCode.DONE:
             _print(message)
     if dist.is_initialized():
-        # If this is left to interpreter shutdown, gloo's threads sometimes abort a process that has finished.
         dist.destroy_process_group()
-    sys.exit(0 if SUPERVISED in os.environ else code)
+    # A gloo thread that still owns a tensor aborts the process if it meets the interpreter's shutdown.
+    exit_process(run.folder, 0 if SUPERVISED in os.environ else code)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Real processes joined by gloo, for tests of what ranks compute together."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,16 @@ def _run(rank: int, function: Callable[..., Any], world_size: int, folder: Path,
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     torch.save(function(rank, world_size, *args), folder / f"{rank}.pt")
-    # If a peer exits while this rank still communicates, gloo's threads may abort the process.
+    leave_group()
+
+
+def leave_group() -> NoReturn:
+    """End a process of a group once its peers are done too. Collective.
+
+    A gloo thread that still owns a tensor aborts the process if it meets Python's shutdown, so there is none.
+    """
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

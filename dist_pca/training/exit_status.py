@@ -72,6 +72,7 @@ def read_exit_status(folder: Path) -> ExitStatus | None:
 
 def exit_process(folder: Path, code: int) -> NoReturn:
     """Exit at once and kill loader processes, without waiting for other ranks, which may be in a collective."""
+    sys.stdout.flush()
     sys.stderr.flush()
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process().children(recursive=True):

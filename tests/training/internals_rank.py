@@ -18,6 +18,7 @@ def observe(_rank: int, port: int, folder: Path) -> None:
     from dist_pca.training.deepspeed_config import deepspeed_config
     from dist_pca.training.distributed import init_distributed
     from dist_pca.training.optimizer import build_optimizer
+    from tests.ranks import leave_group
     from tests.training.zero_runs import micro_batches, network, run_config
 
     facts: dict[str, dict[str, Any]] = {}
@@ -81,4 +82,4 @@ def observe(_rank: int, port: int, folder: Path) -> None:
         facts[str(stage)] = found
     facts["process"] = {"cpu_kernel": deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]}
     (folder / "internals.json").write_text(json.dumps(facts))
-    torch.distributed.destroy_process_group()
+    leave_group()

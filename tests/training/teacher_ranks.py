@@ -8,6 +8,7 @@ import torch
 
 from dist_pca.config import RunConfig
 from dist_pca.training.optimizer import build_optimizer
+from tests.ranks import leave_group
 from tests.training.zero_runs import batch, micro_batches, network
 
 
@@ -45,4 +46,4 @@ def teach(rank: int, ranks: int, port: int, folder: Path, config: RunConfig) -> 
             } | {"average": all(torch.equal(v, found["average"][n]) for n, v in gather_network(engine, average))}
     found["trained"] = {name: value.clone().cpu() for name, value in gather_network(engine, None)}
     torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_group()

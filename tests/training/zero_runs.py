@@ -17,6 +17,7 @@ from dist_pca.resources import resource
 from dist_pca.training.accumulation import MicroBatch, grad_cache, separate_losses
 from dist_pca.training.checkpoint import latest_checkpoint
 from dist_pca.training.optimizer import build_optimizer
+from tests.ranks import leave_group
 
 STEPS, CLASSES = 3, 5
 Trained = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
@@ -154,7 +155,7 @@ def engine_steps(
             update_ema(ema, engine, config.training.ema_decay, step + 1)
     with CheckpointWriter(folder, config, device=environment.device) as checkpoints:
         checkpoints.save(parts, last)
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 def through_deepspeed(

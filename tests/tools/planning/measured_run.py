@@ -6,6 +6,7 @@ every collective that PyTorch dispatches, whoever calls it, as a ring of ranks s
 
 import json
 import os
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def main(config: str, overrides: list[str] = typer.Argument(None)) -> None:  # n
         sound_enter(self, phase, step)
 
     Watchdog.enter = enter  # type: ignore[method-assign]
+    # The process would end here, before what was measured is written.
+    train.exit_process = lambda folder, code: sys.exit(code)  # type: ignore[assignment]
     with measured:
         try:
             train.main(config, overrides)
