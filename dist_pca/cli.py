@@ -101,8 +101,8 @@ def train(
     and the run must be restarted, 130 checkpoint saved after Ctrl-C.
     """
     from dist_pca.config.telemetry import profile_overrides
+    from dist_pca.resilience.launch import launch, launch_command, process_count, quote_command
     from dist_pca.train import resolve_config
-    from dist_pca.training.launch import launch, launch_command, process_count, quote_command
     from dist_pca.training.prepare import prepare_run
     from dist_pca.training.resume import is_finished
 

@@ -1,4 +1,9 @@
-"""Exceptions whose message is meant for the user."""
+"""Errors whose message is meant for the user, and what messages are made of."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class UserError(Exception):
@@ -13,3 +18,28 @@ class UserError(Exception):
 
 class CorruptSample(UserError):
     """One unusable sample in an otherwise usable shard; the message names the shard and the sample's key."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known name that is spelled most like `name`, for a message that suggests it."""
+    return difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+
+
+def explain(detail: Mapping[str, Any], known: Iterable[str]) -> str:
+    """Say in one line, beginning with the key, what pydantic found wrong with a value.
+
+    Args:
+        detail: One of `ValidationError.errors()`.
+        known: All keys, written with dots, among which the nearest to an unknown one is named.
+    """
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: unknown key; the nearest is {nearest(key, known)}"
+    if detail["type"] == "missing":
+        return f"{key}: required and missing"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] != "value_error":
+        return f"{key}: {message}, got {detail['input']!r}"
+    # A section's own validator names the key inside the section.
+    inner = re.match(r"[a-z_.]+: ", message)
+    return f"{key}{'.' if inner else ': '}{message}" if key else message

@@ -17,9 +17,9 @@ from rich.logging import RichHandler
 from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
 from dist_pca.options import Resume
+from dist_pca.resilience.exit_status import SUPERVISED, ExitCode, exit_process, print_error, write_exit_status
+from dist_pca.resilience.preemption import StopRequest
 from dist_pca.resources import resource
-from dist_pca.training.exit_status import SUPERVISED, ExitCode, exit_process, print_error, write_exit_status
-from dist_pca.training.signals import StopRequest
 
 
 def resolve_config(name: str, overrides: list[str]) -> RunConfig:

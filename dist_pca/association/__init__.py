@@ -3,7 +3,6 @@
 Usable on its own in any trainer: it needs torch and nothing else of this package.
 """
 
-from dist_pca.association.communication import all_gather, all_reduce_sum
 from dist_pca.association.diffusion import diffuse
 from dist_pca.association.loss import (
     CycleAssociationLoss,
@@ -14,6 +13,7 @@ from dist_pca.association.loss import (
 )
 from dist_pca.association.matches import Matches, find_matches
 from dist_pca.association.result import Association
+from dist_pca.distributed import all_gather, all_reduce_sum
 
 __all__ = [
     "Association",

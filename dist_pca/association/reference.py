@@ -5,11 +5,11 @@ from typing import NamedTuple
 import torch
 
 from dist_pca.association.candidates import CandidateGroup
-from dist_pca.association.communication import all_gather
 from dist_pca.association.cycles import Cycles, are_consistent, scale_by_class
 from dist_pca.association.options import Inputs, Options
 from dist_pca.association.similarity import keys, normalised
 from dist_pca.association.statistics import temperature
+from dist_pca.distributed import all_gather
 
 
 class QueriesAndKeys(NamedTuple):

@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from dist_pca.association import reference, streamed
 from dist_pca.association.candidates import CandidateGroup
-from dist_pca.association.communication import all_reduce_sum, world_size
 from dist_pca.association.diagnostics import correct_ratio, count, total
 from dist_pca.association.options import Implementation, Inputs, Options, Precision
 from dist_pca.association.phases import phase
 from dist_pca.association.result import Association
 from dist_pca.association.validate import RankMetadata, validate
+from dist_pca.distributed import all_reduce_sum, world_size
 
 GATHER_BYTES = 4 << 30
 """Memory up to which `auto` gathers the keys of all ranks and their gradients [bytes per rank]; beyond it, `ring`."""

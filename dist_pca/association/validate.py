@@ -11,9 +11,9 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 
-from dist_pca.association.communication import world_size
 from dist_pca.association.options import Options
 from dist_pca.association.phases import phase
+from dist_pca.distributed import world_size
 
 NAMES = (
     "source",

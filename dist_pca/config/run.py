@@ -1,9 +1,7 @@
 """The whole config of a run: read, validate, write."""
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,7 +16,8 @@ from dist_pca.config.objective import ObjectiveConfig
 from dist_pca.config.section import NonNegative, Section
 from dist_pca.config.telemetry import TelemetryConfig
 from dist_pca.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
-from dist_pca.errors import UserError
+from dist_pca.errors import UserError, explain
+from dist_pca.files import write_whole
 
 
 class RunConfig(Section):
@@ -111,25 +110,14 @@ def validate_config(values: object, origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{origin}: " + "; ".join(_explain(detail) for detail in error.errors())) from None
+        raise UserError(
+            f"{origin}: " + "; ".join(explain(detail, _all_keys(RunConfig)) for detail in error.errors())
+        ) from None
 
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config as YAML; `load_config` reads an equal config from it."""
-    OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path)
-
-
-def _explain(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, _all_keys(RunConfig), n=1, cutoff=0.0)[0]
-        return f"{key}: unknown key; the nearest is {nearest}"
-    if detail["type"] == "missing":
-        return f"{key}: required and missing"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":
-        return f"{key}.{message}" if key else message
-    return f"{key}: {message}, got {detail['input']!r}"
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -17,7 +17,8 @@ from typing import IO
 from dist_pca.config import CacheConfig
 from dist_pca.data.storage import Cancelled, Patience, download, is_remote, object_url, shown
 from dist_pca.errors import UserError
-from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, file_sha256, load_manifest
+from dist_pca.files import file_sha256
+from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest
 
 _OWN_FOLDER = re.compile(r".*-[0-9a-f]{16}")
 _PART = ".part"

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dist_pca.classes import IGNORE_INDEX
 from dist_pca.config import DataConfig, SamplingConfig
-from dist_pca.data.classes import chosen_classes, lookup_table
+from dist_pca.data.class_table import chosen_classes, lookup_table
 from dist_pca.data.mixture import Mixture, Place
 from dist_pca.data.order import Order
 from dist_pca.data.randomness import Domain, Indices, Purpose, draw
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import IGNORE_INDEX
 from dist_pca.shards.manifest import Manifest
 
 Counts = npt.NDArray[np.int64]

@@ -20,10 +20,11 @@ import webdataset
 from PIL import Image
 from torch.utils.data import get_worker_info
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import CacheConfig, DataConfig, SamplingConfig
 from dist_pca.data.batch import PREFETCH, Batch, Cut, Filled, Ring
 from dist_pca.data.cache import CacheSettings, cache_settings
-from dist_pca.data.classes import chosen_classes, lookup_table
+from dist_pca.data.class_table import chosen_classes, lookup_table
 from dist_pca.data.decode import decode_sample
 from dist_pca.data.order import micro_batch_positions, micro_batch_size
 from dist_pca.data.randomness import Domain
@@ -31,7 +32,6 @@ from dist_pca.data.reader import ShardReader
 from dist_pca.data.sampling import Choice, Sampler, build_sampler
 from dist_pca.data.transform import Crop, Pixels, apply_crop, check_crop, crop_label, draw_crop, resized_size
 from dist_pca.errors import CorruptSample, UserError
-from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
 
 _log = logging.getLogger("dist_pca.data")

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dist_pca.errors import UserError
+from dist_pca.errors import UserError, explain
 
 if TYPE_CHECKING:
     from dist_pca.config import RunConfig
@@ -119,10 +119,10 @@ def evaluate(
     Under accelerate launch the images are divided among the ranks, and the scores are the same.
     """
     from dist_pca.data.cache import cache_settings, open_manifest
+    from dist_pca.distributed import join_ranks
     from dist_pca.evaluation.evaluate import evaluate as score
     from dist_pca.evaluation.label_files import cityscapes_ids
     from dist_pca.evaluation.report import table
-    from dist_pca.training.distributed import join_ranks
     from dist_pca.training.run import load_run
 
     config, classes, model = load_run(run, checkpoint, weights=weights)
@@ -197,13 +197,13 @@ def predict(
 
     from dist_pca.evaluation.image_files import find_images
     from dist_pca.evaluation.predict_images import predict_images
-    from dist_pca.evaluation.staged import refuse_what_is_there
+    from dist_pca.files import refuse_existing
     from dist_pca.training.run import load_run
 
     if not labels and not overlays:
         raise UserError("--no-labels --no-overlay: nothing to write; remove one of them")
     if not force:
-        refuse_what_is_there(out, "--out")
+        refuse_existing(out, "--out")
     files = find_images(images, out)
     config, classes, model = load_run(run, checkpoint, weights=weights)
     config = _with_options(
@@ -293,8 +293,6 @@ def _with_options(config: "RunConfig", **options: Any) -> "RunConfig":
     try:
         evaluation = EvaluationConfig.model_validate(own | chosen)
     except ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
-        key = f"{first['loc'][0]}: " if first["loc"] else ""
-        raise UserError(f"evaluation.{key}{message}; options give {chosen}") from None
+        reason = explain(error.errors()[0], EvaluationConfig.model_fields)
+        raise UserError(f"evaluation.{reason}; options give {chosen}") from None
     return config.model_copy(update={"evaluation": evaluation})

@@ -5,7 +5,7 @@ Scores are computed from integer counts over all pixels of all images, so they d
 
 import torch
 
-from dist_pca.shards.classes import IGNORE_INDEX
+from dist_pca.classes import IGNORE_INDEX
 
 
 def confusion_matrix(

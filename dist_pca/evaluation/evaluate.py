@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
+from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.data.stream import evaluation_stream
 from dist_pca.errors import UserError
@@ -17,8 +18,7 @@ from dist_pca.evaluation.confusion import confusion_matrix
 from dist_pca.evaluation.inference import input_size, predict
 from dist_pca.evaluation.label_files import cityscapes_ids, prediction_names, save_label
 from dist_pca.evaluation.report import Scores, label_set_members, score
-from dist_pca.evaluation.staged import staged_folder
-from dist_pca.shards.classes import IGNORE_INDEX, ClassInfo
+from dist_pca.files import new_folder
 from dist_pca.shards.manifest import Manifest
 
 
@@ -70,7 +70,7 @@ def evaluate(
     try:
         with ExitStack() as stack:
             stack.enter_context(closing(samples))
-            staged = predictions and stack.enter_context(staged_folder(predictions, "--write-predictions"))
+            staged = predictions and stack.enter_context(new_folder(predictions, "--write-predictions"))
             for key, image, label in track(
                 samples,
                 f"evaluating {manifest.folder.name}",

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.evaluation.onnx_file import write_onnx
-from dist_pca.evaluation.staged import staged_folder
+from dist_pca.files import new_folder
 from dist_pca.model.exported import save_exported
 from dist_pca.model.segmenter import Segmenter
-from dist_pca.shards.classes import ClassInfo
 
 
 def export(
@@ -38,7 +38,7 @@ def export(
             logits.
     """
     size = config.evaluation.input_size
-    with staged_folder(out, "--out") as staged:
+    with new_folder(out, "--out") as staged:
         edge = round(sum(config.data.shorter_edge) / 2) if size is None else min(size)
         save_exported(staged, model, config.model, classes, input_size=size, shorter_edge=edge)
         return write_onnx(model, staged / "model.onnx", onnx_size) if onnx else None

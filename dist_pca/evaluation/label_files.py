@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dist_pca.classes import ClassInfo
 from dist_pca.evaluation.pictures import color_labels
-from dist_pca.shards.classes import ClassInfo
+from dist_pca.files import replacing
 from dist_pca.shards.manifest import Manifest
 from dist_pca.shards.recipe import load_recipe
 
@@ -64,9 +65,5 @@ def overlay(image: Pixels, label: Pixels, classes: Sequence[ClassInfo]) -> Image
 def save_whole(path: Path, image: Image.Image) -> None:
     """Write a PNG atomically, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as part:
         image.save(part, "PNG")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from dist_pca.shards.classes import ClassInfo
+from dist_pca.classes import ClassInfo
 
 Pixels = npt.NDArray[np.uint8]
 Row = tuple[Pixels, Pixels | None, Sequence[Pixels]]

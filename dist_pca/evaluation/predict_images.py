@@ -1,6 +1,5 @@
 """Predict labels of image files, and write them to files."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,13 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
 from dist_pca.evaluation.image_files import read_image, result_names
 from dist_pca.evaluation.inference import predict, proportional_input_size
 from dist_pca.evaluation.label_files import overlay, save_label, save_whole
-from dist_pca.shards.classes import ClassInfo
-from dist_pca.shards.manifest import write_whole
+from dist_pca.files import write_json
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def predict_images(
         try:
             if done == len(skipped):
                 out.mkdir(parents=True, exist_ok=True)
-                write_whole(out / "classes.json", json.dumps([asdict(info) for info in classes], indent=1) + "\n")
+                write_json(out / "classes.json", [asdict(info) for info in classes])
             if labels:
                 save_label(out / "labels" / f"{name}.png", label, classes)
             if overlays:

@@ -1,6 +1,5 @@
 """Scores of a network, and tables of them."""
 
-import difflib
 import json
 import math
 from collections.abc import Sequence
@@ -11,9 +10,9 @@ import torch
 from rich.table import Table
 from typing_extensions import Self
 
-from dist_pca.errors import UserError
+from dist_pca.classes import LABEL_SETS, ClassInfo
+from dist_pca.errors import UserError, nearest
 from dist_pca.evaluation.confusion import iou, mean_iou, pixel_accuracy
-from dist_pca.shards.classes import LABEL_SETS, ClassInfo
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ def label_set_members(names: Sequence[str], classes: Sequence[ClassInfo]) -> dic
     members = {}
     for name in names:
         if name not in LABEL_SETS:
-            nearest = difflib.get_close_matches(name, LABEL_SETS, n=1, cutoff=0.0)[0]
-            raise UserError(f"evaluation.label_sets: no label set {name!r}; the nearest is {nearest}")
+            raise UserError(f"evaluation.label_sets: no label set {name!r}; the nearest is {nearest(name, LABEL_SETS)}")
         missing = [member for member in LABEL_SETS[name] if member not in train_ids]
         if missing:
             raise UserError(

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter, build_network
-from dist_pca.shards.classes import ClassInfo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

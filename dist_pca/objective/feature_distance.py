@@ -1,14 +1,13 @@
 """Feature distance to the pretrained backbone on thing classes (DAFormer, Hoyer et al., CVPR 2022)."""
 
-import difflib
 from collections.abc import Sequence
 
 import torch
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import FeatureDistanceConfig
-from dist_pca.errors import UserError
+from dist_pca.errors import UserError, nearest
 from dist_pca.objective.reduction import world_mean
-from dist_pca.shards.classes import ClassInfo
 
 THINGS = (
     *("traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
@@ -57,8 +56,8 @@ def thing_classes(config: FeatureDistanceConfig, classes: Sequence[ClassInfo]) -
         )
     for name in wanted:
         if name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             raise UserError(
-                f"objective.feature_distance.classes: {name!r} is not a class of the run; the nearest is {nearest!r}"
+                f"objective.feature_distance.classes: {name!r} is not a class of the run; "
+                f"the nearest is {nearest(name, names)!r}"
             )
     return tuple(names.index(name) for name in wanted)

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from dist_pca.association.communication import all_gather, world_size
+from dist_pca.distributed import all_gather, world_size
 
 
 def lovasz_softmax(

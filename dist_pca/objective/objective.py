@@ -7,9 +7,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dist_pca.association import Association
-from dist_pca.association.communication import world_size
 from dist_pca.association.phases import phase
 from dist_pca.config import Level, ObjectiveConfig
+from dist_pca.distributed import world_size
 from dist_pca.objective.cycle_association import associate_level, association_weight
 from dist_pca.objective.domains import IGNORE_INDEX, Domain
 from dist_pca.objective.feature_distance import feature_distance

@@ -2,7 +2,7 @@
 
 import torch
 
-from dist_pca.association.communication import all_reduce_sum, world_size
+from dist_pca.distributed import all_reduce_sum, world_size
 
 
 def world_mean(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dist_pca.association.communication import all_reduce_sum, world_size
+from dist_pca.distributed import all_reduce_sum, world_size
 from dist_pca.objective.domains import IGNORE_INDEX
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from dist_pca.association.communication import all_gather, world_size
+from dist_pca.distributed import all_gather, world_size
 from dist_pca.objective.reduction import world_mean
 
 IGNORE_INDEX = 255

@@ -3,11 +3,10 @@
 In a checkout they are in the top-level folders `configs/`, `shards/` and `launch/`; a wheel has copies in this folder.
 """
 
-import difflib
 from pathlib import Path
 from typing import Literal
 
-from dist_pca.errors import UserError
+from dist_pca.errors import UserError, nearest
 
 Kind = Literal["configs", "shards", "launch"]
 Suffix = Literal[".yaml", ".sbatch"]
@@ -23,9 +22,9 @@ def resource(kind: Kind, name: str, suffix: Suffix = ".yaml") -> Path:
     if path.is_file():
         return path
     shipped = names(kind, suffix)
-    nearest = difflib.get_close_matches(name, shipped, n=1, cutoff=0.0)[0]
     raise UserError(
-        f"{kind}/{name}: no such file comes with dist-pca; the nearest is {nearest}, all are {', '.join(shipped)}"
+        f"{kind}/{name}: no such file comes with dist-pca; the nearest is {nearest(name, shipped)}, "
+        f"all are {', '.join(shipped)}"
     )
 
 

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dist_pca.classes import LABEL_SETS
 from dist_pca.errors import UserError
 from dist_pca.resources import names
-from dist_pca.shards.classes import LABEL_SETS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

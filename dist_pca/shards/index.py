@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from dist_pca.classes import LABEL_SETS, ClassInfo, label_set
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import LABEL_SETS, ClassInfo, label_set
-from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, file_sha256, save_manifest
+from dist_pca.files import file_sha256
+from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, save_manifest
 from dist_pca.shards.pool import Progress, Report, run_jobs
 from dist_pca.shards.recipe import Coding, Recipe, Split
 from dist_pca.shards.samples import Place, image_member, image_size, label_counts, walk

@@ -12,8 +12,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.shards.images import as_rgb
 from dist_pca.shards.manifest import Manifest
 from dist_pca.shards.samples import image_member, read_sample

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.shards.images import open_header, open_image
 from dist_pca.shards.recipe import IGNORE, Coding
 

@@ -1,23 +1,19 @@
 """The manifest of a shard folder: contents and checksum of each shard, and the byte offset of each sample."""
 
-import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 
+from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import ClassInfo
+from dist_pca.files import write_whole
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dist-pca-shards"
 VERSION = 1
-PART = ".part"
-"""Suffix of files that are being written."""
 
 
 @dataclass(frozen=True)
@@ -118,38 +114,12 @@ def load_manifest(folder: str | Path, *, location: str | None = None, check_file
     return manifest
 
 
-def save_manifest(manifest: Manifest, aside: Path | None = None) -> None:
-    """Write the manifest into its folder, atomically; `aside` as for `write_whole`."""
+def save_manifest(manifest: Manifest, part_folder: Path | None = None) -> None:
+    """Write the manifest into its folder, atomically; `part_folder` as for `write_whole`."""
     content = {"format": FORMAT, "version": VERSION} | _ADAPTER.dump_python(
         manifest, mode="json", exclude={"folder", "location"}
     )
-    write_whole(manifest.folder / MANIFEST_NAME, json.dumps(content, separators=(",", ":")), aside)
-
-
-def write_whole(path: Path, text: str, aside: Path | None = None) -> None:
-    """Write a text file atomically.
-
-    The temporary file is in `aside`, a folder of the same file system; None is the file's own folder.
-    """
-    # The temporary name is unique, so that a dying process cannot rename what another one is writing.
-    part = (aside or path.parent) / f".{path.name}.{uuid4().hex}{PART}"
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    write_whole(manifest.folder / MANIFEST_NAME, json.dumps(content, separators=(",", ":")), part_folder)
 
 
 def _check_format(path: Path, raw: Any) -> None:

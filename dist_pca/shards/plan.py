@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
+from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.images import Encoding, ImageFormat
 from dist_pca.shards.recipe import Recipe, load_recipe
 from dist_pca.shards.scan import RawSample, scan

@@ -1,8 +1,7 @@
 """Recipes: how one data set's raw files become samples. Read from typed YAML; errors name the wrong key."""
 
-import difflib
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,10 +9,10 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
+from dist_pca.classes import LABEL_SETS, ClassInfo, label_set
 from dist_pca.config.section import NonNegative, Positive, Section
-from dist_pca.errors import UserError
+from dist_pca.errors import UserError, explain, nearest
 from dist_pca.resources import resource
-from dist_pca.shards.classes import LABEL_SETS, ClassInfo, label_set
 
 IGNORE = "ignore"
 """Written in place of a class name; means no class."""
@@ -114,7 +113,7 @@ class Recipe(Section):
             raise ValueError(f"give one of label_set, classes and classes_file, got {', '.join(given) or 'none'}")
         if self.label_set is not None and self.label_set not in LABEL_SETS:
             raise ValueError(
-                f"label_set: no set {self.label_set!r}; the nearest is {_nearest(self.label_set, LABEL_SETS)}"
+                f"label_set: no set {self.label_set!r}; the nearest is {nearest(self.label_set, LABEL_SETS)}"
             )
         if self.classes_file is None:
             _check_table(self.coding, self._known_classes())
@@ -162,8 +161,9 @@ class Recipe(Section):
         if name is None:
             raise UserError(f"recipe {self.name}: has several splits, {names}; choose one with --split")
         if name not in self.splits:
-            nearest = _nearest(name, self.splits)
-            raise UserError(f"recipe {self.name}: no split {name!r}; the nearest is {nearest}, all are {names}")
+            raise UserError(
+                f"recipe {self.name}: no split {name!r}; the nearest is {nearest(name, self.splits)}, all are {names}"
+            )
         return name
 
 
@@ -211,24 +211,12 @@ def _check_table(coding: Coding, classes: tuple[ClassInfo, ...]) -> None:
         raise ValueError(f"classes: {twice!r} is listed twice")
     for name in coding.class_names:
         if name not in names:
-            raise ValueError(f"coding: no class {name!r}; the nearest is {_nearest(name, [*names, IGNORE])!r}")
+            raise ValueError(f"coding: no class {name!r}; the nearest is {nearest(name, [*names, IGNORE])!r}")
 
 
 def _explain(error: ValidationError) -> str:
     # A misspelt key is also reported as missing; the misspelling is the more useful error.
     detail = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        known = {field for model in (Recipe, Split, Pairing, Coding, NamedColor) for field in model.model_fields}
-        return f"{key}: unknown key; the nearest is {_nearest(str(detail['loc'][-1]), known)}"
-    if detail["type"] == "missing":
-        return f"{key}: required and missing"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message}, got {detail['input']!r}"
-
-
-def _nearest(name: str, candidates: Iterable[str]) -> str:
-    nearest: str = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.0)[0]
-    return nearest
+    parents = "".join(f"{part}." for part in detail["loc"][:-1])
+    sections = (Recipe, Split, Pairing, Coding, NamedColor)
+    return explain(detail, {parents + field for section in sections for field in section.model_fields})

@@ -12,8 +12,8 @@ from typing import IO
 
 import numpy as np
 
+from dist_pca.classes import IGNORE_INDEX
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import IGNORE_INDEX
 from dist_pca.shards.images import MEMBER_EXTENSIONS, decode_header, decode_pixels
 from dist_pca.shards.manifest import Manifest, Shard
 from dist_pca.shards.members import members_of

@@ -5,7 +5,6 @@ shards of different builds, and a process left over from an earlier build cannot
 """
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -15,9 +14,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import ClassInfo
-from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, load_manifest, save_manifest, write_whole
+from dist_pca.files import write_json, write_whole
+from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, load_manifest, save_manifest
 from dist_pca.shards.plan import OnError, Plan
 from dist_pca.shards.writer import Skipped, Written, read_written
 
@@ -208,7 +208,7 @@ def publish(out: Path, plan: Outline) -> Manifest:
         staging, plan.recipe, plan.recipe_version, plan.split, plan.labelled, plan.classes, shards, plan.fingerprint
     )
     if skipped:
-        write_whole(staging / SKIPPED_NAME, json.dumps([asdict(sample) for sample in skipped], indent=1) + "\n")
+        write_json(staging / SKIPPED_NAME, [asdict(sample) for sample in skipped])
     # From here on the build is committed: if this process is killed, the next one finishes the move.
     save_manifest(manifest)
     _put_in_place(out)

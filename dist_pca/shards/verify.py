@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dist_pca.errors import UserError
-from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, file_sha256, load_manifest
+from dist_pca.files import file_sha256
+from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest
 from dist_pca.shards.pool import Progress, Report, run_jobs
 from dist_pca.shards.samples import image_member, image_size, label_counts, read_sample, walk
 

@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
+from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import ClassInfo
+from dist_pca.files import PART, file_sha256, write_whole
 from dist_pca.shards.images import Encoding, encode_image, open_image, stored_size
 from dist_pca.shards.labels import TrainIds, encode_label, lookup_table, read_label
-from dist_pca.shards.manifest import PART, Shard, file_sha256, write_whole
+from dist_pca.shards.manifest import Shard
 from dist_pca.shards.plan import OnError
 from dist_pca.shards.pool import Report
 from dist_pca.shards.recipe import Coding

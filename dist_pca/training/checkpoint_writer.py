@@ -1,8 +1,6 @@
 """Asynchronous checkpoints: copied to rank 0's memory at once, and written to disk by a thread."""
 
-import json
 import math
-import os
 import shutil
 import threading
 import time
@@ -17,10 +15,11 @@ from safetensors.torch import save_file
 from typing_extensions import Self
 
 from dist_pca.config import RunConfig
+from dist_pca.distributed import raise_on_all_ranks
 from dist_pca.errors import UserError
-from dist_pca.training.checkpoint import Pointer, code_version, pointed_at, read_state
+from dist_pca.files import remove_folder, sync, write_json, write_whole
+from dist_pca.training.checkpoint import code_version, pointed_at, read_state
 from dist_pca.training.checkpoint_parts import CheckpointPart
-from dist_pca.training.distributed import raise_on_all_ranks
 
 Tensors = dict[str, torch.Tensor]
 
@@ -118,7 +117,7 @@ class CheckpointWriter:
             kept = {path.name for path in sorted(self._folder.glob("step-*"))[-self._keep :]} | {_best(self._folder)}
             for old in self._folder.glob("step-*"):
                 if old.name not in kept:
-                    _remove(old)
+                    remove_folder(old)
         except Exception as error:  # Raised by the next `poll` or `save`, on all ranks.
             self._error = error
 
@@ -144,15 +143,15 @@ def _write_checkpoint(folder: Path, name: str, tensors: dict[str, Tensors], stat
         partial.mkdir(parents=True)
         for part, values in tensors.items():
             save_file(values, partial / f"{part}.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        write_json(partial / "state.json", state)
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            sync(path)
         if target.exists():
-            _remove(target)
+            remove_folder(target)
         partial.rename(target)
-        _point(folder, "latest", name)
+        write_whole(folder / "latest", name + "\n")
         if (best := _best(folder)) is not None:
-            _point(folder, "best", best)
+            write_whole(folder / "best", best + "\n")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         before = pointed_at(folder, "latest")
@@ -167,28 +166,3 @@ def _best(folder: Path) -> str | None:
     scores = {path.name: read_state(path).get("mean_iou") for path in sorted(folder.glob("step-*"))}
     known = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
     return max(known, key=lambda name: known[name], default=None)
-
-
-def _remove(checkpoint: Path) -> None:
-    # Renamed first, so that a partly removed folder is never taken for a checkpoint.
-    partial = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(partial, ignore_errors=True)
-    checkpoint.rename(partial)
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _point(folder: Path, pointer: Pointer, name: str) -> None:
-    path = folder / pointer
-    partial = path.with_name(f".{pointer}.partial")
-    partial.write_text(name + "\n")
-    _sync(partial)
-    partial.replace(path)
-    _sync(folder)

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import Self
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.data.batch import Batch
-from dist_pca.shards.classes import ClassInfo
-from dist_pca.training.json_lines import append_line, drop_lines_after
+from dist_pca.files import append_line, drop_lines_after
 from dist_pca.training.phases import PhaseClock
 from dist_pca.training.profile import Profile
 from dist_pca.training.sample_log import SampleLog

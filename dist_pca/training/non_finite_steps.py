@@ -1,6 +1,5 @@
 """Steps whose loss or gradient is not finite: skipped on all ranks, counted, and fatal after too many in a row."""
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -12,8 +11,9 @@ import torch.distributed as dist
 
 from dist_pca.data.batch import Batch
 from dist_pca.errors import UserError
+from dist_pca.files import write_json
 from dist_pca.objective import Domain, Domains
-from dist_pca.training.exit_status import ExitCode
+from dist_pca.resilience.exit_status import ExitCode
 
 _log = logging.getLogger("dist_pca.training")
 TERMS = (
@@ -128,8 +128,7 @@ class NonFiniteSteps:
         if self.consecutive >= self._limit:
             report = self._folder / "bad_step.json"
             if dist.get_rank() == 0:
-                content = {"step": step, "in_a_row": self.consecutive, "ranks": ranks}
-                report.write_text(json.dumps(content, indent=1) + "\n")
+                write_json(report, {"step": step, "in_a_row": self.consecutive, "ranks": ranks})
             dist.barrier()
             raise Diverged(
                 f"{what}, the last of {self.consecutive} in a row (training.max_bad_steps); {report} names the "

@@ -9,7 +9,7 @@ from torch.profiler import record_function
 from typing_extensions import Self
 
 from dist_pca.association.phases import listen
-from dist_pca.training.watchdog import Phase, Watchdog
+from dist_pca.resilience.watchdog import Phase, Watchdog
 
 _MAX_PENDING = 256
 """Number of events after which those that have completed are read."""

@@ -1,6 +1,5 @@
 """The run folder: config, classes and environment that a run writes, and the network that is loaded from it."""
 
-import json
 import os
 import platform
 import sys
@@ -12,10 +11,11 @@ import torch
 from pydantic import TypeAdapter
 
 from dist_pca import __version__
+from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig, load_config, save_config
 from dist_pca.errors import UserError
+from dist_pca.files import remove_parts, write_json
 from dist_pca.model.segmenter import Segmenter, build_network
-from dist_pca.shards.classes import ClassInfo
 from dist_pca.training.checkpoint import Weights, has_ema, latest_checkpoint, load_model, pointed_at
 from dist_pca.training.launch_log import log_launch
 
@@ -26,8 +26,9 @@ PACKAGES = ("torch", "deepspeed", "accelerate", "timm", "webdataset")
 def create_run(config: RunConfig, classes: tuple[ClassInfo, ...], world_size: int, start_step: int) -> None:
     """Write the run folder: resolved config, class table and environment; log the launch after `start_step` steps."""
     config.folder.mkdir(parents=True, exist_ok=True)
+    remove_parts(config.folder)
     save_config(config, config.folder / "config.yaml")
-    (config.folder / "classes.json").write_text(json.dumps([asdict(info) for info in classes], indent=1) + "\n")
+    write_json(config.folder / "classes.json", [asdict(info) for info in classes])
     environment = {
         "dist_pca": __version__,
         "python": platform.python_version(),
@@ -36,7 +37,7 @@ def create_run(config: RunConfig, classes: tuple[ClassInfo, ...], world_size: in
         "world_size": world_size,
         "command": sys.argv,
     }
-    (config.folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+    write_json(config.folder / "environment.json", environment)
     log_launch(config.folder, start_step, world_size, os.environ)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_pca.data.batch import Batch
-from dist_pca.training.json_lines import append_line, drop_lines_after
+from dist_pca.files import append_line, drop_lines_after
 
 
 class SampleLog:

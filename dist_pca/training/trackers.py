@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
+from dist_pca.files import write_json
 
 _log = logging.getLogger("dist_pca.training")
 _PACKAGES = {"comet_ml": "comet-ml"}
@@ -98,5 +99,5 @@ def _run_id(folder: Path, tracker: str) -> str:
     """A random id, which every launch of the run reads back from its folder."""
     file = folder / f"{tracker}.json"
     if not file.is_file():
-        file.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}) + "\n")
+        write_json(file, {"id": uuid.uuid4().hex[:12]})
     return str(json.loads(file.read_text())["id"])

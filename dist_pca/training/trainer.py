@@ -19,15 +19,17 @@ from dist_pca.data.transfer import to_device
 from dist_pca.model.batch_norm import kept_statistics
 from dist_pca.model.frozen import FrozenBackbone
 from dist_pca.objective import Domains, objective
+from dist_pca.resilience.exit_status import ExitCode, clear_exit_status
+from dist_pca.resilience.lock import run_lock
+from dist_pca.resilience.preemption import StopRequest
+from dist_pca.resilience.watchdog import Watchdog
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import Loss, MicroBatch, grad_cache, separate_losses
 from dist_pca.training.checkpoint import latest_checkpoint, load_model, read_state
 from dist_pca.training.checkpoint_parts import checkpoint_parts, restore
 from dist_pca.training.checkpoint_writer import CheckpointWriter
-from dist_pca.training.distributed import connect_store, init_distributed
 from dist_pca.training.ema import init_ema, update_ema
-from dist_pca.training.exit_status import ExitCode, clear_exit_status
-from dist_pca.training.lock import run_lock
+from dist_pca.training.environment import connect_store, init_distributed
 from dist_pca.training.loss_scale import LossScale
 from dist_pca.training.metrics import MetricsLogger
 from dist_pca.training.non_finite_steps import NonFiniteSteps, zero_non_finite
@@ -36,12 +38,10 @@ from dist_pca.training.phases import PhaseClock
 from dist_pca.training.prepare import PreparedRun
 from dist_pca.training.run import create_run
 from dist_pca.training.schedule import learning_rate_factor
-from dist_pca.training.signals import StopRequest
 from dist_pca.training.teacher import teacher_weights
 from dist_pca.training.throughput import network_flops
 from dist_pca.training.validation import validate
 from dist_pca.training.views import Views, forward_views, student_views
-from dist_pca.training.watchdog import Watchdog
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

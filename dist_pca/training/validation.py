@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.data.cache import cache_settings, open_manifest
-from dist_pca.data.classes import lookup_table
+from dist_pca.data.class_table import lookup_table
 from dist_pca.errors import UserError
 from dist_pca.evaluation.evaluate import evaluate
 from dist_pca.evaluation.report import label_set_members
 from dist_pca.model.segmenter import build_network
-from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.ema import EMAShards, gather_network
 from dist_pca.training.rank_statistics import averaged_statistics

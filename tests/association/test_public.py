@@ -16,7 +16,7 @@ from tests.association.pixels import CLASSES, domain, labels_of, refinements
 
 OTHER_PACKAGES = (
     *("accelerate", "deepspeed", "numpy", "omegaconf", "pydantic", "safetensors", "timm", "torchvision", "webdataset"),
-    *("dist_pca.config", "dist_pca.data", "dist_pca.errors", "dist_pca.model", "dist_pca.objective"),
+    *("dist_pca.config", "dist_pca.data", "dist_pca.model", "dist_pca.objective"),
     *("dist_pca.shards", "dist_pca.training"),
 )
 

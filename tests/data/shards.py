@@ -12,9 +12,10 @@ import numpy.typing as npt
 import webdataset
 from PIL import Image
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import DataConfig
-from dist_pca.shards.classes import ClassInfo
-from dist_pca.shards.manifest import Manifest, Shard, file_sha256, save_manifest
+from dist_pca.files import file_sha256
+from dist_pca.shards.manifest import Manifest, Shard, save_manifest
 
 CLASSES = tuple(ClassInfo(name, (60 * index, 200, 100)) for index, name in enumerate(("road", "sky", "car")))
 HEIGHT, WIDTH = 24, 40

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from dist_pca.classes import ClassInfo
 from dist_pca.data.batch import Batch
 from dist_pca.data.stream import EvaluationSample, evaluation_stream, stream
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
 from tests.data.shards import CLASSES, data_config, make_shards, png, sample_members, write_shards
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import ModelConfig, RunConfig, save_config
 from dist_pca.model.segmenter import Segmenter, build_segmenter
-from dist_pca.shards.classes import ClassInfo
 
 CLASSES = tuple(ClassInfo(name, (60 * index, 200, 100)) for index, name in enumerate(("road", "sky", "car")))
 

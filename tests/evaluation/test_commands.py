@@ -115,9 +115,9 @@ def test_export_names_what_it_wrote(
         ("evaluate tiny --shards labelled --checkpoint 7", "checkpoint 7: not in tiny, which has step-00000001, "),
         ("evaluate tiny --shards labelled --checkpoint ../x", "checkpoint ../x: not in tiny"),
         ("evaluate tiny --shards labelled --stride 4 4", "evaluation.stride: has no effect without a window"),
-        ("evaluate tiny --shards labelled --scale 0", "evaluation.scales: Input should be greater than 0"),
+        ("evaluate tiny --shards labelled --scale 0", "evaluation.scales.0: Input should be greater than 0"),
         ("evaluate tiny --shards labelled --window 4 4", "an input of 4 x 4 pixels is too small for the network"),
-        ("evaluate tiny --shards labelled --window 0 4", "evaluation.window: Input should be greater than 0"),
+        ("evaluate tiny --shards labelled --window 0 4", "evaluation.window.0: Input should be greater than 0"),
         ("evaluate tiny --shards labelled --label-set cityscape", "no label set 'cityscape'"),
         (
             "evaluate tiny --shards labelled --write-predictions text.png",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
 from dist_pca.evaluation.confusion import confusion_matrix
@@ -13,7 +14,6 @@ from dist_pca.evaluation.evaluate import evaluate
 from dist_pca.evaluation.inference import predict
 from dist_pca.evaluation.report import Scores, score
 from dist_pca.model.segmenter import Segmenter, build_segmenter
-from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest, load_manifest
 from tests.data.shards import CLASSES, HEIGHT, WIDTH, sample_members, write_shards
 from tests.ranks import run_on_ranks

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_pca.classes import CITYSCAPES_CLASSES, ClassInfo, label_set
 from dist_pca.evaluation.label_files import cityscapes_ids, overlay, prediction_names, save_label, save_whole
-from dist_pca.shards.classes import CITYSCAPES_CLASSES, ClassInfo, label_set
 from tests.data.shards import make_shards, with_keys
 
 CLASSES = (ClassInfo("road", (128, 64, 128)), ClassInfo("sky", (70, 130, 180)))

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_pca.classes import CITYSCAPES_CLASSES, ClassInfo
 from dist_pca.evaluation.pictures import color_labels, comparison_picture
-from dist_pca.shards.classes import CITYSCAPES_CLASSES, ClassInfo
 
 CLASSES = (ClassInfo("road", (128, 64, 128)), ClassInfo("sky", (70, 130, 180)))
 

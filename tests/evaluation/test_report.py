@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dist_pca.classes import CITYSCAPES_CLASSES, LABEL_SETS, ClassInfo, label_set
 from dist_pca.errors import UserError
 from dist_pca.evaluation.report import Scores, compare_table, score, table
-from dist_pca.shards.classes import CITYSCAPES_CLASSES, LABEL_SETS, ClassInfo, label_set
 
 CLASSES = (ClassInfo("road", (1, 2, 3)), ClassInfo("sky", (4, 5, 6)), ClassInfo("car", (7, 8, 9)))
 COUNTS = torch.tensor([[8, 2, 0], [0, 10, 0], [0, 0, 0]])

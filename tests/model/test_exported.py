@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_pca.classes import CITYSCAPES_CLASSES
 from dist_pca.config import ModelConfig
 from dist_pca.errors import UserError
 from dist_pca.model.exported import load_exported, save_exported
 from dist_pca.model.segmenter import build_segmenter
-from dist_pca.shards.classes import CITYSCAPES_CLASSES
 
 NETWORKS = [
     {"backbone": "test_resnet", "head": "pyramid", "head_channels": 8, "output_stride": None},

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from dist_pca.classes import CITYSCAPES_CLASSES, ClassInfo, label_set
 from dist_pca.config import FeatureDistanceConfig, ObjectiveConfig
 from dist_pca.errors import UserError
 from dist_pca.objective import Domain, objective
 from dist_pca.objective.feature_distance import THINGS, feature_distance, thing_classes
-from dist_pca.shards.classes import CITYSCAPES_CLASSES, ClassInfo, label_set
 from tests.ranks import run_on_ranks
 
 THING_IDS = (1, 3)

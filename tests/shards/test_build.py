@@ -12,9 +12,9 @@ import pytest
 import webdataset
 from PIL import Image
 
+from dist_pca.classes import LABEL_SETS
 from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
-from dist_pca.shards.classes import LABEL_SETS
 from dist_pca.shards.manifest import Manifest, load_manifest
 from tests.shards.trees import make_camvid, make_cityscapes, make_folder, make_gta5, make_synthia, random_image, save
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
+from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.labels import TrainIds, encode_label, lookup_table, read_label
 from dist_pca.shards.recipe import Coding
 from tests.shards.trees import palette_image, png16

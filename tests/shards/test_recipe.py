@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_pca.classes import LABEL_SETS
 from dist_pca.errors import UserError
 from dist_pca.resources import names
-from dist_pca.shards.classes import LABEL_SETS
 from dist_pca.shards.recipe import load_recipe
 
 RECIPE = """
@@ -65,8 +65,8 @@ def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("replace:", "replase:", r"splits\.all\.label\.replase: unknown key; the nearest is replace"),
-        ("color: [1", "colour: [1", r"classes\.0\.colour: unknown key; the nearest is color"),
+        ("replace:", "replase:", r"splits\.all\.label\.replase: unknown key; the nearest is splits.all.label.replace"),
+        ("color: [1", "colour: [1", r"classes\.0\.colour: unknown key; the nearest is classes.0.color"),
         ("kind: index", "kind: indices", r"coding\.kind: .*'indices'"),
         ("version: 1", "", "version: required and missing"),
         ("version: 1", "version: one", "version: .*got 'one'"),

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_pca.classes import LABEL_SETS
 from dist_pca.errors import UserError
 from dist_pca.resources import names, resource
 from dist_pca.shards.build import build_shards
-from dist_pca.shards.classes import LABEL_SETS
 from dist_pca.shards.recipe import load_recipe
 from tests.shards.trees import Ids, make_gta5, palette_image, random_image, save
 

@@ -16,8 +16,8 @@ def teach(rank: int, ranks: int, port: int, folder: Path, config: RunConfig) -> 
     """Train two steps, pass images through teacher and student, train a third; save everything."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from dist_pca.training.distributed import init_distributed
     from dist_pca.training.ema import gather_network, init_ema, update_ema
+    from dist_pca.training.environment import init_distributed
     from dist_pca.training.teacher import teacher_weights
 
     environment = init_distributed(config)

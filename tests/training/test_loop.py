@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_pca.training.exit_status import ExitCode
+from dist_pca.resilience.exit_status import ExitCode
 from dist_pca.training.metrics import TIMING
 from tests.training.runs import build_streets, overrides
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import load_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
-from dist_pca.shards.classes import ClassInfo
 from dist_pca.training import metrics as module
 from dist_pca.training.metrics import METRICS, TIMING, MetricsLogger, Window
 from dist_pca.training.phases import PhaseClock

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.resources import resource
-from dist_pca.training.exit_status import ExitCode, read_exit_status
 from tests.training.runs import build_streets, overrides
 
 STEPS = 12

@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from dist_pca.resilience.exit_status import ExitCode
 from dist_pca.resources import resource
-from dist_pca.training.exit_status import ExitCode
 from tests.training.runs import build_streets, overrides
 
 HOSTS = ("dist-pca-a", "dist-pca-b")

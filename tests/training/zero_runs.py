@@ -129,8 +129,8 @@ def engine_steps(
     from dist_pca.training.checkpoint import load_model
     from dist_pca.training.checkpoint_parts import checkpoint_parts, restore
     from dist_pca.training.checkpoint_writer import CheckpointWriter
-    from dist_pca.training.distributed import init_distributed
     from dist_pca.training.ema import init_ema, update_ema
+    from dist_pca.training.environment import init_distributed
     from dist_pca.training.loss_scale import LossScale
 
     environment = init_distributed(config)

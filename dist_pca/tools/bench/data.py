@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dist_pca.classes import CITYSCAPES_CLASSES
 from dist_pca.config import DataConfig
 from dist_pca.cores import usable_cores
 from dist_pca.data.batch import Batch
-from dist_pca.data.classes import lookup_table
+from dist_pca.data.class_table import lookup_table
 from dist_pca.data.reader import ShardReader
 from dist_pca.data.sampling import build_sampler
 from dist_pca.data.stream import stream
 from dist_pca.data.transform import apply_crop, draw_crop, resized_size
 from dist_pca.shards.build import build_shards
-from dist_pca.shards.classes import CITYSCAPES_CLASSES
 from dist_pca.shards.manifest import Manifest, Shard, load_manifest, save_manifest
 from dist_pca.tools.bench.demonstration import train_demonstration
 from dist_pca.tools.bench.report import Record

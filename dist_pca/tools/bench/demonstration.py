@@ -4,10 +4,10 @@ import subprocess
 from pathlib import Path
 
 from dist_pca.errors import UserError
+from dist_pca.resilience.launch import launch_command
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.tools.demo.streets import DAY, DUSK, write_streets
-from dist_pca.training.launch import launch_command
 
 
 def train_demonstration(folder: Path, module: str = "dist_pca.train", **training: int) -> Path:

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dist_pca.errors import UserError
+from dist_pca.resilience.exit_status import ExitCode, read_exit_status
+from dist_pca.resilience.launch import launch_command
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.tools.bench.report import Record
 from dist_pca.tools.demo.streets import DAY, DUSK, write_streets
 from dist_pca.training.checkpoint import latest_checkpoint
-from dist_pca.training.exit_status import ExitCode, read_exit_status
-from dist_pca.training.launch import launch_command
 from dist_pca.training.metrics import TIMING
 
 STEPS_A_KILL = 4

@@ -19,6 +19,7 @@ from dist_pca.data.transfer import to_device
 from dist_pca.model.segmenter import build_segmenter
 from dist_pca.objective import Domain as Outputs
 from dist_pca.objective import objective
+from dist_pca.resilience.preemption import StopRequest
 from dist_pca.shards.manifest import Manifest
 from dist_pca.tools.bench.demonstration import train_demonstration
 from dist_pca.tools.bench.report import Record
@@ -26,7 +27,6 @@ from dist_pca.train import resolve_config
 from dist_pca.training.deepspeed_config import deepspeed_config
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.prepare import PreparedRun, prepare_run
-from dist_pca.training.signals import StopRequest
 from dist_pca.training.trainer import Trainer
 
 MODULE = "dist_pca.tools.bench.train"

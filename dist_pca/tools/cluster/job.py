@@ -10,10 +10,10 @@ import typer
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
 from dist_pca.options import Resume
+from dist_pca.resilience.exit_status import ExitCode, ExitStatus, clear_exit_status, print_error, read_exit_status
 from dist_pca.resources import resource
 from dist_pca.tools.cluster.status import planned_steps, saved_step
 from dist_pca.train import resolve_config
-from dist_pca.training.exit_status import ExitCode, ExitStatus, clear_exit_status, print_error, read_exit_status
 from dist_pca.training.launch_log import read_launch_log
 
 FRUITLESS_STARTS = 3

@@ -15,11 +15,12 @@ from dist_pca.evaluation.evaluate import evaluate
 from dist_pca.evaluation.inference import input_size, predict
 from dist_pca.evaluation.pictures import Row, comparison_picture
 from dist_pca.evaluation.report import Scores, compare_table
+from dist_pca.files import write_whole
+from dist_pca.resilience.launch import launch, launch_command, quote_command
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import load_manifest
 from dist_pca.tools.demo.streets import DAY, NIGHT, write_streets
-from dist_pca.training.launch import launch, launch_command, quote_command
 from dist_pca.training.run import load_run
 
 SETS = {"day_train": (DAY, 0, 160), "night_train": (NIGHT, 160, 160), "night_test": (NIGHT, 320, 48)}
@@ -93,7 +94,7 @@ def _score(out: Path, name: str) -> Scores:
     config, classes, model = load_run(out / name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scores = evaluate(model.to(device), load_manifest(out / "data" / "night_test"), classes, config, device=device)
-    cached.write_text(scores.to_json())
+    write_whole(cached, scores.to_json())
     return scores
 
 

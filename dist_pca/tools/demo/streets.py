@@ -11,7 +11,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from dist_pca.shards.classes import CITYSCAPES_CLASSES, ClassInfo
+from dist_pca.classes import CITYSCAPES_CLASSES, ClassInfo
+from dist_pca.files import write_whole
 from dist_pca.tools.demo.canvas import Canvas, view
 from dist_pca.tools.demo.cars import paint_car
 from dist_pca.tools.demo.houses import paint_building, paint_fence
@@ -97,7 +98,7 @@ def write_streets(
     for folder in ("images", "labels"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     table = [{"name": info.name, "color": list(info.color)} for info in CLASSES]
-    (root / "classes.yaml").write_text(yaml.safe_dump(table, sort_keys=False, default_flow_style=None))
+    write_whole(root / "classes.yaml", yaml.safe_dump(table, sort_keys=False, default_flow_style=None))
     for index in track(
         list(indices), console=Console(stderr=True), description=f"drawing {look.name} streets ({split})"
     ):

@@ -102,7 +102,7 @@ def matches(
     """
     import torch
 
-    from dist_pca.evaluation.staged import refuse_what_is_there, staged_folder
+    from dist_pca.files import new_folder, refuse_existing
     from dist_pca.tools.matches.crops import open_domains, take_batches
     from dist_pca.tools.matches.judge import summarise
     from dist_pca.tools.matches.measure import find_checkpoints, measure, with_options
@@ -111,7 +111,7 @@ def matches(
     from dist_pca.training.run import read_run
 
     if out is not None:
-        refuse_what_is_there(out, "--out")
+        refuse_existing(out, "--out")
     config, classes = read_run(run)
     found = find_checkpoints(run, checkpoint or (), all_checkpoints=all_checkpoints)
     config = with_options(
@@ -123,7 +123,7 @@ def matches(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     association, blocks = config.objective.association, []
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    with nullcontext() if out is None else staged_folder(out, "--out") as staged:
+    with nullcontext() if out is None else new_folder(out, "--out") as staged:
         for name in track(found, "matching", console=console, transient=True, disable=not console.is_terminal):
             for of_level, judged in measure(run, name, config, taken, device=device).items():
                 block = Block(name, of_level, association.scope, summarise(judged, len(classes)))

@@ -6,10 +6,11 @@ from itertools import islice
 
 import torch
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import DataConfig, RunConfig
 from dist_pca.data.batch import Batch
 from dist_pca.data.cache import cache_settings, open_manifest
-from dist_pca.data.classes import class_table
+from dist_pca.data.class_table import class_table
 from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.stream import stream
 from dist_pca.data.transform import resized_size
@@ -17,7 +18,6 @@ from dist_pca.data.views import photometric_view
 from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter
 from dist_pca.objective.domains import Domain
-from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest
 
 Manifests = tuple[Manifest, ...]

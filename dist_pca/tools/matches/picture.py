@@ -8,10 +8,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from dist_pca.association.sampling import class_balanced
+from dist_pca.classes import ClassInfo
 from dist_pca.data.batch import Batch
 from dist_pca.evaluation.pictures import legend_picture
 from dist_pca.objective.domains import IGNORE_INDEX
-from dist_pca.shards.classes import ClassInfo
 from dist_pca.tools.matches.judge import JudgedCycles
 
 CORRECT, WRONG, UNJUDGED = (0, 205, 90), (240, 40, 40), (200, 200, 200)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import Level
-from dist_pca.shards.classes import ClassInfo
-from dist_pca.shards.manifest import write_whole
+from dist_pca.files import write_whole
 from dist_pca.tools.bench.report import rich_table
 from dist_pca.tools.matches.judge import Summary, correct_ratio
 

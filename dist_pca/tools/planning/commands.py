@@ -196,7 +196,7 @@ def plan(
 
 def _classes(run: "RunConfig") -> int | None:
     """Classes that the config names, or that its shards have if they are in folders here."""
-    from dist_pca.data.classes import class_table
+    from dist_pca.data.class_table import class_table
     from dist_pca.shards.manifest import load_manifest
     from dist_pca.tools.planning.network import class_count
 

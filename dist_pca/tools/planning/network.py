@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_pca.association import diffuse
+from dist_pca.classes import LABEL_SETS
 from dist_pca.config import RunConfig
 from dist_pca.data.batch import Batch
 from dist_pca.errors import UserError
@@ -23,7 +24,6 @@ from dist_pca.model.segmenter import Output, Segmenter, build_segmenter
 from dist_pca.objective import Domains, objective
 from dist_pca.objective.cycle_association import SIMILARITY
 from dist_pca.objective.grid import pixels_at
-from dist_pca.shards.classes import LABEL_SETS
 from dist_pca.tools.planning.live import LiveBytes
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.views import forward_views, student_views

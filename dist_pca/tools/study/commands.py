@@ -143,6 +143,7 @@ def study(
     Exit codes: 0 all runs are trained and evaluated, 1 a run failed, 2 an error that you can fix, 75 checkpoint saved
     and the study must be restarted, 130 checkpoint saved after Ctrl-C.
     """
+    from dist_pca.resilience.launch import process_count, quote_command
     from dist_pca.tools.cluster.submit import train_directives
     from dist_pca.tools.study.array import submit_study
     from dist_pca.tools.study.design import save_study
@@ -154,7 +155,6 @@ def study(
         score_study,
         train_study,
     )
-    from dist_pca.training.launch import process_count, quote_command
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
 

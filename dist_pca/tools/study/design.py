@@ -1,6 +1,5 @@
 """The design of a study: its variants and seeds, from the command line or a YAML file, and the runs they make."""
 
-import difflib
 import json
 import re
 import shlex
@@ -15,8 +14,8 @@ from pydantic import BeforeValidator, ValidationError
 
 from dist_pca.config import RunConfig
 from dist_pca.config.section import NonNegative, Section
-from dist_pca.errors import UserError
-from dist_pca.shards.manifest import write_whole
+from dist_pca.errors import UserError, explain, nearest
+from dist_pca.files import write_whole
 from dist_pca.train import resolve_config
 
 SEEDS = (0, 1, 2)
@@ -129,12 +128,7 @@ def read_study_file(path: Path) -> StudyFile:
     try:
         file = StudyFile.model_validate(yaml.safe_load(path.read_text()))
     except ValidationError as error:
-        detail = error.errors()[0]
-        key = ".".join(str(part) for part in detail["loc"])
-        if detail["type"] == "extra_forbidden":
-            nearest = difflib.get_close_matches(key, StudyFile.model_fields, n=1, cutoff=0.0)[0]
-            raise UserError(f"study {path}: {key}: unknown key; the nearest is {nearest}") from None
-        raise UserError(f"study {path}: {key}: {detail['msg']}, got {detail['input']!r}") from None
+        raise UserError(f"study {path}: {explain(error.errors()[0], StudyFile.model_fields)}") from None
     beside = path.parent / file.config
     return file.model_copy(update={"config": str(beside)}) if beside.is_file() else file
 
@@ -266,8 +260,10 @@ def build_study(
         if names.count(name) > 1:
             raise UserError(f"variant {name}: there are two of that name; give them names with --variant 'NAME: ...'")
     if baseline is not None and baseline not in names:
-        nearest = difflib.get_close_matches(baseline, names, n=1, cutoff=0.0)[0]
-        raise UserError(f"--baseline {baseline}: no such variant; the nearest is {nearest}, all are {', '.join(names)}")
+        raise UserError(
+            f"--baseline {baseline}: no such variant; the nearest is {nearest(baseline, names)}, "
+            f"all are {', '.join(names)}"
+        )
     tests = tuple(dict.fromkeys(tests))
     study = Study(config, out, tuple(seeds), crossed, tuple(settings), tests, baseline or names[0])
     for run in study.runs[: len(crossed)]:

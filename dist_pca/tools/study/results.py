@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_pca.evaluation.report import Scores
-from dist_pca.shards.manifest import Manifest, write_whole
+from dist_pca.files import write_whole
+from dist_pca.resilience.exit_status import ExitCode, read_exit_status
+from dist_pca.shards.manifest import Manifest
 from dist_pca.tools.cluster.status import saved_step
 from dist_pca.tools.study.design import PlannedRun, Study
 from dist_pca.tools.study.paired import Difference, paired_difference
 from dist_pca.tools.study.scoring import cached_scores
 from dist_pca.training.checkpoint import latest_checkpoint, read_state
-from dist_pca.training.exit_status import ExitCode, read_exit_status
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dist_pca.config import load_config
 from dist_pca.errors import UserError
 from dist_pca.evaluation.evaluate import evaluate
 from dist_pca.evaluation.report import Scores
-from dist_pca.shards.manifest import Manifest, write_whole
+from dist_pca.files import write_json
+from dist_pca.shards.manifest import Manifest
 from dist_pca.training.checkpoint import latest_checkpoint, read_step
 from dist_pca.training.run import load_run
 
@@ -46,7 +47,7 @@ def remember_scores(run: Path, manifest: Manifest, step: int, scores: Scores) ->
     entry = {**key, "shards": manifest.location, "scores": json.loads(scores.to_json())}
     # In a folder that cannot be written they are computed again.
     with suppress(OSError):
-        write_whole(run / "scores.json", json.dumps([*kept, entry], indent=1) + "\n")
+        write_json(run / "scores.json", [*kept, entry])
 
 
 def score_newest(run: Path, manifest: Manifest) -> Scores:

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from torch import nn
 from torch.nn import functional as F
 
+from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig, load_config
 from dist_pca.data.stream import evaluation_stream
 from dist_pca.data.transform import Pixels
@@ -26,7 +27,6 @@ from dist_pca.errors import UserError
 from dist_pca.evaluation.confusion import confusion_matrix
 from dist_pca.evaluation.inference import input_size
 from dist_pca.evaluation.views import view_logits
-from dist_pca.shards.classes import ClassInfo
 from dist_pca.shards.manifest import Manifest, Shard
 from dist_pca.training.checkpoint import latest_checkpoint, read_step
 from dist_pca.training.run import load_run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from dist_pca.shards.manifest import write_whole
+from dist_pca.files import write_whole
 from dist_pca.tools.bench.report import markdown_table, rich_table
 from dist_pca.tools.study.design import Study
 from dist_pca.tools.study.paired import CONFIDENCE, Difference

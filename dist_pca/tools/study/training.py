@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 
 from dist_pca.config import load_config
 from dist_pca.data.cache import cache_settings, open_manifest
-from dist_pca.data.classes import lookup_table
+from dist_pca.data.class_table import lookup_table
 from dist_pca.errors import UserError
+from dist_pca.resilience.exit_status import ExitCode, read_exit_status
+from dist_pca.resilience.launch import launch, launch_command, quote_command
 from dist_pca.shards.manifest import Manifest
 from dist_pca.tools.study.design import PlannedRun, Study
 from dist_pca.tools.study.scoring import score_newest
-from dist_pca.training.exit_status import ExitCode, read_exit_status
-from dist_pca.training.launch import launch, launch_command, quote_command
 from dist_pca.training.prepare import prepare_run
 from dist_pca.training.resume import config_differences, is_finished
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from dist_pca.config import load_config
+from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.tools.cluster.status import read_status, saved_step
-from dist_pca.training.exit_status import ExitCode, read_exit_status
 from dist_pca.training.launch_log import read_launch_log
 from tests.shards.trees import make_folder
 from tests.tools.cluster.slurm import Cluster, wait_until

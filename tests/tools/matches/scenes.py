@@ -2,8 +2,8 @@
 
 import torch
 
+from dist_pca.classes import ClassInfo
 from dist_pca.objective.domains import Domain
-from dist_pca.shards.classes import ClassInfo
 
 ROAD, SKY, CAR, NONE = 0, 1, 2, 255
 CLASSES = (ClassInfo("road", (128, 64, 128)), ClassInfo("sky", (70, 130, 180)), ClassInfo("car", (0, 0, 142)))

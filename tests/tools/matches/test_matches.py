@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from dist_pca.classes import ClassInfo
 from dist_pca.cli import app
 from dist_pca.config import load_config, save_config
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import ClassInfo
 from tests.data.shards import make_shards, sample_members, write_shards
 from tests.evaluation.networks import CLASSES, segmenter, write_run
 from tests.training.runs import build_streets, launch

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import typer
 
 from dist_pca import train
+from dist_pca.resilience.watchdog import Watchdog
 from dist_pca.tools.planning.live import LiveBytes
-from dist_pca.training.watchdog import Watchdog
 
 PHASES = ("data", "teacher", "forward", "backward", "optimizer", "log", "checkpoint")
 

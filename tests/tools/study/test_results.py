@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from dist_pca.errors import UserError
+from dist_pca.resilience.exit_status import write_exit_status
 from dist_pca.shards.manifest import load_manifest
 from dist_pca.tools.study.results import collect, summarise, to_json, write_results
 from dist_pca.tools.study.scoring import cached_scores
 from dist_pca.tools.study.tables import notes, tables, write_markdown
 from dist_pca.tools.study.training import open_tests, refuse_changed_settings
-from dist_pca.training.exit_status import write_exit_status
 from tests.data.shards import make_shards
 from tests.tools.study.studies import STEPS, scores_of, small_study, write_finished, write_started
 

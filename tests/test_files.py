@@ -3,19 +3,19 @@ from pathlib import Path
 import pytest
 
 from dist_pca.errors import UserError
-from dist_pca.evaluation.staged import staged_folder
+from dist_pca.files import new_folder
 from tests.ranks import run_on_ranks
 
 
 def write_on_rank(rank: int, world_size: int, out: Path) -> int:
-    with staged_folder(out, "--out") as staged:
+    with new_folder(out, "--out") as staged:
         (staged / f"{rank}.txt").write_text("x")
     return len(list(out.iterdir()))
 
 
 def test_the_folder_appears_with_all_that_was_written(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    with staged_folder(out, "--out") as staged:
+    with new_folder(out, "--out") as staged:
         (staged / "file").write_text("x")
         assert not out.exists()
     assert [path.name for path in out.iterdir()] == ["file"]
@@ -25,7 +25,7 @@ def test_the_folder_appears_with_all_that_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_of_a_failure(tmp_path: Path, error: type[BaseException]) -> None:
     def fail_halfway() -> None:
-        with staged_folder(tmp_path / "out", "--out") as staged:
+        with new_folder(tmp_path / "out", "--out") as staged:
             (staged / "file").write_text("x")
             raise error
 
@@ -37,18 +37,18 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, error: type[BaseException]
 def test_what_a_killed_process_left_is_no_part_of_it(tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "stale").write_text("x")
-    with staged_folder(tmp_path / "out", "--out") as staged:
+    with new_folder(tmp_path / "out", "--out") as staged:
         (staged / "file").write_text("x")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
 
 
 def test_an_empty_folder_is_taken_and_a_full_one_left_alone(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with staged_folder(tmp_path / "empty", "--out") as staged:
+    with new_folder(tmp_path / "empty", "--out") as staged:
         (staged / "file").write_text("x")
     with (
         pytest.raises(UserError, match=r"^--out .*empty: exists already"),
-        staged_folder(tmp_path / "empty", "--out"),
+        new_folder(tmp_path / "empty", "--out"),
     ):
         pytest.fail("the body ran")
     assert [path.name for path in (tmp_path / "empty").iterdir()] == ["file"]
@@ -58,7 +58,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with (
         pytest.raises(UserError, match=r"^--out .*: cannot be written .*give another folder$"),
-        staged_folder(tmp_path / "file" / "out", "--out"),
+        new_folder(tmp_path / "file" / "out", "--out"),
     ):
         pytest.fail("the body ran")
 

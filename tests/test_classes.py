@@ -1,6 +1,6 @@
 import pytest
 
-from dist_pca.shards.classes import LABEL_SETS, label_set
+from dist_pca.classes import LABEL_SETS, label_set
 
 
 @pytest.mark.parametrize(("name", "count"), [("cityscapes_19", 19), ("synthia_16", 16), ("synthia_13", 13)])

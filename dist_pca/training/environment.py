@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, and how all of them raise an error that one has found."""
+"""The processes of a training run, and how they find each other."""
 
 import os
 import socket
@@ -87,18 +87,6 @@ def init_distributed(config: RunConfig) -> DistributedEnvironment:
     )
 
 
-def raise_on_all_ranks(message: str | None) -> None:
-    """Raise rank 0's message on all ranks, if it has one; other ranks' messages are ignored. Collective.
-
-    Raises:
-        UserError: rank 0 has a message.
-    """
-    messages = [message]
-    dist.broadcast_object_list(messages, src=0)
-    if messages[0] is not None:
-        raise UserError(messages[0])
-
-
 def connect_store() -> Store:
     """Open a connection of its own to the rendezvous store, so that no collective can block it."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -110,22 +98,6 @@ def connect_store() -> Store:
 def _restarts() -> int:
     """Number of times the launcher has restarted these ranks; its store outlives them."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def join_ranks() -> tuple[int, int, torch.device]:
-    """Join the other processes without DeepSpeed, to run a network but not to train it.
-
-    Returns:
-        Rank, world size and device.
-    """
-    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if size == 1:
-        return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), size, device
 
 
 def _node_group(size: int, local_size: int) -> dist.ProcessGroup | None:

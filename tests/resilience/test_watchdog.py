@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_pca.training.exit_status import ExitCode, read_exit_status
+from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from tests.training.runs import build_streets, overrides
 
 TIMEOUT = 4.0
@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from torch.distributed import TCPStore
 from dist_pca.errors import UserError
-from dist_pca.training.watchdog import Watchdog
+from dist_pca.resilience.watchdog import Watchdog
 rank, size, port, timeout, folder, fault = sys.argv[1:]
 store = TCPStore("127.0.0.1", int(port), is_master=False, timeout=timedelta(seconds=30))
 with Watchdog(store, int(rank), int(size), timeout=float(timeout), folder=Path(folder)) as watchdog:

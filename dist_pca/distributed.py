@@ -1,14 +1,56 @@
-"""Collectives over all ranks, differentiable where a loss needs it."""
+"""Ranks, and collectives over them, differentiable where a loss needs it. Needs torch alone."""
 
+import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from dist_pca.errors import UserError
+
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Return the number of ranks in the group (default: the world); 1 outside of torch.distributed."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def join_ranks() -> tuple[int, int, torch.device]:
+    """Join the other processes without DeepSpeed, to run a network but not to train it.
+
+    Returns:
+        Rank, world size and device.
+    """
+    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), size, device
+
+
+def is_rank0() -> bool:
+    """Whether this is rank 0; true outside of torch.distributed."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks, if there are others. Collective."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def raise_on_all_ranks(message: str | None) -> None:
+    """Raise rank 0's message on all ranks, if it has one; other ranks' messages are ignored. Collective.
+
+    Raises:
+        UserError: rank 0 has a message.
+    """
+    messages = [message]
+    dist.broadcast_object_list(messages, src=0)
+    if messages[0] is not None:
+        raise UserError(messages[0])
 
 
 def all_reduce_sum(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:

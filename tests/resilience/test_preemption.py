@@ -12,9 +12,9 @@ import pytest
 
 from dist_pca.config import load_config
 from dist_pca.errors import UserError
+from dist_pca.resilience.exit_status import ExitCode, read_exit_status
+from dist_pca.resilience.preemption import SLURM_MARGIN, StopRequest
 from dist_pca.resources import resource
-from dist_pca.training.exit_status import ExitCode, read_exit_status
-from dist_pca.training.signals import SLURM_MARGIN, StopRequest
 from tests.ranks import run_on_ranks
 from tests.training.runs import build_streets, overrides
 
@@ -75,8 +75,8 @@ def test_time_is_up_on_all_ranks_together(tmp_path: Path, slurm: bool) -> None:
 def test_a_second_signal_ends_a_process_that_waits_in_native_code() -> None:
     # A sleep stands for a collective that does not end: Python's own handlers would not run meanwhile.
     code = (
-        "import ctypes; from dist_pca.training import signals; signals.ECHO_SECONDS = 0.5; "
-        "stop = signals.StopRequest(); print('ready', flush=True); [ctypes.CDLL(None).sleep(60) for _ in range(3)]"
+        "import ctypes; from dist_pca.resilience import preemption; preemption.ECHO_SECONDS = 0.5; "
+        "stop = preemption.StopRequest(); print('ready', flush=True); [ctypes.CDLL(None).sleep(60) for _ in range(3)]"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

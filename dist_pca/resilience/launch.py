@@ -15,9 +15,9 @@ import yaml
 
 from dist_pca.cores import usable_cores
 from dist_pca.errors import UserError
+from dist_pca.resilience.exit_status import SUPERVISED, ExitCode, clear_exit_status, read_exit_status
+from dist_pca.resilience.preemption import SIGNALS
 from dist_pca.resources import resource
-from dist_pca.training.exit_status import SUPERVISED, ExitCode, clear_exit_status, read_exit_status
-from dist_pca.training.signals import SIGNALS
 
 SHUTDOWN_SECONDS = 600
 """Time that the launcher leaves its ranks to save after its own SIGTERM; its default is 30."""

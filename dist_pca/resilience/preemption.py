@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dist_pca.training.exit_status import ExitCode
+from dist_pca.resilience.exit_status import ExitCode
 
 if TYPE_CHECKING:
     import torch

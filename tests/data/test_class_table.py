@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_pca.data.classes import class_table, lookup_table
+from dist_pca.classes import CITYSCAPES_CLASSES, LABEL_SETS, ClassInfo
+from dist_pca.data.class_table import class_table, lookup_table
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import CITYSCAPES_CLASSES, LABEL_SETS, ClassInfo
 from dist_pca.shards.manifest import Manifest
 from tests.data.shards import data_config
 

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import psutil  # type: ignore[import-untyped]
 import torch.distributed as dist
 
+from dist_pca.distributed import raise_on_all_ranks
 from dist_pca.errors import UserError
-from dist_pca.training.distributed import raise_on_all_ranks
-from dist_pca.training.exit_status import ExitCode, exit_process, print_error
+from dist_pca.files import write_json
+from dist_pca.resilience.exit_status import ExitCode, exit_process, print_error
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
@@ -95,9 +96,7 @@ def _acquire(path: Path, own: Owner, wait: float) -> None:
                 "stop it, or choose another name="
             )
         if stale:
-            partial = path.with_name(f".{path.name}.{own.host}.{own.pid}.partial")
-            partial.write_text(json.dumps(own._asdict()) + "\n")
-            partial.replace(path)
+            write_json(path, own._asdict())
             time.sleep(_SETTLE_SECONDS)
             if _read(path) == own:
                 return

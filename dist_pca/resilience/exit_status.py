@@ -16,6 +16,7 @@ import psutil  # type: ignore[import-untyped]
 from rich.console import Console
 
 from dist_pca.errors import UserError
+from dist_pca.files import write_json
 
 SUPERVISED = "DIST_PCA_SUPERVISED"
 """Environment variable of ranks whose parent reads `exit.json`: they exit with 0, so that the launcher between them
@@ -53,12 +54,8 @@ def clear_exit_status(folder: Path) -> None:
 
 def write_exit_status(folder: Path, code: int, message: str) -> None:
     """Write `exit.json` atomically; without a run folder, or on a full disk, there is only the exit code."""
-    partial = folder / f".exit.json.{os.getpid()}.partial"
-    try:
-        partial.write_text(json.dumps({"code": int(code), "message": message}) + "\n")
-        partial.replace(folder / "exit.json")
-    except OSError:
-        partial.unlink(missing_ok=True)
+    with suppress(OSError):
+        write_json(folder / "exit.json", {"code": int(code), "message": message})
 
 
 def read_exit_status(folder: Path) -> ExitStatus | None:

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import Store
 from typing_extensions import Self
 
 from dist_pca.errors import UserError
-from dist_pca.training.exit_status import ExitCode, exit_process, print_error, write_exit_status
+from dist_pca.resilience.exit_status import ExitCode, exit_process, print_error, write_exit_status
 
 Phase = Literal[
     "start",

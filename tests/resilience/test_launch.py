@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from dist_pca.errors import UserError
+from dist_pca.resilience.exit_status import ExitCode, write_exit_status
+from dist_pca.resilience.launch import launch, launch_command, process_count, quote_command
+from dist_pca.resilience.preemption import SIGNALS
 from dist_pca.resources import resource
-from dist_pca.training.exit_status import ExitCode, write_exit_status
-from dist_pca.training.launch import launch, launch_command, process_count, quote_command
-from dist_pca.training.signals import SIGNALS
 
 
 def test_the_command_names_launcher_run_and_overrides() -> None:

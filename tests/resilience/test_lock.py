@@ -16,8 +16,8 @@ import pytest
 import torch.distributed as dist
 
 from dist_pca.errors import UserError
-from dist_pca.training import lock
-from dist_pca.training.lock import run_lock
+from dist_pca.resilience import lock
+from dist_pca.resilience.lock import run_lock
 
 
 @pytest.fixture(autouse=True)

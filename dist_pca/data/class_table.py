@@ -7,9 +7,9 @@ from itertools import zip_longest
 import numpy as np
 import numpy.typing as npt
 
+from dist_pca.classes import IGNORE_INDEX, LABEL_SETS, ClassInfo
 from dist_pca.config import DataConfig
 from dist_pca.errors import UserError
-from dist_pca.shards.classes import IGNORE_INDEX, LABEL_SETS, ClassInfo
 from dist_pca.shards.manifest import Manifest
 
 
