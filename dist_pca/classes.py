@@ -1,6 +1,9 @@
 """Class tables: class names in train-id order, and the colours in which they are displayed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from dist_pca.errors import UserError, nearest
 
 IGNORE_INDEX = 255
 """Train id of pixels that belong to no class."""
@@ -61,3 +64,24 @@ def label_set(name: str) -> tuple[ClassInfo, ...]:
     """
     wanted = LABEL_SETS[name]
     return tuple(info for info in CITYSCAPES_CLASSES if info.name in wanted)
+
+
+def label_set_members(names: Sequence[str], classes: Sequence[ClassInfo]) -> dict[str, list[int]]:
+    """Train ids of each named label set's classes.
+
+    Raises:
+        UserError: a label set is unknown or has a class that is not among `classes`.
+    """
+    train_ids = {info.name: train_id for train_id, info in enumerate(classes)}
+    members = {}
+    for name in names:
+        if name not in LABEL_SETS:
+            raise UserError(f"evaluation.label_sets: no label set {name!r}; the nearest is {nearest(name, LABEL_SETS)}")
+        missing = [member for member in LABEL_SETS[name] if member not in train_ids]
+        if missing:
+            raise UserError(
+                f"evaluation.label_sets: {name} needs {', '.join(missing)}, which are not classes of this run; "
+                "remove the label set or add them to data.classes"
+            )
+        members[name] = [train_ids[member] for member in LABEL_SETS[name]]
+    return members

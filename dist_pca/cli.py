@@ -104,7 +104,7 @@ def train(
     from dist_pca.resilience.launch import launch, launch_command, process_count, quote_command
     from dist_pca.train import resolve_config
     from dist_pca.training.prepare import prepare_run
-    from dist_pca.training.resume import is_finished
+    from dist_pca.training.run_folder import is_finished
 
     settings = [*(overrides or []), *(profile_overrides(profile) if profile else [])]
     run = resolve_config(config, settings)

@@ -68,8 +68,9 @@ def main(
         # A wrong key should be reported before these slow imports.
         import torch.distributed as dist
 
+        from dist_pca.evaluation.validation import validate
         from dist_pca.training.prepare import prepare_run
-        from dist_pca.training.resume import is_finished
+        from dist_pca.training.run_folder import is_finished
         from dist_pca.training.trainer import Trainer
 
         prepared = prepare_run(run, world_size=int(os.environ.get("WORLD_SIZE", "1")), resume=resume)
@@ -85,7 +86,7 @@ def main(
             print_error(str(error))
         sys.exit(UserError.EXIT_CODE)
     try:
-        with Trainer(prepared, stop) as trainer:
+        with Trainer(prepared, stop, validate) as trainer:
             code = trainer.train()
     except UserError as error:
         message = str(error) if error.EXIT_CODE == ExitCode.DIVERGED else f"rank {rank}: {error}"

@@ -122,8 +122,8 @@ def evaluate(
     from dist_pca.distributed import join_ranks
     from dist_pca.evaluation.evaluate import evaluate as score
     from dist_pca.evaluation.label_files import cityscapes_ids
+    from dist_pca.evaluation.load import load_run
     from dist_pca.evaluation.report import table
-    from dist_pca.training.run import load_run
 
     config, classes, model = load_run(run, checkpoint, weights=weights)
     manifest = open_manifest(shards, cache_settings(config.data.cache))
@@ -196,9 +196,9 @@ def predict(
     import torch
 
     from dist_pca.evaluation.image_files import find_images
+    from dist_pca.evaluation.load import load_run
     from dist_pca.evaluation.predict_images import predict_images
     from dist_pca.files import refuse_existing
-    from dist_pca.training.run import load_run
 
     if not labels and not overlays:
         raise UserError("--no-labels --no-overlay: nothing to write; remove one of them")
@@ -263,8 +263,8 @@ def export(
     An ONNX file is run and compared with PyTorch before the folder is created.
     """
     from dist_pca.evaluation.export import export as write
+    from dist_pca.evaluation.load import load_run
     from dist_pca.evaluation.onnx_file import require_onnx
-    from dist_pca.training.run import load_run
 
     if onnx_size is not None and not onnx:
         raise UserError("--onnx-size: has no effect without --onnx; add it")

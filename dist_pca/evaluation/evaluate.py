@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from dist_pca.classes import IGNORE_INDEX, ClassInfo
+from dist_pca.classes import IGNORE_INDEX, ClassInfo, label_set_members
 from dist_pca.config import RunConfig
 from dist_pca.data.stream import evaluation_stream
 from dist_pca.errors import UserError
 from dist_pca.evaluation.confusion import confusion_matrix
 from dist_pca.evaluation.inference import input_size, predict
 from dist_pca.evaluation.label_files import cityscapes_ids, prediction_names, save_label
-from dist_pca.evaluation.report import Scores, label_set_members, score
+from dist_pca.evaluation.report import Scores, score
 from dist_pca.files import new_folder
 from dist_pca.shards.manifest import Manifest
 

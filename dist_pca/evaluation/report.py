@@ -10,8 +10,7 @@ import torch
 from rich.table import Table
 from typing_extensions import Self
 
-from dist_pca.classes import LABEL_SETS, ClassInfo
-from dist_pca.errors import UserError, nearest
+from dist_pca.classes import ClassInfo, label_set_members
 from dist_pca.evaluation.confusion import iou, mean_iou, pixel_accuracy
 
 
@@ -67,27 +66,6 @@ def score(confusion: torch.Tensor, classes: Sequence[ClassInfo], images: int, la
         images=images,
         label_sets={name: mean_iou(confusion, indices) for name, indices in members.items()},
     )
-
-
-def label_set_members(names: Sequence[str], classes: Sequence[ClassInfo]) -> dict[str, list[int]]:
-    """Train ids of each named label set's classes.
-
-    Raises:
-        UserError: a label set is unknown or has a class that is not among `classes`.
-    """
-    train_ids = {info.name: train_id for train_id, info in enumerate(classes)}
-    members = {}
-    for name in names:
-        if name not in LABEL_SETS:
-            raise UserError(f"evaluation.label_sets: no label set {name!r}; the nearest is {nearest(name, LABEL_SETS)}")
-        missing = [member for member in LABEL_SETS[name] if member not in train_ids]
-        if missing:
-            raise UserError(
-                f"evaluation.label_sets: {name} needs {', '.join(missing)}, which are not classes of this run; "
-                "remove the label set or add them to data.classes"
-            )
-        members[name] = [train_ids[member] for member in LABEL_SETS[name]]
-    return members
 
 
 def table(scores: Scores, title: str = "IoU") -> Table:

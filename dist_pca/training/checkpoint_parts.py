@@ -4,36 +4,27 @@ A new kind of state that is made of tensors is one more class here, and one more
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 
 from dist_pca.errors import UserError
-from dist_pca.training.checkpoint import abbreviate, has_ema, load_tensors
-from dist_pca.training.deepspeed_internals import torch_optimizer
-from dist_pca.training.ema import EMAShards, gather_network, load_shards
-from dist_pca.training.rank_statistics import FILE, averaged_statistics, gather_statistics, load_statistics
-from dist_pca.training.zero import gather, optimizer_partitions, optimizer_steps, set_optimizer_state
-
-
-class CheckpointPart(Protocol):
-    """State that a checkpoint holds in a file of its own."""
-
-    file: str
-    """Name of the file, without .safetensors."""
-    optional: bool
-    """Without tensors there is no file."""
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield tensors to save by name, one at a time. Collective; all ranks must exhaust it."""
-
-    def restore(self, checkpoint: Path) -> None:
-        """Set the state to that of a checkpoint. Collective.
-
-        Raises:
-            UserError: the file is missing or damaged, or another network or optimiser wrote it.
-        """
+from dist_pca.model.batch_norm import average_over_ranks, running_statistics
+from dist_pca.training.checkpoint import CheckpointPart, abbreviate, has_ema, load_tensors
+from dist_pca.training.deepspeed import (
+    gather,
+    gather_network,
+    optimizer_partitions,
+    optimizer_steps,
+    scatter,
+    set_optimizer_state,
+    torch_optimizer,
+)
+from dist_pca.training.ema import EMAShards
 
 
 def checkpoint_parts(engine: Any, ema: EMAShards | None) -> list[CheckpointPart]:
@@ -63,7 +54,7 @@ class ModelPart:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield full parameters and buffers by name."""
         with averaged_statistics(self._engine, self._ema):
-            yield from gather_network(self._engine, None)
+            yield from gather_network(self._engine)
 
     def restore(self, checkpoint: Path) -> None:
         """Do nothing: `load_model` has set the weights before DeepSpeed partitioned them."""
@@ -117,18 +108,25 @@ class AveragePart:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield full averaged parameters and buffers by name."""
         with averaged_statistics(self._engine, self._ema):
-            yield from gather_network(self._engine, self._ema)
+            yield from gather_network(self._engine, *self._ema)
 
     def restore(self, checkpoint: Path) -> None:
         """Set this rank's shards; without a saved average they stay at the restored weights."""
         if has_ema(checkpoint):
-            load_shards(self._ema, self._engine, load_tensors(checkpoint / f"{self.file}.safetensors"))
+            saved = load_tensors(checkpoint / f"{self.file}.safetensors")
+            scatter(self._engine, saved, self._ema.partitions)
+            for name, value in self._ema.statistics.items():
+                value.copy_(saved[name])
 
 
 class RankStatisticsPart:
-    """Batch-norm statistics of each rank, if they differ."""
+    """Batch-norm running statistics, which each rank accumulates over its own images, if they differ.
 
-    file, optional = FILE, True
+    The weights in a checkpoint hold their mean over ranks. Training resumes with each rank's own, so that a run that is
+    saved and resumed at any step stays bit for bit the uninterrupted one. The file has one tensor, [ranks, values].
+    """
+
+    file, optional = "statistics", True
 
     def __init__(self, engine: Any, ema: EMAShards | None) -> None:
         self._engine, self._ema = engine, ema
@@ -136,8 +134,48 @@ class RankStatisticsPart:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield one tensor [ranks, values]."""
         if (statistics := gather_statistics(self._engine, self._ema)) is not None:
-            yield FILE, statistics
+            yield self.file, statistics
 
     def restore(self, checkpoint: Path) -> None:
-        """Set this rank's statistics, if as many ranks have saved theirs."""
-        load_statistics(self._engine, self._ema, checkpoint)
+        """Set this rank's statistics if as many ranks have saved theirs; otherwise keep the mean over ranks."""
+        path = checkpoint / f"{self.file}.safetensors"
+        if not path.is_file():
+            return
+        ranks = load_file(path)[self.file]
+        statistics = _statistics(self._engine, self._ema)
+        sizes = [value.numel() for value in statistics]
+        if ranks.shape != (dist.get_world_size(), sum(sizes)):
+            return
+        for value, own in zip(statistics, torch.split(ranks[dist.get_rank()], sizes), strict=True):
+            value.copy_(own)
+
+
+def gather_statistics(engine: Any, ema: EMAShards | None) -> torch.Tensor | None:
+    """Gather every rank's statistics and their moving averages, [ranks, values]; None if all ranks have the same.
+
+    Collective.
+    """
+    own = _statistics(engine, ema)
+    if not own:
+        return None
+    flat = torch.cat(own)
+    rows = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, flat)
+    ranks = torch.stack(rows)
+    return None if bool((ranks == ranks[0]).all()) else ranks
+
+
+@contextmanager
+def averaged_statistics(engine: Any, ema: EMAShards | None) -> Iterator[None]:
+    """Replace all statistics by their mean over ranks while the context is open. Collective."""
+    statistics = _statistics(engine, ema)
+    own = [value.clone() for value in statistics]
+    average_over_ranks(statistics)
+    yield
+    for value, before in zip(statistics, own, strict=True):
+        value.copy_(before)
+
+
+def _statistics(engine: Any, ema: EMAShards | None) -> list[torch.Tensor]:
+    averages = {} if ema is None else ema.statistics
+    return [*running_statistics(engine.module).values(), *averages.values()]

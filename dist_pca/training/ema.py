@@ -1,16 +1,20 @@
-"""Exponential moving average (EMA) of the weights under every ZeRO stage.
+"""Exponential moving average (EMA) of the weights under every ZeRO stage, and the mean teacher that it is.
 
 Each rank averages the partitions that it owns, so the network is never gathered for it. Running statistics of batch
 norms, of which every rank has its own, are averaged in the same way; other buffers are those of the trained network.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from dist_pca.model.batch_norm import running_statistics
-from dist_pca.training.zero import fp32_partitions, gather_parameters, persistent_buffers, scatter
+from dist_pca.training.deepspeed import (
+    fp32_partitions,
+    swapped_parameters,
+)
 
 
 class EMAShards(NamedTuple):
@@ -32,14 +36,6 @@ def init_ema(engine: Any) -> EMAShards:
 
 
 @torch.no_grad()
-def load_shards(ema: EMAShards, engine: Any, saved: Mapping[str, torch.Tensor]) -> None:
-    """Set an average to saved full tensors by name."""
-    scatter(engine, saved, ema.partitions)
-    for name, value in ema.statistics.items():
-        value.copy_(saved[name])
-
-
-@torch.no_grad()
 def update_ema(ema: EMAShards, engine: Any, decay: float, step: int) -> None:
     """Update the average with the weights after step `step` (from 1).
 
@@ -53,11 +49,24 @@ def update_ema(ema: EMAShards, engine: Any, decay: float, step: int) -> None:
         ema.statistics[name].lerp_(value, share)
 
 
-def gather_network(engine: Any, ema: EMAShards | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every full parameter and persistent buffer by name, one at a time: trained values, or their averages.
+@contextmanager
+def teacher_weights(engine: Any, ema: EMAShards) -> Iterator[None]:
+    """Run the engine's network as the teacher while the context is open (Tarvainen and Valpola, 2017). Collective.
 
-    Collective; all ranks must exhaust it. Batch-norm statistics are this rank's.
+    The network is in evaluation mode with the averaged weights and running statistics: no dropout and no drop path, and
+    an image's outputs do not depend on the rest of its batch. No gradients are recorded.
+
+    Args:
+        engine: DeepSpeed's, in training mode.
+        ema: The moving average of its weights.
     """
-    yield from gather_parameters(engine, fp32_partitions(engine) if ema is None else ema.partitions)
-    statistics = {} if ema is None else ema.statistics
-    yield from ((name, statistics.get(name, buffer)) for name, buffer in persistent_buffers(engine.module))
+    statistics = running_statistics(engine.module)
+    own = {name: value.clone() for name, value in statistics.items()}
+    with torch.no_grad(), swapped_parameters(engine, ema.partitions):
+        for name, value in statistics.items():
+            value.copy_(ema.statistics[name])
+        engine.eval()
+        yield
+        engine.train()
+        for name, value in statistics.items():
+            value.copy_(own[name])

@@ -14,8 +14,8 @@ from torch.distributed.rendezvous import rendezvous
 from dist_pca.config import RunConfig
 from dist_pca.cores import usable_cores
 from dist_pca.errors import UserError
+from dist_pca.training.deepspeed import deepspeed_plugin, disable_cpu_reduction_kernel
 from dist_pca.training.deepspeed_config import LAUNCHER_FIELDS, deepspeed_config
-from dist_pca.training.deepspeed_internals import deepspeed_plugin, disable_cpu_reduction_kernel
 
 
 @dataclass(frozen=True)

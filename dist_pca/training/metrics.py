@@ -21,11 +21,8 @@ from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.data.batch import Batch
 from dist_pca.files import append_line, drop_lines_after
-from dist_pca.training.phases import PhaseClock
-from dist_pca.training.profile import Profile
-from dist_pca.training.sample_log import SampleLog
-from dist_pca.training.throughput import network_passes, peak_flops, peak_memory
-from dist_pca.training.trackers import Trackers
+from dist_pca.training.loggers import SampleLog, Trackers
+from dist_pca.training.profiling import PhaseClock, Profile, network_passes, peak_flops, peak_memory
 
 METRICS = {
     "step": "updates made, the skipped ones too",

@@ -7,7 +7,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from dist_pca.config import OptimizerConfig
+from dist_pca.config import OptimizerConfig, RunConfig
 from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter
 from dist_pca.model.weights import plain_name
@@ -77,3 +77,15 @@ def _backbone_groups(config: OptimizerConfig, body: nn.Module) -> dict[str, _Gro
     # The classifier's last layer, at scale 1, is not part of the backbone.
     deepest = max(scale for scale, _ in own.values())
     return {name: _Group("backbone", config.lr * scale / deepest, decay) for name, (scale, decay) in own.items()}
+
+
+def learning_rate_factor(config: RunConfig, step: int) -> float:
+    """Factor on every group's base learning rate at a step (from 0): linear warm-up times poly decay."""
+    schedule = config.schedule
+    factor = 1.0
+    if schedule.warmup_steps > 0:
+        factor = min(1.0, (step + 1) / schedule.warmup_steps)
+    if schedule.name == "poly":
+        horizon = schedule.horizon or config.training.steps
+        factor *= (1 - step / horizon) ** schedule.power
+    return factor

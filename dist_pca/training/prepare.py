@@ -1,25 +1,26 @@
 """Checks that need no process group, and what they have opened and built by the end."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from dist_pca.classes import ClassInfo
+from dist_pca.classes import ClassInfo, label_set_members
 from dist_pca.config import RunConfig
 from dist_pca.data.cache import cache_settings, open_manifest
-from dist_pca.data.class_table import class_table
+from dist_pca.data.class_table import class_table, lookup_table
 from dist_pca.data.order import micro_batch_size
 from dist_pca.data.sampling import build_sampler
 from dist_pca.data.transform import check_crop
+from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.objective.feature_distance import thing_classes
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import fit_accumulation
 from dist_pca.training.deepspeed_config import reconcile_launcher
+from dist_pca.training.loggers import check_trackers
 from dist_pca.training.optimizer import build_optimizer
-from dist_pca.training.resume import check_resume
-from dist_pca.training.trackers import check_trackers
-from dist_pca.training.validation import open_validation
+from dist_pca.training.run_folder import check_resume
 
 
 class PreparedRun(NamedTuple):
@@ -62,7 +63,7 @@ def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> P
     build_sampler(config.data, sources, "source", config.seed, targets=targets)
     check_resume(config, resume)
     check_trackers(config)
-    validation = open_validation(config, classes)
+    validation = _open_validation(config, classes)
     torch.manual_seed(config.seed)
     things = thing_classes(config.objective.feature_distance, classes)
     model = build_segmenter(config.model, len(classes))
@@ -70,3 +71,19 @@ def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> P
     # Only to raise its errors early: the run's own optimiser is built beside the engine.
     build_optimizer(config.optimizer, model)
     return PreparedRun(config, sources, targets, validation, classes, model, things)
+
+
+def _open_validation(config: RunConfig, classes: Sequence[ClassInfo]) -> Manifest | None:
+    """Open the shards of data.validation and check that they can be scored; None if the run has none.
+
+    Raises:
+        UserError: they cannot be read, have no labels or none of the classes, or a label set has an unknown class.
+    """
+    if config.data.validation is None:
+        return None
+    manifest = open_manifest(config.data.validation, cache_settings(config.data.cache))
+    if not manifest.labelled:
+        raise UserError(f"data.validation: {manifest.folder} has no labels to score against; name labelled shards")
+    lookup_table(manifest, classes)
+    label_set_members(config.evaluation.label_sets, classes)
+    return manifest

@@ -1,7 +1,7 @@
 """The trainer: processes, engine, data and logs of a run, and the loop over its steps."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from itertools import repeat
@@ -25,22 +25,16 @@ from dist_pca.resilience.preemption import StopRequest
 from dist_pca.resilience.watchdog import Watchdog
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import Loss, MicroBatch, grad_cache, separate_losses
-from dist_pca.training.checkpoint import latest_checkpoint, load_model, read_state
-from dist_pca.training.checkpoint_parts import checkpoint_parts, restore
-from dist_pca.training.checkpoint_writer import CheckpointWriter
-from dist_pca.training.ema import init_ema, update_ema
+from dist_pca.training.checkpoint import CheckpointWriter, latest_checkpoint, load_model, read_state
+from dist_pca.training.checkpoint_parts import AveragePart, ModelPart, checkpoint_parts, restore
+from dist_pca.training.ema import init_ema, teacher_weights, update_ema
 from dist_pca.training.environment import connect_store, init_distributed
-from dist_pca.training.loss_scale import LossScale
 from dist_pca.training.metrics import MetricsLogger
-from dist_pca.training.non_finite_steps import NonFiniteSteps, zero_non_finite
-from dist_pca.training.optimizer import build_optimizer
-from dist_pca.training.phases import PhaseClock
+from dist_pca.training.non_finite import LossScale, NonFiniteSteps, zero_non_finite
+from dist_pca.training.optimizer import build_optimizer, learning_rate_factor
 from dist_pca.training.prepare import PreparedRun
-from dist_pca.training.run import create_run
-from dist_pca.training.schedule import learning_rate_factor
-from dist_pca.training.teacher import teacher_weights
-from dist_pca.training.throughput import network_flops
-from dist_pca.training.validation import validate
+from dist_pca.training.profiling import PhaseClock, network_flops
+from dist_pca.training.run_folder import create_run
 from dist_pca.training.views import Views, forward_views, student_views
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,9 +54,15 @@ class Trainer:
     Setting up, training and leaving are collective.
     """
 
-    def __init__(self, run: PreparedRun, stop: StopRequest) -> None:
-        """Store what to train and what may end it early; nothing starts yet."""
-        self.run, self.stop = run, stop
+    def __init__(self, run: PreparedRun, stop: StopRequest, validate: Callable[..., float]) -> None:
+        """Store what to train; nothing starts yet.
+
+        Args:
+            run: What to train.
+            stop: Request to end early.
+            validate: Returns the mean IoU, as `dist_pca.evaluation.validation.validate`.
+        """
+        self.run, self.stop, self.validate = run, stop, validate
         self._resources = ExitStack()
 
     def __enter__(self) -> Self:
@@ -167,12 +167,13 @@ class Trainer:
         if run.validation is None or not due:
             return None
         self.clock.enter("validation")
-        mean_iou = validate(
-            self.engine,
-            self.ema,
+        network = ModelPart(self.engine, None) if self.ema is None else AveragePart(self.engine, self.ema)
+        mean_iou = self.validate(
+            network.tensors(),
             run.validation,
             run.classes,
             run.config,
+            device=self.device,
             rank=self.environment.rank,
             world_size=self.environment.world_size,
             progress=partial(self.clock.enter, "validation"),

@@ -14,7 +14,7 @@ def observe(_rank: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     import deepspeed
 
-    from dist_pca.training import deepspeed_internals as internals
+    from dist_pca.training import deepspeed as internals
     from dist_pca.training.deepspeed_config import deepspeed_config
     from dist_pca.training.environment import init_distributed
     from dist_pca.training.optimizer import build_optimizer

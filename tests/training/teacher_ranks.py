@@ -16,9 +16,9 @@ def teach(rank: int, ranks: int, port: int, folder: Path, config: RunConfig) -> 
     """Train two steps, pass images through teacher and student, train a third; save everything."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from dist_pca.training.ema import gather_network, init_ema, update_ema
+    from dist_pca.training.deepspeed import gather_network
+    from dist_pca.training.ema import init_ema, teacher_weights, update_ema
     from dist_pca.training.environment import init_distributed
-    from dist_pca.training.teacher import teacher_weights
 
     environment = init_distributed(config)
     torch.set_num_threads(1)
@@ -34,16 +34,16 @@ def teach(rank: int, ranks: int, port: int, folder: Path, config: RunConfig) -> 
             engine.step()
         update_ema(average, engine, config.training.ema_decay, step + 1)
         if step == 1:
-            before = {name: value.clone() for name, value in gather_network(engine, None)}
-            found["average"] = {name: value.clone().cpu() for name, value in gather_network(engine, average)}
+            before = {name: value.clone() for name, value in gather_network(engine)}
+            found["average"] = {name: value.clone().cpu() for name, value in gather_network(engine, *average)}
             with teacher_weights(engine, average):
                 logits, features, _ = engine(batch(9, 4)[0])
             assert not logits.requires_grad
             assert engine.module.training
             found |= {"logits": logits, "features": features}
-            found["unchanged"] = {
-                name: torch.equal(value, before[name]) for name, value in gather_network(engine, None)
-            } | {"average": all(torch.equal(v, found["average"][n]) for n, v in gather_network(engine, average))}
-    found["trained"] = {name: value.clone().cpu() for name, value in gather_network(engine, None)}
+            found["unchanged"] = {name: torch.equal(value, before[name]) for name, value in gather_network(engine)} | {
+                "average": all(torch.equal(v, found["average"][n]) for n, v in gather_network(engine, *average))
+            }
+    found["trained"] = {name: value.clone().cpu() for name, value in gather_network(engine)}
     torch.save(found, folder / f"{rank}.pt")
     leave_group()

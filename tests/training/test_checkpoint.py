@@ -22,9 +22,8 @@ import dist_pca
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
 from dist_pca.train import resolve_config
-from dist_pca.training.checkpoint import latest_checkpoint, load_model, pointed_at, read_state
+from dist_pca.training.checkpoint import CheckpointWriter, latest_checkpoint, load_model, pointed_at, read_state
 from dist_pca.training.checkpoint_parts import CheckpointPart, OptimizerPart, checkpoint_parts
-from dist_pca.training.checkpoint_writer import CheckpointWriter
 from tests.disk import small_disk
 
 CONFIG = resolve_config("demo", ["training.keep_checkpoints=2", "training.time_limit=1:00:00"])
@@ -134,7 +133,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_hears_of_its_failure
         raise OSError("the disk is gone")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="the disk is gone"):  # noqa: PT012
-        patch.setattr("dist_pca.training.checkpoint_writer.save_file", write)
+        patch.setattr("dist_pca.training.checkpoint.save_file", write)
         with writer(tmp_path) as checkpoints:
             assert checkpoints.save(parts(engine(8)), 1) < 5
             checkpoints.poll()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_pca.evaluation.load import load_run
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.training.checkpoint import latest_checkpoint, load_model
-from dist_pca.training.run import load_run
 from tests.disk import small_disk
 from tests.training.runs import build_streets, overrides
 

@@ -19,10 +19,10 @@ from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.training import metrics as module
 from dist_pca.training.metrics import METRICS, TIMING, MetricsLogger, Window
-from dist_pca.training.phases import PhaseClock
+from dist_pca.training.profiling import PhaseClock
 from tests.ranks import run_on_ranks
 from tests.training.alone import alone
-from tests.training.test_phases import Watched
+from tests.training.test_profiling import Watched
 
 CPU = torch.device("cpu")
 CLASSES = (ClassInfo("road", (0, 0, 0)), ClassInfo("sky", (1, 1, 1)))

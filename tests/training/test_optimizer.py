@@ -1,4 +1,4 @@
-"""Every trained parameter has one learning rate and one weight decay."""
+"""Every trained parameter has one learning rate, by its group and the schedule, and one weight decay."""
 
 from itertools import pairwise
 
@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_pca.config import ModelConfig, OptimizerConfig
+from dist_pca.config import ModelConfig, OptimizerConfig, load_config
 from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter, build_segmenter
-from dist_pca.training.optimizer import build_optimizer
+from dist_pca.resources import resource
+from dist_pca.training.optimizer import build_optimizer, learning_rate_factor
 
 BACKBONES = ("test_resnet", "test_efficientnet", "test_convnext", "test_vit2", "swin_tiny_patch4_window7_224")
 
@@ -132,3 +133,20 @@ def test_building_groups_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     build_optimizer(OptimizerConfig(name="adamw", layer_decay=0.9), model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def factor(step: int, *overrides: str) -> float:
+    return learning_rate_factor(load_config(resource("configs", "gta5_to_cityscapes_paper"), overrides), step)
+
+
+def test_poly_falls_to_zero_at_its_horizon_not_at_the_last_step() -> None:
+    assert factor(0) == 1
+    assert factor(5580) == pytest.approx(0.5**0.9)
+    assert factor(10415) > 0
+    assert factor(10415, "schedule.horizon=10416") == pytest.approx((1 / 10416) ** 0.9)
+
+
+def test_warm_up_rises_linearly_and_ends_on_the_poly_curve() -> None:
+    assert factor(0, "schedule.warmup_steps=10") == pytest.approx(0.1)
+    assert factor(4, "schedule.warmup_steps=10", "schedule.name=constant") == pytest.approx(0.5)
+    assert factor(10, "schedule.warmup_steps=10") == factor(10)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dist_pca.training.loss_scale import FIRST, GROWTH_STEPS, LARGEST, LossScale
+from dist_pca.training.non_finite import FIRST_SCALE, GROWTH_STEPS, LARGEST_SCALE, LossScale
 from tests.training.zero_runs import STEPS, plain, run_config, through_deepspeed
 
 
@@ -25,7 +25,7 @@ def engine() -> Any:
 @given(st.lists(st.sampled_from([1.0, math.inf, math.nan]), max_size=60))
 def test_the_scale_halves_at_every_overflow_down_to_one_and_is_to_blame_while_it_can(norms: list[float]) -> None:
     scale = LossScale(engine(), enabled=True, state={})
-    expected = FIRST
+    expected = FIRST_SCALE
     for norm in norms:
         overflows = not math.isfinite(norm)
         assert scale.update(norm) == (overflows and expected > 1)
@@ -37,12 +37,12 @@ def test_the_scale_doubles_after_many_finite_steps_up_to_a_limit() -> None:
     scale = LossScale(engine(), enabled=True, state={})
     for _ in range(GROWTH_STEPS - 1):
         scale.update(1.0)
-    assert scale.value == FIRST
+    assert scale.value == FIRST_SCALE
     scale.update(1.0)
-    assert scale.value == 2 * FIRST
+    assert scale.value == 2 * FIRST_SCALE
     for _ in range(30 * GROWTH_STEPS):
         scale.update(1.0)
-    assert scale.value == LARGEST
+    assert scale.value == LARGEST_SCALE
 
 
 @given(st.lists(st.sampled_from([1.0, math.inf]), max_size=20), st.integers(0, 20))
@@ -61,7 +61,7 @@ def test_the_engine_is_told_and_its_own_scaler_is_off() -> None:
     told: list[float] = []
     watched.optimizer.override_loss_scale = told.append
     LossScale(watched, enabled=True, state={}).update(math.inf)
-    assert told == [FIRST, FIRST / 2]
+    assert told == [FIRST_SCALE, FIRST_SCALE / 2]
     assert watched.optimizer.torch_autocast_gradscaler is None
 
 

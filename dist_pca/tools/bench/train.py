@@ -16,6 +16,7 @@ import torch.distributed as dist
 from dist_pca.data.randomness import Domain
 from dist_pca.data.stream import stream
 from dist_pca.data.transfer import to_device
+from dist_pca.evaluation.validation import validate
 from dist_pca.model.segmenter import build_segmenter
 from dist_pca.objective import Domain as Outputs
 from dist_pca.objective import objective
@@ -141,7 +142,7 @@ def main(config: str, *overrides: str) -> None:
     """One rank of the run."""
     plan = prepare_run(resolve_config(config, list(overrides)), world_size=int(os.environ["WORLD_SIZE"]), resume=None)
     stop = _InTurn(plan)
-    with Trainer(plan, stop) as trainer:
+    with Trainer(plan, stop, validate) as trainer:
         trainer.train()
     if dist.get_rank() == 0:
         (plan.config.folder / "steps.json").write_text(json.dumps(stop.pairs))

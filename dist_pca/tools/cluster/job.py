@@ -14,7 +14,7 @@ from dist_pca.resilience.exit_status import ExitCode, ExitStatus, clear_exit_sta
 from dist_pca.resources import resource
 from dist_pca.tools.cluster.status import planned_steps, saved_step
 from dist_pca.train import resolve_config
-from dist_pca.training.launch_log import read_launch_log
+from dist_pca.training.run_folder import read_launch_log
 
 FRUITLESS_STARTS = 3
 """Starts of a job in a row without a step saved, after which it is not started again."""

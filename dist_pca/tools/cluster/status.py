@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
-from dist_pca.training.launch_log import Launch, is_alive, read_launch_log
+from dist_pca.training.run_folder import Launch, is_alive, read_launch_log
 
 State = Literal["queued", "running", "stale", "finished", "stopped", "diverged", "failed"]
 SHOWN = {"loss": "loss", "images_per_second": "images/s"}

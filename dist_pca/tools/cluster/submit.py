@@ -90,7 +90,7 @@ def check_run(config: RunConfig, *, world_size: int, gpus: bool, resume: bool | 
     import torch
 
     from dist_pca.training.prepare import prepare_run
-    from dist_pca.training.resume import check_resume
+    from dist_pca.training.run_folder import check_resume
 
     check_resume(config, resume)
     if gpus and not torch.cuda.is_available() and config.training.precision == "fp16":

@@ -13,6 +13,7 @@ from dist_pca.data.stream import evaluation_stream
 from dist_pca.errors import UserError
 from dist_pca.evaluation.evaluate import evaluate
 from dist_pca.evaluation.inference import input_size, predict
+from dist_pca.evaluation.load import load_run
 from dist_pca.evaluation.pictures import Row, comparison_picture
 from dist_pca.evaluation.report import Scores, compare_table
 from dist_pca.files import write_whole
@@ -21,7 +22,6 @@ from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import load_manifest
 from dist_pca.tools.demo.streets import DAY, NIGHT, write_streets
-from dist_pca.training.run import load_run
 
 SETS = {"day_train": (DAY, 0, 160), "night_train": (NIGHT, 160, 160), "night_test": (NIGHT, 320, 48)}
 """Look, first street and number of streets of each shard set; no street is in two of them."""

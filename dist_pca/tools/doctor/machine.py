@@ -19,7 +19,7 @@ from dist_pca.errors import UserError
 from dist_pca.tools.doctor.check import VERSIONS, Check
 from dist_pca.tools.planning.predict import images_per_rank
 from dist_pca.training.accumulation import fit_accumulation
-from dist_pca.training.run import PACKAGES
+from dist_pca.training.run_folder import PACKAGES
 
 ENOUGH_DISK, LEAST_DISK = 20e9, 1e9
 """Free bytes below which a run may not have the space for its checkpoints, and below which it has not."""

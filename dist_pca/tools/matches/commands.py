@@ -108,7 +108,7 @@ def matches(
     from dist_pca.tools.matches.measure import find_checkpoints, measure, with_options
     from dist_pca.tools.matches.picture import save_pictures
     from dist_pca.tools.matches.report import Block, lines, table, to_json, write_csv
-    from dist_pca.training.run import read_run
+    from dist_pca.training.run_folder import read_run
 
     if out is not None:
         refuse_existing(out, "--out")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import psutil  # type: ignore[import-untyped]
 
 from dist_pca.errors import UserError
-from dist_pca.training.throughput import PEAK_TERAFLOPS
+from dist_pca.training.profiling import PEAK_TERAFLOPS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_pca.tools.cluster.submit import check_run, render, submit
 from dist_pca.tools.study.design import Study
 from dist_pca.tools.study.training import refuse_changed_settings
-from dist_pca.training.resume import is_finished
+from dist_pca.training.run_folder import is_finished
 
 _ARGUMENTS = "set -- study"
 """Line of the batch script in whose place each task of the array gets the arguments of its run."""

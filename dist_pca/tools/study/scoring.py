@@ -13,11 +13,11 @@ import torch
 from dist_pca.config import load_config
 from dist_pca.errors import UserError
 from dist_pca.evaluation.evaluate import evaluate
+from dist_pca.evaluation.load import load_run
 from dist_pca.evaluation.report import Scores
 from dist_pca.files import write_json
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.checkpoint import latest_checkpoint, read_step
-from dist_pca.training.run import load_run
 
 
 def manifest_digest(manifest: Manifest) -> str:

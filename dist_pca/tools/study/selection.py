@@ -26,10 +26,10 @@ from dist_pca.data.transform import Pixels
 from dist_pca.errors import UserError
 from dist_pca.evaluation.confusion import confusion_matrix
 from dist_pca.evaluation.inference import input_size
+from dist_pca.evaluation.load import load_run
 from dist_pca.evaluation.views import view_logits
 from dist_pca.shards.manifest import Manifest, Shard
 from dist_pca.training.checkpoint import latest_checkpoint, read_step
-from dist_pca.training.run import load_run
 
 ENSEMBLE_CANDIDATES = 3
 """Fewest candidates whose ensemble says more than each of them."""

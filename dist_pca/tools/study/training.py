@@ -12,7 +12,7 @@ from dist_pca.shards.manifest import Manifest
 from dist_pca.tools.study.design import PlannedRun, Study
 from dist_pca.tools.study.scoring import score_newest
 from dist_pca.training.prepare import prepare_run
-from dist_pca.training.resume import config_differences, is_finished
+from dist_pca.training.run_folder import config_differences, is_finished
 
 FAILED = 1
 """Exit code of a study of which a run failed."""

@@ -11,7 +11,7 @@ from dist_pca.config import load_config
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status, write_exit_status
 from dist_pca.resources import resource
 from dist_pca.tools.cluster.job import FRUITLESS_STARTS, GAVE_UP, judge, launcher
-from dist_pca.training.launch_log import Launch
+from dist_pca.training.run_folder import Launch
 from tests.tools.cluster.test_status import STEPS, make_run
 
 

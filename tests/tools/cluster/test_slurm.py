@@ -19,7 +19,7 @@ from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.tools.cluster.status import read_status, saved_step
-from dist_pca.training.launch_log import read_launch_log
+from dist_pca.training.run_folder import read_launch_log
 from tests.shards.trees import make_folder
 from tests.tools.cluster.slurm import Cluster, wait_until
 from tests.tools.cluster.test_scripts import LINES

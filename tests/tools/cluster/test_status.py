@@ -19,7 +19,7 @@ from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import ExitCode, write_exit_status
 from dist_pca.resources import resource
 from dist_pca.tools.cluster.status import duration, read_status, saved_step, table
-from dist_pca.training.launch_log import Launch, log_launch
+from dist_pca.training.run_folder import Launch, log_launch
 
 STEPS = 100
 

@@ -13,7 +13,7 @@ from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.tools.study.array import array_script, pending_runs, scoring_script
 from dist_pca.tools.study.design import Variant
-from dist_pca.training.launch_log import read_launch_log
+from dist_pca.training.run_folder import read_launch_log
 from tests.tools.cluster.slurm import Cluster, missing_programs, running_cluster, wait_until
 from tests.tools.cluster.test_submit import fake_sbatch
 from tests.tools.study.studies import scores_of, small_study, write_finished

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dist_pca.data.stream import evaluation_stream
 from dist_pca.errors import UserError
 from dist_pca.evaluation.evaluate import evaluate
+from dist_pca.evaluation.load import load_run
 from dist_pca.model.segmenter import Segmenter
 from dist_pca.shards.manifest import Manifest, load_manifest
 from dist_pca.tools.study import selection
@@ -29,7 +30,6 @@ from dist_pca.tools.study.selection import (
     soft_neighbourhood_density,
     spread,
 )
-from dist_pca.training.run import load_run
 from tests.data.shards import CLASSES, make_shards
 from tests.evaluation.networks import segmenter, write_run
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
-from dist_pca.training.trackers import Trackers, check_trackers
+from dist_pca.training.loggers import Trackers, check_trackers
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_tensorboard_lies_in_the_run_folder_and_drops_what_is_made_again(tmp_pat
 def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dist_pca.training.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("dist_pca.training.loggers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"telemetry\.trackers: comet_ml is not installed; pip install comet-ml"):
         check_trackers(demo(tmp_path, "telemetry.trackers=[comet_ml]"))
 

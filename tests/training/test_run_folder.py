@@ -1,5 +1,6 @@
-"""A run goes on in its own folder, and in no other run's."""
+"""A run resumes in its own folder, and in no folder of another run; its launches are logged there."""
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,8 +13,7 @@ from dist_pca.shards.build import build_shards
 from dist_pca.tools.demo.streets import DAY, write_streets
 from dist_pca.training.checkpoint import code_version
 from dist_pca.training.prepare import prepare_run
-from dist_pca.training.resume import check_resume
-from dist_pca.training.run import create_run
+from dist_pca.training.run_folder import check_resume, create_run, is_alive, log_launch, read_launch_log
 
 
 def demo(folder: Path, *overrides: str) -> RunConfig:
@@ -124,3 +124,24 @@ def test_going_on_with_other_code_is_told(made: Path, caplog: pytest.LogCaptureF
         (checkpoint / "state.json").write_text('{"step": 4, "code": "0.0.0+abc"}')
         check_resume(demo(made), None)
     assert caplog.messages == [f"resuming with dist-pca {code_version()}; step-00000004 was saved by 0.0.0+abc"]
+
+
+def test_each_start_is_a_line_with_its_job_and_step(tmp_path: Path) -> None:
+    log_launch(tmp_path, 0, 2, {"SLURM_JOB_ID": "7"})
+    log_launch(tmp_path, 40, 4, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
+    log_launch(tmp_path, 60, 1, {})
+    found = read_launch_log(tmp_path)
+    assert [(start.step, start.world_size, start.job, start.restart) for start in found] == [
+        (0, 2, "7", 0),
+        (40, 4, "7", 1),
+        (60, 1, None, 0),
+    ]
+    assert all(start.process == os.getpid() and is_alive(start) for start in found)
+
+
+def test_a_run_that_never_started_has_none_and_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    assert read_launch_log(tmp_path) == []
+    log_launch(tmp_path, 0, 2, {})
+    with (tmp_path / "starts.jsonl").open("a") as lines:
+        lines.write('{"time": 17')
+    assert len(read_launch_log(tmp_path)) == 1

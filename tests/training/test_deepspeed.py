@@ -1,4 +1,4 @@
-"""DeepSpeed's private fields are where `deepspeed_internals` looks for them; each message says what broke if not."""
+"""DeepSpeed's private fields are where `training.deepspeed` looks for them; each message says what broke if not."""
 
 import importlib
 import inspect
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.multiprocessing as multiprocessing
 
-from dist_pca.training.deepspeed_internals import deepspeed_plugin
+from dist_pca.training.deepspeed import deepspeed_plugin
 from tests.training.internals_rank import observe
 
 both_stages = pytest.mark.parametrize("stage", ["2", "3"])
@@ -114,4 +114,4 @@ def test_private_fields_are_named_in_one_file() -> None:
     fields = ("_hp_mapping", "bit16_groups", "fp32_partitioned", "single_partition_of", "ds_id", "ds_tensor")
     fields += ("persistent_parameters", "grad_position", "override_loss_scale", "torch_autocast_gradscaler")
     naming = {file.name for file in package.rglob("*.py") for field in fields if field in file.read_text()}
-    assert naming == {"deepspeed_internals.py"}
+    assert naming == {"deepspeed.py"}

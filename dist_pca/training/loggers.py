@@ -3,14 +3,17 @@
 import json
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from dist_pca.config import RunConfig
+from dist_pca.data.batch import Batch
 from dist_pca.errors import UserError
-from dist_pca.files import write_json
+from dist_pca.files import append_line, drop_lines_after, write_json
 
 _log = logging.getLogger("dist_pca.training")
 _PACKAGES = {"comet_ml": "comet-ml"}
@@ -101,3 +104,37 @@ def _run_id(folder: Path, tracker: str) -> str:
     if not file.is_file():
         write_json(file, {"id": uuid.uuid4().hex[:12]})
     return str(json.loads(file.read_text())["id"])
+
+
+class SampleLog:
+    """Writes `samples.jsonl`: the sample keys of each step by domain, over all ranks, in their global order."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        """Open the log of a run folder, without lines after `start_step`."""
+        self._file = folder / "samples.jsonl"
+        self._own: list[tuple[int, int, str]] = []
+        if dist.get_rank() == 0:
+            drop_lines_after(self._file, start_step)
+
+    def accumulate(self, batches: Iterable[Batch | None]) -> None:
+        """Add a micro-batch's source and target batch."""
+        for domain, batch in enumerate(batches):
+            if batch is not None:
+                self._own += [(domain, *sample) for sample in zip(batch.positions, batch.keys, strict=True)]
+
+    def write(self, step: int) -> None:
+        """Write the accumulated keys as those of step `step` (from 1). Collective.
+
+        Raises:
+            UserError: on rank 0, it cannot be written.
+        """
+        samples: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(samples, self._own)
+        self._own = []
+        if dist.get_rank() == 0:
+            ordered = sorted(sample for own in samples for sample in own)
+            keys = {
+                name: [key for domain, _, key in ordered if domain == number]
+                for number, name in enumerate(("source", "target"))
+            }
+            append_line(self._file, json.dumps({"step": step, **keys}))
