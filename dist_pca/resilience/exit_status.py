@@ -12,7 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 from rich.console import Console
 
 from dist_pca.errors import UserError

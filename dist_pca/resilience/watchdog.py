@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, NoReturn
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 from torch._C._distributed_c10d import Store
 from typing_extensions import Self
 

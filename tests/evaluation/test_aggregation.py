@@ -19,14 +19,15 @@ images = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
 
 def mixed(values: torch.Tensor, share: float, similarity: str) -> torch.Tensor:
     rows = diffuse(values.flatten(2).transpose(1, 2), share, similarity)  # type: ignore[arg-type]
-    return rows.transpose(1, 2).unflatten(2, values.shape[-2:])
+    back: torch.Tensor = rows.transpose(1, 2).unflatten(2, values.shape[-2:])
+    return back
 
 
 def by_hand(model: Segmenter, share: float) -> torch.Tensor:
     """Probabilities of the network taken apart."""
     maps = model.backbone((images - model.mean) / model.std)
     if model.association_features == "head" and hasattr(model.head, "classifier"):
-        logits = model.head.classifier(mixed(model.head(maps).features, share, "cosine"))
+        logits = model.head.get_submodule("classifier")(mixed(model.head(maps).features, share, "cosine"))
     else:
         logits = model.head([*maps[:-1], mixed(maps[-1], share, "cosine")]).logits
     return mixed(logits.softmax(1), share, "kl")

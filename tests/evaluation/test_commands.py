@@ -62,7 +62,7 @@ def test_the_newest_checkpoint_is_scored_unless_another_is_named(
 def test_options_take_the_place_of_the_runs_keys(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = {"flip": True, "scales": (1.0, 1.5), "window": (16, 16), "stride": (8, 8)}
+    keys: dict[str, Any] = {"flip": True, "scales": (1.0, 1.5), "window": (16, 16), "stride": (8, 8)}
     write_run(tmp_path, segmenter(), **keys)
     options = ["--flip", "--scale", 1, "--scale", 1.5, "--window", 16, 16, "--stride", 8, 8]
     by_keys = evaluated(monkeypatch, capsys, tmp_path / "tiny", "--shards", folder / "labelled")

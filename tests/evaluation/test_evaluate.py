@@ -35,7 +35,7 @@ def segmenter() -> Segmenter:
     """A network that predicts every class somewhere."""
     torch.manual_seed(3)
     network = build_segmenter(run().model, len(CLASSES))
-    torch.nn.init.normal_(network.head.classifier.weight)
+    torch.nn.init.normal_(network.head.get_parameter("classifier.weight"))
     return network
 
 

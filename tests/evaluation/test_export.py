@@ -1,5 +1,7 @@
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +59,7 @@ def test_a_graph_of_one_size_gives_the_networks_logits_at_the_images_resolution(
         {"head": "mlp", "association_stride": 16},
     ],
 )
-def test_a_graph_takes_images_of_any_size(tmp_path: Path, keys: dict[str, object]) -> None:
+def test_a_graph_takes_images_of_any_size(tmp_path: Path, keys: dict[str, Any]) -> None:
     import onnxruntime
 
     model = segmenter(**({"output_stride": None} | keys))
@@ -77,7 +79,7 @@ def test_a_graph_takes_images_of_any_size(tmp_path: Path, keys: dict[str, object
 def test_a_graph_that_gives_other_logits_is_refused_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = onnx_file._Graph.forward
+    forward: Callable[..., torch.Tensor] = onnx_file._Graph.forward
 
     def unlike_in_training(self: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         logits = forward(self, images)

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_gradients_summed_over_synchronised_ranks_equal_one_process(
 ) -> None:
     for name, gradient in single["gradients"].items():
         total = sum(rank["gradients"][name] for rank in ranks)
-        torch.testing.assert_close(total, gradient, rtol=1e-4, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(total, gradient, rtol=1e-4, atol=1e-3, msg=partial("{}: {}".format, name))
 
 
 def test_every_synchronised_rank_has_the_running_statistics_of_one_process(
@@ -131,8 +132,9 @@ def test_frozen_statistics_stay_in_training_while_scale_and_shift_train() -> Non
     segmenter(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)).logits.square().sum().backward()
     torch.testing.assert_close(dict(segmenter.named_buffers()), before, rtol=0, atol=0)
     stem = segmenter.get_submodule("backbone.body.bn1")
-    assert stem.weight.grad.any()
-    assert stem.bias.grad.any()
+    for gradient in (stem.get_parameter("weight").grad, stem.get_parameter("bias").grad):
+        assert gradient is not None
+        assert gradient.any()
 
 
 def test_local_statistics_move_in_training() -> None:

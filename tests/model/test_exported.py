@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from dist_pca.errors import UserError
 from dist_pca.model.exported import load_exported, save_exported
 from dist_pca.model.segmenter import build_segmenter
 
-NETWORKS = [
+NETWORKS: list[dict[str, Any]] = [
     {"backbone": "test_resnet", "head": "pyramid", "head_channels": 8, "output_stride": None},
     {"backbone": "test_resnet", "head": "deeplab_v2", "association_features": "head", "batch_norm": "sync"},
     {"backbone": "test_convnext", "head": "daformer", "head_channels": 8, "association_features": "projection"},
@@ -27,7 +28,7 @@ NETWORKS = [
 ]
 
 
-def export(folder: Path, keys: dict[str, object] = NETWORKS[0]) -> torch.nn.Module:
+def export(folder: Path, keys: dict[str, Any] = NETWORKS[0]) -> torch.nn.Module:
     config = ModelConfig.model_validate(keys | {"weights": "scratch"})
     model = build_segmenter(config, 19).eval()
     save_exported(folder, model, config, CITYSCAPES_CLASSES, input_size=(64, 96), shorter_edge=64)
@@ -35,7 +36,7 @@ def export(folder: Path, keys: dict[str, object] = NETWORKS[0]) -> torch.nn.Modu
 
 
 @pytest.mark.parametrize("keys", NETWORKS)
-def test_what_is_read_is_what_was_written(tmp_path: Path, keys: dict[str, object]) -> None:
+def test_what_is_read_is_what_was_written(tmp_path: Path, keys: dict[str, Any]) -> None:
     model = export(tmp_path, keys)
     found = load_exported(tmp_path)
     images = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -19,7 +21,7 @@ def test_the_deeplab_head_sums_four_dilated_convolutions_of_the_deepest_map() ->
     head = DeepLabV2Head(5, 3)
     deepest = torch.randn(2, 5, 11, 13)
     parts = [
-        F.conv2d(deepest, branch.weight, branch.bias, padding=dilation, dilation=dilation)
+        F.conv2d(deepest, branch.get_parameter("weight"), branch.get_parameter("bias"), 1, dilation, dilation)
         for dilation, branch in zip((6, 12, 18, 24), head.branches, strict=True)
     ]
     logits, features = head([torch.randn(2, 4, 22, 26), deepest])
@@ -30,8 +32,8 @@ def test_the_deeplab_head_sums_four_dilated_convolutions_of_the_deepest_map() ->
 def test_the_deeplab_head_starts_with_small_weights_and_no_bias() -> None:
     torch.manual_seed(0)
     for branch in DeepLabV2Head(256, 19).branches:
-        assert branch.weight.std().item() == pytest.approx(0.01, rel=0.02)
-        assert not branch.bias.any()
+        assert branch.get_parameter("weight").std().item() == pytest.approx(0.01, rel=0.02)
+        assert not branch.get_parameter("bias").any()
 
 
 @pytest.mark.parametrize(
@@ -119,20 +121,24 @@ def test_every_class_starts_equally_likely(name: str) -> None:
 def test_the_daformer_heads_dilations_reach_as_many_pixels_at_every_stride() -> None:
     for stride in (4, 8, 16):
         head = DAFormerHead((3, 4, 5), (4, 8, 16), 8, 3, stride=stride)
-        first, *reaches = (branch[0].dilation[0] * stride for branch in head.branches)
+        convolutions: list[Any] = [branch.get_submodule("0") for branch in head.branches]
+        first, *reaches = (layer.dilation[0] * stride for layer in convolutions)
         assert first == stride
         assert reaches == pytest.approx([24, 48, 72], abs=stride / 2)
 
 
 @pytest.mark.parametrize(("head", "far"), [(DAFormerHead, True), (MLPHead, False), (PyramidHead, False)])
-def test_only_dilated_convolutions_look_far_on_the_finest_map(head: type[PyramidHead], far: bool) -> None:
+def test_only_dilated_convolutions_look_far_on_the_finest_map(
+    head: type[PyramidHead], far: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     network = head((4,), (4,), 8, 3)
     # Group norms mix all positions; without them what is left is what convolutions reach.
     for module in network.modules():
         if isinstance(module, torch.nn.GroupNorm):
-            module.forward = lambda x: x  # type: ignore[method-assign]
+            monkeypatch.setattr(module, "forward", lambda x: x)
     finest = torch.randn(1, 4, 41, 41, requires_grad=True)
     network([finest]).logits[0, :, 20, 20].sum().backward()
+    assert finest.grad is not None
     reached = finest.grad[0].abs().sum(0).nonzero() - 20
     assert int(reached.abs().max()) == (18 if far else int(head is PyramidHead))

@@ -38,7 +38,7 @@ def test_a_projection_is_two_linear_layers_over_all_maps_side_by_side(stride: in
     resized = [
         resize(feature_map, size, coarser=own < stride) for own, feature_map in zip(STRIDES, maps(), strict=True)
     ]
-    weight = torch.cat([layer.weight for layer in projection.embeddings], dim=1)
+    weight = torch.cat([layer.get_parameter("weight") for layer in projection.embeddings], dim=1)
     expected = projection.output(F.conv2d(torch.cat(resized, dim=1), weight))
     torch.testing.assert_close(projection(maps()), expected, rtol=1e-4, atol=1e-5)
     assert expected.shape == (2, 6, *size)

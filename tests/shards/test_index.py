@@ -78,10 +78,10 @@ def test_the_first_sample_without_labels_among_others_is_named(tmp_path: Path, l
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"label.png": label(np.full((12, 20), 3))}, r"label values outside the 3 classes: 3, 240 pixels"),
-        ({"label.png": label(np.zeros((11, 20)))}, "20 x 11 pixels where the image has 20 x 12"),
+        ({"label.png": label(np.full((12, 20), 3, np.uint8))}, r"label values outside the 3 classes: 3, 240 pixels"),
+        ({"label.png": label(np.zeros((11, 20), np.uint8))}, "20 x 11 pixels where the image has 20 x 12"),
         ({"label.png": b"nonsense"}, "unreadable image"),
-        ({"label.png": label(np.zeros((12, 20)))[:45]}, "damaged image"),
+        ({"label.png": label(np.zeros((12, 20), np.uint8))[:45]}, "damaged image"),
         ({"label.png": sample("0")["jpg"]}, "unreadable image"),
         ({"jpg": b"nonsense"}, "unreadable image"),
         ({"jpg": None, "txt": b"a"}, r"no image \(jpg, jpeg, png, webp\)"),

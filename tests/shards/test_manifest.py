@@ -2,6 +2,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,8 @@ def test_twenty_five_thousand_samples_survive_saving_and_loading(tmp_path: Path)
 )
 def test_a_sample_outside_of_its_file_is_refused(built: Manifest, column: str, value: int) -> None:
     shard = built.shards[0]
-    moved = replace(shard, **{column: [value, *getattr(shard, column)[1:]]})
+    column_of: dict[str, Any] = {column: [value, *getattr(shard, column)[1:]]}
+    moved = replace(shard, **column_of)
     save_manifest(replace(built, shards=(moved, *built.shards[1:])))
     with pytest.raises(UserError, match=r"is outside the file"):
         load_manifest(built.folder)

@@ -1,9 +1,9 @@
 import io
 import sys
+import time
 
 import pytest
 
-from dist_pca.shards import progress
 from dist_pca.shards.progress import shown_progress
 
 
@@ -11,7 +11,7 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([0.0, 1.0, 10.0, 12.0, 21.0])
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     with shown_progress("images") as tell:
         for done, stored in ((0, 0), (1500, 10**9), (1600, 10**9), (2100, 2 * 10**9)):
             tell(done, 3000, stored)

@@ -22,8 +22,15 @@ import dist_pca
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
 from dist_pca.train import resolve_config
-from dist_pca.training.checkpoint import CheckpointWriter, latest_checkpoint, load_model, pointed_at, read_state
-from dist_pca.training.checkpoint_parts import CheckpointPart, OptimizerPart, checkpoint_parts
+from dist_pca.training.checkpoint import (
+    CheckpointPart,
+    CheckpointWriter,
+    latest_checkpoint,
+    load_model,
+    pointed_at,
+    read_state,
+)
+from dist_pca.training.checkpoint_parts import OptimizerPart, checkpoint_parts
 from tests.disk import small_disk
 
 CONFIG = resolve_config("demo", ["training.keep_checkpoints=2", "training.time_limit=1:00:00"])

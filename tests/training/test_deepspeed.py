@@ -111,7 +111,9 @@ def test_accelerates_plugin_is_made_without_transformers() -> None:
 
 def test_private_fields_are_named_in_one_file() -> None:
     package = Path(inspect.getfile(deepspeed_plugin)).parents[1]
-    fields = ("_hp_mapping", "bit16_groups", "fp32_partitioned", "single_partition_of", "ds_id", "ds_tensor")
-    fields += ("persistent_parameters", "grad_position", "override_loss_scale", "torch_autocast_gradscaler")
+    fields = (
+        *("_hp_mapping", "bit16_groups", "fp32_partitioned", "single_partition_of", "ds_id", "ds_tensor"),
+        *("persistent_parameters", "grad_position", "override_loss_scale", "torch_autocast_gradscaler"),
+    )
     naming = {file.name for file in package.rglob("*.py") for field in fields if field in file.read_text()}
     assert naming == {"deepspeed.py"}

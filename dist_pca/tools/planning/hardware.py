@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from dist_pca.errors import UserError
 from dist_pca.training.profiling import PEAK_TERAFLOPS

@@ -185,7 +185,7 @@ def test_sbatch_knows_the_options_of_a_command_line_in_a_header(cluster: Cluster
     words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
     (place,) = (place for place, word in enumerate(words) if word.endswith(".sbatch"))
     script = resource("launch", f"slurm/{Path(words[place]).stem}", ".sbatch")
-    command = [*words[:1], "--test-only", "--gpus-per-node=0", *words[1:place], script, *words[place + 1 :]]
+    command = [*words[:1], "--test-only", "--gpus-per-node=0", *words[1:place], str(script), *words[place + 1 :]]
     done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
     # The cluster is small, and has run no such job.
     known = "to start at|Requested node configuration is not available|dependency"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -124,7 +125,7 @@ def test_an_option_cannot_smuggle_in_a_line() -> None:
 
 
 def test_on_cpus_no_gpu_is_asked_for() -> None:
-    size = {"name": "a", "folder": Path("runs/a"), "nodes": 2, "cpus_per_node": 4, "time": "10"}
+    size: dict[str, Any] = {"name": "a", "folder": Path("runs/a"), "nodes": 2, "cpus_per_node": 4, "time": "10"}
     assert train_directives(**size, gpus_per_node=0)["gpus-per-node"] is None
     assert train_directives(**size, gpus_per_node=4)["gpus-per-node"] == "4"
     further = train_directives(**size, gpus_per_node=0, further=["--mem=0", "exclusive", "comment=a=b"])

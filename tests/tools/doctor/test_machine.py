@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def test_little_space_warns_and_none_fails(
     free: float, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def usage(_: Any) -> Any:
-        return shutil._ntuple_diskusage(100e9, 0, free)
+        return SimpleNamespace(total=100e9, used=0, free=free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     check = machine.disk(tmp_path / "runs")

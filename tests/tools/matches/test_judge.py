@@ -120,7 +120,8 @@ def test_batches_without_labels_leave_nothing_to_judge() -> None:
 
 def one_image(domain: Domain, place: int) -> Domain:
     images = slice(place, place + 1)
-    return Domain(*(x[images] if isinstance(x, torch.Tensor) else x for x in domain))
+    parts: list[Any] = [x[images] if isinstance(x, torch.Tensor) else x for x in domain]
+    return Domain(*parts)
 
 
 def crosses(pool: JudgedCycles) -> bool:

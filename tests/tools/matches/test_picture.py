@@ -18,7 +18,7 @@ def cycles(truth: list[list[int]]) -> JudgedCycles:
 
 def picture(of: JudgedCycles, **keys: Any) -> Image.Image:
     grey = torch.full((1, 3, 40, 60), 128, dtype=torch.uint8)
-    return matches_picture(grey, grey, of, CLASSES, **({"title": "tiny", "seed": 1} | keys))
+    return matches_picture(grey, grey, of, CLASSES, **(dict[str, Any](title="tiny", seed=1) | keys))
 
 
 def pixels(image: Image.Image, color: tuple[int, int, int]) -> int:

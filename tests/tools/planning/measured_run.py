@@ -16,7 +16,7 @@ import torch.distributed as dist
 import typer
 
 from dist_pca import train
-from dist_pca.resilience.watchdog import Watchdog
+from dist_pca.resilience.watchdog import Phase, Watchdog
 from dist_pca.tools.planning.live import LiveBytes
 
 PHASES = ("data", "teacher", "forward", "backward", "optimizer", "log", "checkpoint")
@@ -62,7 +62,7 @@ def main(config: str, overrides: list[str] = typer.Argument(None)) -> None:  # n
     measured = Measured()
     sound_enter = Watchdog.enter
 
-    def enter(self: Watchdog, phase: str, step: int | None = None) -> None:
+    def enter(self: Watchdog, phase: Phase, step: int | None = None) -> None:
         if phase in PHASES:
             measured.step = measured.step if step is None else step
             measured.begin(f"{measured.step} {phase}")
@@ -70,7 +70,7 @@ def main(config: str, overrides: list[str] = typer.Argument(None)) -> None:  # n
 
     Watchdog.enter = enter  # type: ignore[method-assign]
     # The process would end here, before what was measured is written.
-    train.exit_process = lambda folder, code: sys.exit(code)  # type: ignore[assignment]
+    vars(train)["exit_process"] = lambda folder, code: sys.exit(code)
     with measured:
         try:
             train.main(config, overrides)

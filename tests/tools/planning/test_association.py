@@ -62,7 +62,7 @@ def measured_association(rank: int, world_size: int, level: Level, exchange: str
         ).loss
         saved = live.bytes - given
         live.begin("backward")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     gradients = 4 * channels * (SOURCE + TARGET)
     return [live.peaks["forward"] - given, saved, live.peaks["backward"] - given - gradients]
 
@@ -76,7 +76,7 @@ def measured_lovasz(rank: int, world_size: int, pixels: int) -> list[int]:
         loss = lovasz_softmax(probabilities, labels)
         saved = live.bytes
         live.begin("backward")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     return [live.peaks["forward"], saved, live.peaks["backward"] - 4 * pixels * CLASSES]
 
 

@@ -1,11 +1,14 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
 from dist_pca.cli import app
+from dist_pca.data.stream import evaluation_stream
+from dist_pca.shards.manifest import Manifest
 from dist_pca.tools.study import select_command, selection
 from tests.data.shards import make_shards, sample_members, write_shards
 from tests.evaluation.networks import CLASSES, segmenter, write_run
@@ -89,10 +92,12 @@ def test_other_labels_on_the_same_images_leave_the_choice_and_change_the_report(
 
 def test_labels_are_looked_at_after_the_choice_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    stream = selection.evaluation_stream
-    monkeypatch.setattr(
-        selection, "evaluation_stream", lambda *words, **keys: asked.append(words[0].labelled) or stream(*words, **keys)
-    )
+
+    def stream(manifest: Manifest, *arguments: Any, **options: Any) -> Any:
+        asked.append(manifest.labelled)
+        return evaluation_stream(manifest, *arguments, **options)
+
+    monkeypatch.setattr(selection, "evaluation_stream", stream)
     assert select(folder, "a b d").exit_code == 0
     assert asked == [False]
 
