@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from dist_pca.errors import UserError
@@ -43,6 +44,18 @@ def write_whole(path: Path, text: str, part_folder: Path | None = None) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically and durably."""
     write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore or remove it") from None
 
 
 def sync(path: Path) -> None:
@@ -139,6 +152,16 @@ def append_line(file: Path, line: str) -> None:
             lines.write(line + "\n")
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error}); make room there and start the run again") from error
+
+
+def last_step(file: Path) -> int:
+    """Highest `step` in a file of JSON lines; 0 if there is none."""
+    steps = [0]
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                steps.append(int(json.loads(line)["step"]))
+    return max(steps)
 
 
 def drop_lines_after(file: Path, step: int) -> None:

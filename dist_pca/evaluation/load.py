@@ -6,7 +6,7 @@ from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter, build_network
-from dist_pca.training.checkpoint import Weights, has_ema, latest_checkpoint, load_model, pointed_at
+from dist_pca.training.checkpoint import Weights, has_ema, latest_checkpoint, load_model, pointed_at, whole_checkpoints
 from dist_pca.training.run_folder import read_run
 
 
@@ -43,7 +43,7 @@ def find_checkpoint(folder: Path, wanted: str | None = None) -> Path:
     if wanted == "best" and (best := pointed_at(folder / "checkpoints", "best")) is not None:
         return best
     name = f"step-{int(wanted):08d}" if wanted.isdecimal() else wanted
-    there = {path.name: path for path in sorted((folder / "checkpoints").glob("step-*"))}
+    there = {path.name: path for path in whole_checkpoints(folder / "checkpoints")}
     if name not in there:
         raise UserError(f"checkpoint {wanted}: not in {folder}, which has {', '.join(there) or 'none'}")
     return there[name]

@@ -1,5 +1,6 @@
 """The manifest of a shard folder: contents and checksum of each shard, and the byte offset of each sample."""
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,11 @@ def save_manifest(manifest: Manifest, part_folder: Path | None = None) -> None:
         manifest, mode="json", exclude={"folder", "location"}
     )
     write_whole(manifest.folder / MANIFEST_NAME, json.dumps(content, separators=(",", ":")), part_folder)
+
+
+def shards_digest(manifest: Manifest) -> str:
+    """SHA-256 over the checksums of all shards in order: equal for the same samples in the same order, wherever."""
+    return hashlib.sha256("\n".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
 
 
 def _check_format(path: Path, raw: Any) -> None:

@@ -7,8 +7,11 @@
             optimizer.safetensors   optimiser tensors, by parameter name
             statistics.safetensors  batch-norm statistics of each rank, where they differ
             state.json              step, world size, code, config, mIoU, loss scale
-        latest                      name of the newest checkpoint
+        latest                      name of the checkpoint that the run resumes from
         best                        name of the one with the highest validation mIoU
+        set-aside/                  checkpoints of steps that are trained again, as `latest` named an older one
+
+Only folders that were written whole count; whatever else is in `checkpoints/` is left alone.
 
 No generator states are stored: learning rate, sample order, augmentation in every loader process and dropout on every
 rank are pure functions of (seed, step). Batch-norm running statistics in model.safetensors and ema.safetensors are
@@ -25,6 +28,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -69,9 +73,29 @@ class CheckpointPart(Protocol):
         """
 
 
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints in a `checkpoints` folder that were written whole, oldest first."""
+    return [path for path in sorted(folder.glob("step-*")) if _is_whole(path)]
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a `checkpoints` folder; None if there is none."""
-    return pointed_at(folder, "latest")
+    """Find the checkpoint from which a run resumes: the one that `latest` names, or else the newest that can be read.
+
+    Returns:
+        The checkpoint; None if there is none.
+
+    Raises:
+        UserError: `latest` names no checkpoint, or none of those that are there can be read.
+    """
+    named = pointed_at(folder, "latest")
+    there = whole_checkpoints(folder)
+    if named is not None or not there:
+        return named
+    for checkpoint in reversed(there):
+        with suppress(UserError):
+            read_state(checkpoint)
+            return checkpoint
+    raise UserError(f"{folder}: none of {abbreviate([path.name for path in there])} can be read; choose another name=")
 
 
 def pointed_at(folder: Path, pointer: Pointer) -> Path | None:
@@ -84,9 +108,10 @@ def pointed_at(folder: Path, pointer: Pointer) -> Path | None:
     if not file.is_file():
         return None
     checkpoint = folder / file.read_text().strip()
-    if not re.fullmatch(r"step-\d{8}", checkpoint.name) or not (checkpoint / "state.json").is_file():
+    if not _is_whole(checkpoint):
         raise UserError(
-            f"{file}: names {checkpoint.name!r}, which is not a checkpoint; write another step-* name into it"
+            f"{file}: names {checkpoint.name!r}, which is not a checkpoint; write another step-* name into it, or "
+            "remove it to resume from the newest"
         )
     return checkpoint
 
@@ -99,7 +124,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        state["step"] = int(state["step"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{checkpoint}: cannot be read ({error}); point checkpoints/latest at another step-*") from None
     return state
 
@@ -173,6 +199,27 @@ def abbreviate(names: Sequence[str]) -> str:
     """Join the first few names, and count the others."""
     rest = len(names) - _MAX_NAMES
     return ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def set_aside_after(folder: Path, step: int) -> list[Path]:
+    """Move checkpoints of later steps into `set-aside`, so that those which are trained again do not mix with them.
+
+    Also removes what a killed process has left half-written, and sets `best` anew.
+
+    Args:
+        folder: The `checkpoints` folder, in which no other process writes.
+        step: Steps trained before the run resumes.
+
+    Returns:
+        Where they are now.
+    """
+    for unfinished in folder.glob(".step-*"):
+        if re.fullmatch(r"\.step-\d{8}\.(partial|removed)", unfinished.name):
+            shutil.rmtree(unfinished, ignore_errors=True)
+    moved = [_set_aside(path) for path in whole_checkpoints(folder) if read_step(path) > step]
+    if moved and (folder / "best").is_file():
+        _point_to_best(folder)
+    return moved
 
 
 class CheckpointWriter:
@@ -265,8 +312,9 @@ class CheckpointWriter:
     def _write(self, name: str, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
         try:
             _write_checkpoint(self._folder, name, tensors, state)
-            kept = {path.name for path in sorted(self._folder.glob("step-*"))[-self._keep :]} | {_best(self._folder)}
-            for old in self._folder.glob("step-*"):
+            there = whole_checkpoints(self._folder)
+            kept = {name, _best(self._folder), *(path.name for path in there[-self._keep :])}
+            for old in there:
                 if old.name not in kept:
                     remove_folder(old)
         except Exception as error:  # Raised by the next `poll` or `save`, on all ranks.
@@ -298,11 +346,10 @@ def _write_checkpoint(folder: Path, name: str, tensors: dict[str, Tensors], stat
         for path in (*partial.iterdir(), partial):
             sync(path)
         if target.exists():
-            remove_folder(target)
+            _set_aside(target)
         partial.rename(target)
         write_whole(folder / "latest", name + "\n")
-        if (best := _best(folder)) is not None:
-            write_whole(folder / "best", best + "\n")
+        _point_to_best(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         before = pointed_at(folder, "latest")
@@ -314,6 +361,27 @@ def _write_checkpoint(folder: Path, name: str, tensors: dict[str, Tensors], stat
 
 def _best(folder: Path) -> str | None:
     """Name of the checkpoint of highest validation mIoU, the earliest of equals; None if none has been validated."""
-    scores = {path.name: read_state(path).get("mean_iou") for path in sorted(folder.glob("step-*"))}
+    scores = {path.name: read_state(path).get("mean_iou") for path in whole_checkpoints(folder)}
     known = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
     return max(known, key=lambda name: known[name], default=None)
+
+
+def _point_to_best(folder: Path) -> None:
+    best = _best(folder)
+    if best is None:
+        (folder / "best").unlink(missing_ok=True)
+    else:
+        write_whole(folder / "best", best + "\n")
+
+
+def _is_whole(path: Path) -> bool:
+    return re.fullmatch(r"step-\d{8}", path.name) is not None and (path / "state.json").is_file()
+
+
+def _set_aside(path: Path) -> Path:
+    """Move a file or folder of `checkpoints` into `set-aside`, under its own name or the next free one."""
+    folder = path.parent / "set-aside"
+    folder.mkdir(exist_ok=True)
+    names = (path.name, *(f"{path.name}.{number}" for number in range(2, 10**6)))
+    free = next(folder / name for name in names if not (folder / name).exists())
+    return path.rename(free)

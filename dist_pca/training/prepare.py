@@ -20,7 +20,7 @@ from dist_pca.training.accumulation import fit_accumulation
 from dist_pca.training.deepspeed_config import reconcile_launcher
 from dist_pca.training.loggers import check_trackers
 from dist_pca.training.optimizer import build_optimizer
-from dist_pca.training.run_folder import check_resume
+from dist_pca.training.run_folder import RunData, check_resume
 
 
 class PreparedRun(NamedTuple):
@@ -61,7 +61,7 @@ def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> P
     for manifest in (*sources, *targets):
         check_crop(manifest, config.data.shorter_edge, config.data.crop)
     build_sampler(config.data, sources, "source", config.seed, targets=targets)
-    check_resume(config, resume)
+    check_resume(config, resume, RunData(classes, sources, targets))
     check_trackers(config)
     validation = _open_validation(config, classes)
     torch.manual_seed(config.seed)

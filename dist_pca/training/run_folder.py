@@ -10,23 +10,26 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from dist_pca import __version__
 from dist_pca.classes import ClassInfo
-from dist_pca.config import RunConfig, load_config, save_config
-from dist_pca.errors import UserError
-from dist_pca.files import remove_parts, write_json
+from dist_pca.config import RunConfig, load_config, save_config, validate_config
+from dist_pca.errors import UserError, explain
+from dist_pca.files import last_step, read_json, remove_parts, write_json
+from dist_pca.shards.manifest import Manifest, shards_digest
 from dist_pca.training.checkpoint import (
     code_version,
     latest_checkpoint,
     read_state,
     read_step,
+    set_aside_after,
 )
 
 _CLASSES = TypeAdapter(tuple[ClassInfo, ...])
@@ -46,12 +49,35 @@ _LAUNCH_FIELDS = {key: field for field, key in _LAUNCH_KEYS.items()}
 PACKAGES = ("torch", "deepspeed", "accelerate", "timm", "webdataset")
 
 
-def create_run(config: RunConfig, classes: tuple[ClassInfo, ...], world_size: int, start_step: int) -> None:
-    """Write the run folder: resolved config, class table and environment; log the launch after `start_step` steps."""
+class RunData(NamedTuple):
+    """What a run is trained on."""
+
+    classes: tuple[ClassInfo, ...]
+    sources: tuple[Manifest, ...]
+    targets: tuple[Manifest, ...]
+    """Empty where the run does not adapt."""
+
+    def record(self) -> dict[str, list[dict[str, object]]]:
+        """Content of `data.json`: the folder, number of samples and digest of the shards of each domain."""
+        return {
+            domain: [
+                {"folder": str(manifest.location), "samples": manifest.samples, "sha256": shards_digest(manifest)}
+                for manifest in manifests
+            ]
+            for domain, manifests in (("source", self.sources), ("target", self.targets))
+        }
+
+
+def create_run(config: RunConfig, data: RunData, world_size: int, start_step: int) -> None:
+    """Write the run folder: resolved config, classes, shards, environment; log the launch after `start_step` steps.
+
+    Checkpoints of later steps are set aside.
+    """
     config.folder.mkdir(parents=True, exist_ok=True)
     remove_parts(config.folder)
     save_config(config, config.folder / "config.yaml")
-    write_json(config.folder / "classes.json", [asdict(info) for info in classes])
+    write_json(config.folder / "classes.json", [asdict(info) for info in data.classes])
+    write_json(config.folder / "data.json", data.record())
     environment = {
         "dist_pca": __version__,
         "python": platform.python_version(),
@@ -61,6 +87,8 @@ def create_run(config: RunConfig, classes: tuple[ClassInfo, ...], world_size: in
         "command": sys.argv,
     }
     write_json(config.folder / "environment.json", environment)
+    for checkpoint in set_aside_after(config.folder / "checkpoints", start_step):
+        _log.warning("resuming after step %d; a later checkpoint is now %s", start_step, checkpoint)
     log_launch(config.folder, start_step, world_size, os.environ)
 
 
@@ -74,38 +102,104 @@ def read_run(folder: Path) -> tuple[RunConfig, tuple[ClassInfo, ...]]:
         raise UserError(
             f"{folder}: not a run folder (no config.yaml or classes.json); name the folder that training wrote"
         )
-    classes = _CLASSES.validate_json((folder / "classes.json").read_text())
-    return load_config(folder / "config.yaml"), classes
+    return load_config(folder / "config.yaml"), read_classes(folder)
 
 
-def check_resume(config: RunConfig, resume: bool | None) -> None:
+def read_classes(folder: Path) -> tuple[ClassInfo, ...]:
+    """Read the class table of a run folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / "classes.json"
+    try:
+        return _CLASSES.validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = explain(error.errors()[0], ()) if isinstance(error, ValidationError) else error
+        raise UserError(f"{file}: cannot be read ({reason}); remove it to have it written again by training") from None
+
+
+def check_resume(config: RunConfig, resume: bool | None, data: RunData | None = None) -> None:
     """Check that a run may start in its folder.
 
     Args:
         config: The run.
-        resume: None resumes the same run; True also one whose keys differ, and logs them; False accepts only a folder
-            without a run.
+        resume: None resumes the same run; True also one whose keys or shards differ, and logs them; False accepts only
+            a folder without a run.
+        data: What it is to be trained on; None skips the comparison of classes and shards.
 
     Raises:
-        UserError: the folder holds a run of another config (every differing key is named), or any run if `resume` is
-            False.
+        UserError: the folder holds a run of another config or other shards (every difference is named), any run if
+            `resume` is False, a run with other classes, or one whose checkpoints are missing.
     """
-    made = config.folder / "config.yaml"
-    if not made.is_file():
+    folder, checkpoint = config.folder, latest_checkpoint(config.folder / "checkpoints")
+    if (folder / "config.yaml").is_file():
+        made = load_config(folder / "config.yaml")
+    elif checkpoint is not None:
+        _log.info("%s: has no config.yaml; comparing with that of %s", folder, checkpoint.name)
+        made = validate_config(read_state(checkpoint).get("config"), str(checkpoint / "state.json"))
+    else:
         return
     if resume is False:
-        raise UserError(f"{config.folder}: already holds a run; drop --no-resume to resume it, or choose another name=")
-    differing = config_differences(load_config(made), config)
+        raise UserError(f"{folder}: already holds a run; drop --no-resume to resume it, or choose another name=")
+    differing = config_differences(made, config)
+    if data is not None:
+        _check_classes(folder, data.classes)
+        differing += _shard_differences(folder, data)
     if differing and not resume:
         raise UserError(
-            f"{config.folder}: holds a run of another config ({'; '.join(differing)}); choose another name=, "
-            "or add --resume to resume it with the changed keys"
+            f"{folder}: holds a run of another config or other data ({'; '.join(differing)}); choose another name=, "
+            "or add --resume to resume it with these changes"
         )
     for difference in differing:
         _log.info("resuming with %s", difference)
-    checkpoint = latest_checkpoint(config.folder / "checkpoints")
-    if checkpoint is not None and (before := read_state(checkpoint).get("code")) != code_version():
+    if checkpoint is None:
+        _check_nothing_is_lost(folder, made)
+        return
+    if not (checkpoint.parent / "latest").is_file():
+        _log.info("%s/latest is missing; resuming from %s, the newest", checkpoint.parent, checkpoint.name)
+    if (before := read_state(checkpoint).get("code")) != code_version():
         _log.info("resuming with dist-pca %s; %s was saved by %s", code_version(), checkpoint.name, before)
+
+
+def _check_classes(folder: Path, classes: Sequence[ClassInfo]) -> None:
+    if not (folder / "classes.json").is_file():
+        return
+    for index, (before, now) in enumerate(zip_longest(read_classes(folder), classes)):
+        if before is None or now is None or before.name != now.name:
+            names = [info.name if info else "no class" for info in (before, now)]
+            raise UserError(
+                f"{folder}: was trained on other classes, first at train id {index}: {names[0]} there, {names[1]} in "
+                "the shards; set data.classes to the run's, or choose another name="
+            )
+
+
+def _shard_differences(folder: Path, data: RunData) -> list[str]:
+    """List the differences between the shards that the run was trained on and those that are there now."""
+    if not (folder / "data.json").is_file():
+        # Versions before 0.2 did not write it.
+        return []
+    record: dict[str, list[dict[str, Any]]] = read_json(folder / "data.json")
+    differences = []
+    for domain, now in data.record().items():
+        for before, after in zip(record.get(domain, []), now, strict=False):
+            if before["sha256"] != after["sha256"]:
+                differences.append(
+                    f"data.{domain}: other shards, {before['samples']} samples in {before['folder']} -> "
+                    f"{after['samples']} in {after['folder']}"
+                )
+    return differences
+
+
+def _check_nothing_is_lost(folder: Path, made: RunConfig) -> None:
+    """Check that a run without a checkpoint has not logged so many steps that it must have had one."""
+    last = last_step(folder / "metrics.jsonl")
+    # While the first checkpoint is written, training continues up to the second.
+    if last > 2 * made.training.checkpoint_every:
+        raise UserError(
+            f"{folder}: has logged step {last}, but has no checkpoint; put checkpoints/ back, or choose another name= "
+            "(to train it again from the start, remove metrics.jsonl)"
+        )
 
 
 def config_differences(made: RunConfig, wanted: RunConfig) -> list[str]:

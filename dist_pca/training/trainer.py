@@ -34,7 +34,7 @@ from dist_pca.training.non_finite import LossScale, NonFiniteSteps, zero_non_fin
 from dist_pca.training.optimizer import build_optimizer, learning_rate_factor
 from dist_pca.training.prepare import PreparedRun
 from dist_pca.training.profiling import PhaseClock, network_flops
-from dist_pca.training.run_folder import create_run
+from dist_pca.training.run_folder import RunData, create_run
 from dist_pca.training.views import Views, forward_views, student_views
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -197,14 +197,15 @@ class Trainer:
         )
         # Ranks of a launch that was cut short may still be exiting, on a node that learns of it late.
         restarted = any(int(os.environ.get(f"{name}_RESTART_COUNT", 0)) for name in ("SLURM", "TORCHELASTIC"))
-        stack.enter_context(run_lock(config.folder, wait=training.stall_timeout / 2 if restarted else 0.0))
+        wait = training.stall_timeout / 2 if restarted else 0.0
+        stack.enter_context(run_lock(config.folder, wait=wait, waiting=partial(watchdog.enter, "start")))
         flops = network_flops(run.model, *config.data.crop)
         # Before a checkpoint's weights replace those that the run began with.
         self.pretrained = self._pretrained_backbone()
         state = self._start_engine()
         self.start_step = int(state["step"])
         if rank == 0:
-            create_run(config, run.classes, world_size, self.start_step)
+            create_run(config, RunData(run.classes, run.sources, run.targets), world_size, self.start_step)
             clear_exit_status(config.folder)
         dist.barrier()
         self.clock = stack.enter_context(PhaseClock(watchdog, self.device))

@@ -1,5 +1,6 @@
 """Two jobs never train in one run folder, and a job that is gone holds it from nobody."""
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from dist_pca.errors import UserError
 from dist_pca.resilience import lock
 from dist_pca.resilience.lock import run_lock
+from tests.disk import small_disk
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +115,54 @@ def test_a_start_with_patience_waits_for_a_job_that_is_leaving(
     with refused, run_lock(tmp_path, wait=2):
         pass
     assert time.monotonic() - began >= 2
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", "[1, 2]"])
+def test_a_lock_that_names_no_process_is_taken_over_soon_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    monkeypatch.setattr(lock, "_UNREADABLE_SECONDS", 0.5)
+    path = tmp_path / "lock.json"
+    path.write_text(content)
+    with run_lock(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert "taking it over" in caplog.text
+
+
+def test_waiting_says_for_what_and_is_progress(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = held_by(tmp_path, "elsewhere", 999_999_999, 0.0)
+    threading.Timer(1.5, path.unlink).start()
+    progress = []
+    with caplog.at_level("INFO", "dist_pca.training"), run_lock(tmp_path, waiting=lambda: progress.append(1)):
+        pass
+    assert caplog.messages == [
+        f"{path}: of process 999999999 on elsewhere; waiting until it is released, or untouched for 60 s"
+    ]
+    assert progress
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", size="64k") as folder:
+        with (folder / "ballast").open("wb") as ballast, suppress(OSError):
+            ballast.write(bytes(2**20))
+        with pytest.raises(UserError, match=r"lock\.json: cannot be written \(.*No space"), run_lock(folder):
+            pass
+        assert [path.name for path in folder.iterdir()] == ["ballast"]
+        (folder / "ballast").unlink()
+        with run_lock(folder):
+            pass
+
+
+def test_without_hard_links_the_lock_still_excludes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+        with pytest.raises(UserError, match="trains in this folder"):
+            run_lock(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_held_lock_is_touched_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

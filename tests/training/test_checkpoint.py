@@ -126,6 +126,28 @@ def test_the_best_one_is_kept_beside_the_newest(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_what_others_keep_there_is_neither_removed_nor_overwritten(tmp_path: Path) -> None:
+    for foreign in ("step-00000001.mine", "step-00000002", "step-1"):
+        (tmp_path / foreign).mkdir()
+    (tmp_path / "step-00000002" / "notes").write_text("mine")
+    (tmp_path / "step-notes.txt").write_text("mine")
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, width=4)
+    assert names(tmp_path) == [
+        *("latest", "set-aside", "step-00000001.mine", "step-00000003", "step-00000004", "step-1", "step-notes.txt")
+    ]
+    assert (tmp_path / "set-aside" / "step-00000002" / "notes").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_has_just_been_written_is_kept_even_below_others(tmp_path: Path) -> None:
+    for step in (10, 11, 12, 3):
+        save(tmp_path, step, width=4)
+    assert names(tmp_path) == ["latest", "step-00000003", "step-00000011", "step-00000012"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000003"
+
+
+@pytest.mark.usefixtures("alone")
 def test_without_validation_none_is_the_best(tmp_path: Path) -> None:
     save(tmp_path, 1, width=4)
     assert pointed_at(tmp_path, "best") is None

@@ -1,7 +1,9 @@
 """A run resumes in its own folder, and in no folder of another run; its launches are logged there."""
 
+import json
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,11 @@ from dist_pca.config import RunConfig, load_config, save_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
+from dist_pca.shards.manifest import Manifest, load_manifest
 from dist_pca.tools.demo.streets import DAY, write_streets
-from dist_pca.training.checkpoint import code_version
+from dist_pca.training.checkpoint import code_version, latest_checkpoint, pointed_at
 from dist_pca.training.prepare import prepare_run
-from dist_pca.training.run_folder import check_resume, create_run, is_alive, log_launch, read_launch_log
+from dist_pca.training.run_folder import RunData, check_resume, create_run, is_alive, log_launch, read_launch_log
 
 
 def demo(folder: Path, *overrides: str) -> RunConfig:
@@ -86,7 +89,7 @@ def test_the_launchers_stage_is_the_runs_and_no_changed_key_when_it_goes_on(
     )
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     plan = prepare_run(config, world_size=1, resume=None)
-    create_run(plan.config, plan.classes, world_size=1, start_step=0)
+    create_run(plan.config, RunData(plan.classes, plan.sources, plan.targets), world_size=1, start_step=0)
     assert load_config(config.folder / "config.yaml").training.zero_stage == int(stage)
     assert prepare_run(config, world_size=1, resume=None).config == plan.config
 
@@ -124,6 +127,119 @@ def test_going_on_with_other_code_is_told(made: Path, caplog: pytest.LogCaptureF
         (checkpoint / "state.json").write_text('{"step": 4, "code": "0.0.0+abc"}')
         check_resume(demo(made), None)
     assert caplog.messages == [f"resuming with dist-pca {code_version()}; step-00000004 was saved by 0.0.0+abc"]
+
+
+def checkpoint(run: Path, step: int, **state: object) -> Path:
+    """A folder that looks like a checkpoint."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": step, "code": code_version(), **state}))
+    return folder
+
+
+def streets(folder: Path, name: str, seed: int) -> Manifest:
+    write_streets(folder / "raw" / name, DAY, split=name, indices=range(2), seed=seed, size=(64, 96))
+    build_shards("folder", folder / "raw" / name, folder / name, workers=1)
+    return load_manifest(folder / name)
+
+
+def test_a_missing_pointer_resumes_from_the_newest_that_can_be_read(
+    made: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = demo(made).folder
+    found = checkpoint(run, 4)
+    (checkpoint(run, 8) / "state.json").write_text("{")
+    with caplog.at_level("INFO", "dist_pca.training"):
+        check_resume(demo(made), None)
+    assert caplog.messages == [f"{run}/checkpoints/latest is missing; resuming from step-00000004, the newest"]
+    assert latest_checkpoint(run / "checkpoints") == found
+
+
+def test_a_folder_whose_checkpoints_can_not_be_read_is_refused(made: Path) -> None:
+    (checkpoint(demo(made).folder, 8) / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"none of step-00000008 can be read; choose another name="):
+        check_resume(demo(made), True)
+
+
+def test_without_its_config_a_run_is_compared_with_that_of_its_checkpoint(made: Path) -> None:
+    run = demo(made).folder
+    checkpoint(run, 4, config=demo(made).model_dump(mode="json"))
+    (run / "config.yaml").unlink()
+    check_resume(demo(made), None)
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.001 -> 0\.5"):
+        check_resume(demo(made, "optimizer.lr=0.5"), None)
+
+
+def test_steps_that_were_logged_are_not_overwritten_for_lack_of_checkpoints(made: Path) -> None:
+    config = demo(made, "training.checkpoint_every=10")
+    save_config(config, config.folder / "config.yaml")
+    lines = config.folder / "metrics.jsonl"
+    # The first checkpoint may still have been in writing when the run was killed.
+    lines.write_text('{"step": 20}\n{"step": 2')
+    check_resume(config, None)
+    lines.write_text('{"step": 20}\n{"step": 21}\n')
+    with pytest.raises(UserError, match=r"has logged step 21, but has no checkpoint; put checkpoints/ back"):
+        check_resume(config, True)
+
+
+def test_checkpoints_ahead_are_set_aside_and_the_rest_is_left_alone(
+    made: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = demo(made)
+    checkpoints = config.folder / "checkpoints"
+    for step in (4, 8, 12):
+        checkpoint(config.folder, step, mean_iou=step / 20)
+    (checkpoints / "best").write_text("step-00000012\n")
+    for foreign in ("step-00000012.mine", "step-00000016", ".step-00000012.partial", "set-aside/step-00000012"):
+        (checkpoints / foreign).mkdir(parents=True)
+    (checkpoints / "step-notes.txt").write_text("mine")
+    create_run(config, RunData((), (), ()), world_size=1, start_step=4)
+    assert sorted(path.relative_to(checkpoints).as_posix() for path in checkpoints.glob("*")) == [
+        *("best", "set-aside", "step-00000004", "step-00000012.mine", "step-00000016", "step-notes.txt")
+    ]
+    assert sorted(path.name for path in (checkpoints / "set-aside").iterdir()) == [
+        *("step-00000008", "step-00000012", "step-00000012.2")
+    ]
+    assert (checkpoints / "set-aside" / "step-00000012.2" / "state.json").is_file()
+    assert pointed_at(checkpoints, "best") == checkpoints / "step-00000004"
+    assert len(caplog.messages) == 2
+
+
+def test_other_shards_need_consent_and_other_classes_another_name(
+    tmp_path: Path, made: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = streets(tmp_path, "first", 0), streets(tmp_path, "second", 1)
+    config, trained = demo(made), RunData(first.classes, (first,), (second,))
+    create_run(config, trained, world_size=1, start_step=0)
+    moved = replace(first, location="elsewhere")
+    check_resume(config, None, trained._replace(sources=(moved,)))
+    other = trained._replace(sources=(second,))
+    difference = r"data\.source: other shards, 2 samples in \S+/first -> 2 in \S+/second"
+    with pytest.raises(UserError, match=difference):
+        check_resume(config, None, other)
+    with caplog.at_level("INFO", "dist_pca.training"):
+        check_resume(config, True, other)
+    assert "resuming with data.source: other shards" in caplog.text
+    permuted = trained._replace(classes=(first.classes[1], first.classes[0], *first.classes[2:]))
+    names = [info.name for info in first.classes]
+    with pytest.raises(UserError, match=f"first at train id 0: {names[0]} there, {names[1]} in the shards"):
+        check_resume(config, True, permuted)
+    with pytest.raises(UserError, match=f"at train id {len(names) - 1}: {names[-1]} there, no class in the shards"):
+        check_resume(config, True, trained._replace(classes=first.classes[:-1]))
+
+
+@pytest.mark.parametrize("name", ["classes.json", "data.json"])
+def test_damaged_tables_are_named(tmp_path: Path, made: Path, name: str) -> None:
+    manifest = streets(tmp_path, "first", 0)
+    data = RunData(manifest.classes, (manifest,), ())
+    create_run(demo(made), data, world_size=1, start_step=0)
+    file = demo(made).folder / name
+    file.write_text(file.read_text()[:20])
+    with pytest.raises(UserError, match=rf"{name}: cannot be read .*remove it") as refused:
+        check_resume(demo(made), True, data)
+    assert "\n" not in str(refused.value)
+    file.unlink()
+    check_resume(demo(made), None, data)
 
 
 def test_each_start_is_a_line_with_its_job_and_step(tmp_path: Path) -> None:

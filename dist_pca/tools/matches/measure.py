@@ -12,7 +12,7 @@ from dist_pca.errors import UserError
 from dist_pca.evaluation.load import find_checkpoint, load_run
 from dist_pca.tools.matches.crops import look
 from dist_pca.tools.matches.judge import JudgedCycles, judge
-from dist_pca.training.checkpoint import has_ema
+from dist_pca.training.checkpoint import has_ema, whole_checkpoints
 
 TEACHER_SWITCHES = ("teacher_check", "teacher_weight", "teacher_matches", "teacher_keys")
 
@@ -28,7 +28,7 @@ def find_checkpoints(run: Path, wanted: Sequence[str], *, all_checkpoints: bool)
     if wanted:
         raise UserError("--all-checkpoints: takes the place of --checkpoint; leave one of them out")
     folder = find_checkpoint(run).parent
-    return [path.name for path in sorted(folder.glob("step-*")) if (path / "state.json").is_file()]
+    return [path.name for path in whole_checkpoints(folder)]
 
 
 def with_options(

@@ -29,7 +29,7 @@ from dist_pca.evaluation.inference import input_size
 from dist_pca.evaluation.load import load_run
 from dist_pca.evaluation.views import view_logits
 from dist_pca.shards.manifest import Manifest, Shard
-from dist_pca.training.checkpoint import latest_checkpoint, read_step
+from dist_pca.training.checkpoint import latest_checkpoint, read_step, whole_checkpoints
 
 ENSEMBLE_CANDIDATES = 3
 """Fewest candidates whose ensemble says more than each of them."""
@@ -92,7 +92,7 @@ def find_candidates(runs: Sequence[Path], *, all_checkpoints: bool) -> list[Cand
         newest = latest_checkpoint(run / "checkpoints")
         if newest is None:
             raise UserError(f"{run}: has no checkpoint yet; train it first, or leave it out")
-        whole = [path for path in sorted((run / "checkpoints").glob("step-*")) if (path / "state.json").is_file()]
+        whole = whole_checkpoints(run / "checkpoints")
         candidates += [Candidate(run, checkpoint) for checkpoint in (whole if all_checkpoints else [newest])]
         tables[run] = read_classes(run)
     (first, table), *others = tables.items()
