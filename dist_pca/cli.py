@@ -3,9 +3,11 @@
 Subpackages are imported inside the commands that need them, so that `--help` does not wait for torch.
 """
 
+import errno
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -57,11 +59,21 @@ def main() -> None:
     try:
         app(prog_name="dist-pca")
     except UserError as error:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print(f"error: {error}", style="red", markup=False)
-        sys.exit(UserError.EXIT_CODE)
+        _fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        # What remains in the buffer would fail again when the interpreter flushes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(f"the output cannot be written ({error}); make room or write it elsewhere")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"error: {message}", style="red", markup=False)
+    sys.exit(UserError.EXIT_CODE)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,16 @@ def test_a_user_error_is_one_line_on_stderr_and_exits_2(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == f"error: root {root}: no such folder; give the folder that holds the raw data set\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_disk_full_under_the_output_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "dist_pca.cli", "shards", "recipes"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert re.match(r"error: the output cannot be written \(.*No space left", done.stderr)
 
 
 def test_an_unknown_recipe_names_the_nearest(

@@ -1,6 +1,7 @@
 """The commands `dist-pca evaluate`, `predict` and `export`: argument parsing and output."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -124,6 +125,7 @@ def evaluate(
     from dist_pca.evaluation.label_files import cityscapes_ids
     from dist_pca.evaluation.load import load_run
     from dist_pca.evaluation.report import table
+    from dist_pca.training.environment import watch_ranks
 
     config, classes, model = load_run(run, checkpoint, weights=weights)
     manifest = open_manifest(shards, cache_settings(config.data.cache))
@@ -138,16 +140,17 @@ def evaluate(
         aggregation=aggregation,
     )
     rank, world_size, device = join_ranks()
-    scores = score(
-        model.to(device),
-        manifest,
-        classes,
-        config,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        predictions=write_predictions,
-    )
+    with nullcontext() if world_size == 1 else watch_ranks(rank, world_size, config.training.stall_timeout):
+        scores = score(
+            model.to(device),
+            manifest,
+            classes,
+            config,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            predictions=write_predictions,
+        )
     if rank != 0:
         return
     typer.echo(scores.to_json()) if as_json else Console().print(table(scores, f"{run} on {shards}"))

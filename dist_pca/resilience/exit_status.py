@@ -67,14 +67,20 @@ def read_exit_status(folder: Path) -> ExitStatus | None:
         return None
 
 
-def exit_process(folder: Path, code: int) -> NoReturn:
-    """Exit at once and kill loader processes, without waiting for other ranks, which may be in a collective."""
+def exit_process(folder: Path | None, code: int) -> NoReturn:
+    """Exit at once and kill loader processes, without waiting for other ranks, which may be in a collective.
+
+    Args:
+        folder: The run folder; None outside of a run.
+        code: The exit code.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process().children(recursive=True):
             child.kill()
-    os._exit(0 if SUPERVISED in os.environ and read_exit_status(folder) is not None else code)
+    reported = folder is not None and SUPERVISED in os.environ and read_exit_status(folder) is not None
+    os._exit(0 if reported else code)
 
 
 def print_error(message: str) -> None:

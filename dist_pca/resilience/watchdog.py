@@ -58,7 +58,9 @@ class Heartbeat(NamedTuple):
 class Watchdog:
     """Checks all ranks from threads while its context is open."""
 
-    def __init__(self, store: Store, rank: int, size: int, *, timeout: float, folder: Path) -> None:
+    def __init__(
+        self, store: Store, rank: int, size: int, *, timeout: float, folder: Path | None, same_steps: bool = True
+    ) -> None:
         """Prepare to check ranks.
 
         Args:
@@ -66,9 +68,12 @@ class Watchdog:
             rank: This rank.
             size: Number of ranks.
             timeout: Seconds within which every rank has exited after one of them is lost.
-            folder: The run folder, for exit.json.
+            folder: The run folder, for exit.json; None writes none.
+            same_steps: All ranks take the same steps together, so that a rank that lives but makes no progress is lost
+                too.
         """
         self._store, self._rank, self._size, self._folder = store, rank, size, folder
+        self._same_steps = same_steps
         self._lost_after, self._interval = _LOST_SHARE * timeout, min(1.0, timeout / 20)
         # One thread counts beats, and the main thread replaces the heartbeat; neither waits for the other.
         self._beat = 0
@@ -86,6 +91,9 @@ class Watchdog:
         self._polling = threading.Thread(target=self._poll_store, daemon=True)
 
     def __enter__(self) -> Self:
+        # At once, so that a rank that is stopped from here on is missed by the others.
+        with suppress(RuntimeError):
+            self._publish()
         self._watching.start()
         self._polling.start()
         return self
@@ -132,7 +140,8 @@ class Watchdog:
                 self._publish()
                 self._read_verdict()
                 self._check_next_rank()
-                self._check_own_progress()
+                if self._same_steps:
+                    self._check_own_progress()
                 self._answered_at = self._clock
         with suppress(RuntimeError):
             self._publish()
@@ -148,10 +157,15 @@ class Watchdog:
     def _check_next_rank(self) -> None:
         rank = (self._rank + 1) % self._size
         heartbeat = self._heartbeat(rank)
-        if heartbeat is None or heartbeat.beat != self._heard:
-            self._heard, self._heard_at = 0 if heartbeat is None else heartbeat.beat, self._clock
+        if heartbeat is not None and heartbeat.beat != self._heard:
+            self._heard, self._heard_at = heartbeat.beat, self._clock
             return
         silent = self._clock - self._heard_at
+        if heartbeat is None:
+            # All ranks have joined the process group just before.
+            if silent > self._lost_after:
+                self._report_lost(rank, Heartbeat(0, 0, 0, "start", "", 0), f"has not started within {silent:.0f} s")
+            return
         if heartbeat.phase == "end":
             return
         if heartbeat.host == self._own.host and not _is_alive(heartbeat.pid):
@@ -200,15 +214,14 @@ class Watchdog:
                 for process in (*lost.children(recursive=True), lost):
                     process.kill()
         if reporter == self._rank:
-            self._end(
-                f"rank {rank} ({heartbeat.host}, process {heartbeat.pid}) {what}, "
-                f"in step {heartbeat.step}, {heartbeat.phase}"
-            )
+            who = f" ({heartbeat.host}, process {heartbeat.pid})" if heartbeat.pid else ""
+            self._end(f"rank {rank}{who} {what}, in step {heartbeat.step}, {heartbeat.phase}")
         exit_process(self._folder, ExitCode.LOST_RANK)
 
     def _end(self, message: str) -> NoReturn:
         message += "; start the run again"
-        write_exit_status(self._folder, ExitCode.LOST_RANK, message)
+        if self._folder is not None:
+            write_exit_status(self._folder, ExitCode.LOST_RANK, message)
         print_error(message)
         exit_process(self._folder, ExitCode.LOST_RANK)
 

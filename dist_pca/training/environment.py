@@ -14,6 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 from dist_pca.config import RunConfig
 from dist_pca.cores import usable_cores
 from dist_pca.errors import UserError
+from dist_pca.resilience.watchdog import Watchdog
 from dist_pca.training.deepspeed import deepspeed_plugin, disable_cpu_reduction_kernel
 from dist_pca.training.deepspeed_config import LAUNCHER_FIELDS, deepspeed_config
 
@@ -93,6 +94,17 @@ def connect_store() -> Store:
     # Keys of lost ranks must not be read by those that the launcher started in their place.
     prefix = f"dist_pca/{_restarts()}"
     return PrefixStore(prefix, TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30)))
+
+
+def watch_ranks(rank: int, world_size: int, timeout: float) -> Watchdog:
+    """Make a watchdog of ranks that run a network without training it, each on its own images.
+
+    Args:
+        rank: This rank.
+        world_size: Number of ranks.
+        timeout: Seconds within which every rank has exited after one has died or been stopped.
+    """
+    return Watchdog(connect_store(), rank, world_size, timeout=timeout, folder=None, same_steps=False)
 
 
 def _restarts() -> int:

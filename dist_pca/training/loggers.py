@@ -1,5 +1,6 @@
 """Trackers, such as TensorBoard and Weights & Biases, through Accelerate's classes. Only rank 0 opens them."""
 
+import errno
 import json
 import logging
 import uuid
@@ -44,20 +45,23 @@ class Trackers:
             start_step: Steps already trained.
 
         Raises:
-            UserError: one does not start.
+            UserError: one does not start, other than for a full disk, which does not end the run.
         """
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         self._open = []
         for name in config.telemetry.trackers:
             kind = LOGGER_TYPE_TO_CLASS[name]
-            options = _options(name, config, start_step) | config.telemetry.tracker_options.get(name, {})
             project = "tensorboard" if name == "tensorboard" else config.telemetry.project
             where = (str(config.folder),) if kind.requires_logging_directory else ()
             try:
+                options = _options(name, config, start_step) | config.telemetry.tracker_options.get(name, {})
                 tracker = kind(project, *where, **options)
                 tracker.start()
             except Exception as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    _log.warning("the run continues without %s: %s", name, error)
+                    continue
                 why = " ".join(str(error).split())
                 raise UserError(
                     f"telemetry.trackers: {name} does not start ({why}); fix telemetry.tracker_options.{name}, or "

@@ -1,5 +1,9 @@
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dist_pca.cli import app, main
+from dist_pca.config import load_config, save_config
 from dist_pca.evaluation import commands
 from dist_pca.model.exported import load_exported
+from dist_pca.resources import resource
 from tests.data.shards import make_shards
 from tests.evaluation.networks import segmenter, write_run
 from tests.training.runs import build_streets, launch
@@ -154,6 +160,37 @@ def test_examples_use_options_that_there_are(command: str) -> None:
     assert options
     for option in options:
         assert f" {option} " in shown.partition("Examples")[0], option
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_ends_a_distributed_evaluation(tmp_path: Path, rank: int) -> None:
+    make_shards(tmp_path / "labelled", [40])
+    run = write_run(tmp_path, segmenter())
+    config = load_config(run / "config.yaml")
+    training = config.training.model_copy(update={"stall_timeout": 6.0})
+    save_config(config.model_copy(update={"training": training}), run / "config.yaml")
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        resource("launch", "accelerate/cpu"),
+    ]
+    command += ["-m", "tests.evaluation.slow_evaluate", tmp_path, "evaluate", run, "--shards", tmp_path / "labelled"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    pid_file = tmp_path / f"rank{rank}.pid"
+    while not (pid_file.is_file() and pid_file.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.kill(int(pid_file.read_text()), signal.SIGSTOP)
+    began = time.monotonic()
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert time.monotonic() - began < 30
+    assert f"rank {rank} (" in printed
+    assert "has not responded for" in printed
+    assert not (run / "exit.json").exists()
 
 
 @pytest.mark.slow

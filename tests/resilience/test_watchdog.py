@@ -22,6 +22,8 @@ from torch.distributed import TCPStore
 from dist_pca.errors import UserError
 from dist_pca.resilience.watchdog import Watchdog
 rank, size, port, timeout, folder, fault = sys.argv[1:]
+if rank == "1" and fault == "late":
+    time.sleep(600)
 store = TCPStore("127.0.0.1", int(port), is_master=False, timeout=timedelta(seconds=30))
 with Watchdog(store, int(rank), int(size), timeout=float(timeout), folder=Path(folder)) as watchdog:
     watchdog.enter("data", 7)
@@ -85,6 +87,14 @@ def test_a_killed_or_stopped_rank_ends_the_other(tmp_path: Path, name: str, lost
     (line,) = lines_after(ranks, tmp_path, lost=lost)
     assert f"rank {lost} " in line
     assert "in step 7, backward" in line
+
+
+def test_a_rank_that_is_stopped_before_its_first_heartbeat_ends_the_other(tmp_path: Path) -> None:
+    _store, ranks = start(tmp_path, 2, "late", wait_for=1)
+    printed = ranks[0].communicate(timeout=60)[1]
+    assert ranks[0].returncode == ExitCode.LOST_RANK
+    assert "rank 1 has not started within" in printed
+    ranks[1].kill()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.training.loggers import Trackers, check_trackers
+from tests.disk import small_disk
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +102,21 @@ def test_a_tracker_that_does_not_start_is_one_line_that_names_it(tmp_path: Path,
     sys.modules["wandb"].init = refuse  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"wandb does not start \(no such entity\).*tracker_options\.wandb"):
         Trackers(demo(tmp_path, "telemetry.trackers=[wandb]"), 0)
+
+
+def test_a_full_disk_under_a_tracker_does_not_keep_the_run_from_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = demo(tmp_path, "telemetry.trackers=[tensorboard]")
+    with small_disk(config.folder / "tensorboard", size="64k") as disk:
+        with (disk / "ballast").open("wb") as ballast, suppress(OSError):
+            ballast.write(bytes(2**20))
+        trackers = Trackers(config, 0)
+        for step in range(200):
+            trackers.log({"loss": 1.0}, step)
+        trackers.close()
+    assert "without tensorboard" in caplog.text
+    assert len(caplog.records) == 1
 
 
 def test_a_tracker_that_fails_later_is_dropped_and_the_others_go_on(
