@@ -7,8 +7,8 @@ whose maximum and log-sum-exp are combined over blocks; of the softmax, the back
 import torch
 
 from dist_pca.association.kernels import Kernels
+from dist_pca.association.method import temperature_by_covariance
 from dist_pca.association.retrieval import RetrievalPass, RowMatches
-from dist_pca.association.statistics import temperature_by_covariance
 from dist_pca.association.tiles import upcast
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from dist_pca.association.candidates import CandidateGroup
-from dist_pca.association.cycles import Cycles
+from dist_pca.association.method import Cycles
 from dist_pca.association.options import Inputs, Options
 from dist_pca.distributed import all_reduce_sum
 

@@ -7,9 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_pca.association.options import ExchangeChoice, Implementation, Options, Precision
+from dist_pca.association.options import ExchangeChoice, Implementation, Options, Precision, Similarity
 from dist_pca.association.result import Association
-from dist_pca.association.similarity import Similarity
 from dist_pca.association.solve import solve
 
 T = TypeVar("T")

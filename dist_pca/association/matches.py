@@ -5,10 +5,9 @@ from typing import NamedTuple
 import torch
 
 from dist_pca.association.candidates import CandidateGroup
-from dist_pca.association.options import Options, Precision
+from dist_pca.association.options import Options, Precision, Similarity
 from dist_pca.association.pixels import Pixels
 from dist_pca.association.retrieval import retrieval_passes
-from dist_pca.association.similarity import Similarity
 from dist_pca.association.single_block import match_single_block
 
 

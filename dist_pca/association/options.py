@@ -5,8 +5,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dist_pca.association.similarity import Similarity
-
+Similarity = Literal["cosine", "kl"]
 Implementation = Literal["auto", "reference", "blockwise", "online_softmax", "triton"]
 ExchangeChoice = Literal["auto", "gather", "ring", "local"]
 Precision = Literal["fp32", "bf16"]

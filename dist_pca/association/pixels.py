@@ -3,7 +3,8 @@
 import torch
 
 from dist_pca.association.candidates import CandidateGroup, CandidateKeys
-from dist_pca.association.similarity import LOG_EPSILON, Similarity
+from dist_pca.association.method import LOG_EPSILON
+from dist_pca.association.options import Similarity
 
 NORM_EPSILON = 1e-12
 """Least norm a feature is divided by, as in `torch.nn.functional.normalize`."""

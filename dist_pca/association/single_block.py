@@ -7,9 +7,8 @@ import math
 
 import torch
 
-from dist_pca.association.cycles import are_consistent
+from dist_pca.association.method import SIGMA_EPSILON, are_consistent
 from dist_pca.association.retrieval import RetrievalPass, RowMatches
-from dist_pca.association.statistics import SIGMA_EPSILON
 from dist_pca.association.tiles import backward_matmuls, matmul, row_blocks, row_maximum, upcast
 
 ROW_MULTIPLE = 64

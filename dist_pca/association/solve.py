@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from dist_pca.association import reference, streamed
+from dist_pca.association import method, streamed
 from dist_pca.association.candidates import CandidateGroup
 from dist_pca.association.diagnostics import correct_ratio, count, total
 from dist_pca.association.options import Implementation, Inputs, Options, Precision
@@ -49,7 +49,7 @@ def solve(
         for inputs in candidate_sets
     ]
     _log_once(options.implementation, groups[0].communication, groups[0].ranks, options.dtype)
-    find_cycles = reference.find_cycles if options.implementation == "reference" else streamed.find_cycles
+    find_cycles = method.find_cycles if options.implementation == "reference" else streamed.find_cycles
     confusion = any(rank.tensors["target_labels"].given for rank in metadata)
 
     loss_sum = torch.zeros((), device=device)

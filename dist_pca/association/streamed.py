@@ -14,7 +14,7 @@ import torch
 
 from dist_pca.association.blockwise import backward_blockwise, match_blockwise
 from dist_pca.association.candidates import CandidateGroup
-from dist_pca.association.cycles import Cycles, scale_by_class
+from dist_pca.association.method import Cycles, scale_by_class
 from dist_pca.association.options import Inputs, Options
 from dist_pca.association.pixels import Pixels
 from dist_pca.association.retrieval import RetrievalPass, RowMatches, add_gradient_through_sigma, retrieval_passes
