@@ -6,8 +6,7 @@ import torch
 
 from dist_pca.association.candidates import CandidateGroup
 from dist_pca.association.options import Options, Precision, Similarity
-from dist_pca.association.pixels import Pixels
-from dist_pca.association.retrieval import retrieval_passes
+from dist_pca.association.retrieval import Pixels, retrieval_passes
 from dist_pca.association.single_block import match_single_block
 
 

@@ -16,8 +16,13 @@ from dist_pca.association.blockwise import backward_blockwise, match_blockwise
 from dist_pca.association.candidates import CandidateGroup
 from dist_pca.association.method import Cycles, scale_by_class
 from dist_pca.association.options import Inputs, Options
-from dist_pca.association.pixels import Pixels
-from dist_pca.association.retrieval import RetrievalPass, RowMatches, add_gradient_through_sigma, retrieval_passes
+from dist_pca.association.retrieval import (
+    Pixels,
+    RetrievalPass,
+    RowMatches,
+    add_gradient_through_sigma,
+    retrieval_passes,
+)
 from dist_pca.association.single_block import backward_single_block, find_cycles_single_block, match_single_block
 
 
