@@ -10,11 +10,9 @@ import torch
 import torch.distributed as dist
 
 from dist_pca.association import method, streamed
-from dist_pca.association.candidates import CandidateGroup
-from dist_pca.association.diagnostics import correct_ratio, count, total
+from dist_pca.association.candidates import CandidateGroup, phase
 from dist_pca.association.options import Implementation, Inputs, Options, Precision
-from dist_pca.association.phases import phase
-from dist_pca.association.result import Association
+from dist_pca.association.result import Association, correct_ratio, count, total
 from dist_pca.association.validate import RankMetadata, validate
 from dist_pca.distributed import all_reduce_sum, world_size
 

@@ -11,8 +11,8 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 
+from dist_pca.association.candidates import phase
 from dist_pca.association.options import Options
-from dist_pca.association.phases import phase
 from dist_pca.distributed import world_size
 
 NAMES = (

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import record_function
 from typing_extensions import Self
 
-from dist_pca.association.phases import listen
+from dist_pca.association.candidates import listen
 from dist_pca.resilience.watchdog import Phase, Watchdog
 
 _MAX_PENDING = 256

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from dist_pca.association.phases import phase
+from dist_pca.association.candidates import phase
 from dist_pca.training.phases import PhaseClock
 
 
