@@ -3,8 +3,8 @@
 Keys are distributed in one of three ways: all of them are local (`local`), every rank gathers all of them (`gather`),
 or a block at a time is sent from rank to rank (`ring`), which keeps the memory per rank the same for any number of
 ranks. Gradients with respect to keys are reduce-scattered to their ranks within the same call, so autograd's backward
-pass needs no communication and no rank can be left waiting in it. A profiler or watchdog
-may ask for the phases of the loss, of which communication is one.
+pass needs no communication and no rank can be left waiting in it. A profiler or watchdog may ask for the phases of the
+loss, of which communication is one.
 """
 
 from collections.abc import Callable, Iterator
