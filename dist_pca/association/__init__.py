@@ -3,7 +3,6 @@
 Usable on its own in any trainer: it needs torch and nothing else of this package.
 """
 
-from dist_pca.association.diffusion import diffuse
 from dist_pca.association.loss import (
     CycleAssociationLoss,
     associate,
@@ -11,8 +10,9 @@ from dist_pca.association.loss import (
     cycle_association,
     cycle_association_pairs,
 )
-from dist_pca.association.matches import Matches, find_matches
+from dist_pca.association.method import diffuse
 from dist_pca.association.result import Association
+from dist_pca.association.streamed import Matches, find_matches
 from dist_pca.distributed import all_gather, all_reduce_sum
 
 __all__ = [

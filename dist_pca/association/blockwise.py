@@ -6,9 +6,8 @@ whose maximum and log-sum-exp are combined over blocks; of the softmax, the back
 
 import torch
 
-from dist_pca.association.kernels import Kernels
-from dist_pca.association.retrieval import RetrievalPass, RowMatches
-from dist_pca.association.statistics import temperature_by_covariance
+from dist_pca.association.method import temperature_by_covariance
+from dist_pca.association.retrieval import BLOCK_ROWS, RetrievalPass, RowMatches
 from dist_pca.association.tiles import upcast
 
 
@@ -20,8 +19,14 @@ def match_blockwise(retrieval: RetrievalPass, rows: torch.Tensor, index: torch.T
         rows: int64 [k], queries.
         index: int64 [k], matches that are given already, of which only the statistics are computed.
     """
-    queries, keys, kernels = retrieval.queries, retrieval.keys, _kernels(retrieval)
-    sigma = _temperatures(retrieval, rows)
+    queries, keys, kernels = retrieval.queries, retrieval.keys, retrieval.kernels
+    assert kernels is not None
+    # sigma_i = sqrt(q_i' Cov(k) q_i) + eps; 1 where no softmax needs it.
+    sigma = queries.x.new_ones((len(rows), 1))
+    if retrieval.softmax:
+        covariance = retrieval.key_pixels.key_covariance()
+        parts = torch.split(rows, BLOCK_ROWS)
+        sigma = torch.cat([temperature_by_covariance(queries.query(part), covariance) for part in parts])
     best = torch.zeros_like(rows) if index is None else index
     logit, logsumexp = (torch.full_like(sigma[:, 0], -torch.inf) for _ in range(2))
     for offset, block, _ in keys.blocks():
@@ -56,7 +61,8 @@ def backward_blockwise(
         matches: Matches of these queries, with or without softmax statistics.
         weight: [k].
     """
-    queries, keys, kernels = retrieval.queries, retrieval.keys, _kernels(retrieval)
+    queries, keys, kernels = retrieval.queries, retrieval.keys, retrieval.kernels
+    assert kernels is not None
     if matches.logsumexp is None:
         matches = match_blockwise(retrieval, rows, index=matches.key_index)
     assert matches.logit is not None
@@ -93,22 +99,8 @@ def backward_blockwise(
     return total
 
 
-def _temperatures(retrieval: RetrievalPass, rows: torch.Tensor) -> torch.Tensor:
-    """Compute sigma_i of each row [k, 1]; 1 where no softmax needs it. Collective."""
-    parts = torch.split(rows, 1024)
-    if not retrieval.softmax:
-        return retrieval.queries.x.new_ones((len(rows), 1))
-    covariance = retrieval.key_pixels.key_covariance()
-    return torch.cat([temperature_by_covariance(retrieval.queries.query(part), covariance) for part in parts])
-
-
 def _in_block(index: torch.Tensor, offset: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the matches within the block of keys [offset, offset + length): their rows, and their keys in the block."""
     column = index - offset
     local = ((column >= 0) & (column < length)).nonzero()[:, 0]
     return local, column[local]
-
-
-def _kernels(retrieval: RetrievalPass) -> Kernels:
-    assert retrieval.kernels is not None
-    return retrieval.kernels

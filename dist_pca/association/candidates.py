@@ -3,19 +3,41 @@
 Keys are distributed in one of three ways: all of them are local (`local`), every rank gathers all of them (`gather`),
 or a block at a time is sent from rank to rank (`ring`), which keeps the memory per rank the same for any number of
 ranks. Gradients with respect to keys are reduce-scattered to their ranks within the same call, so autograd's backward
-pass needs no communication and no rank can be left waiting in it.
+pass needs no communication and no rank can be left waiting in it. A profiler or watchdog may ask for the phases of the
+loss, of which communication is one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from dist_pca.association.phases import phase
-
 Communication = Literal["local", "gather", "ring"]
+Phase = Literal["association", "exchange"]
+"""`exchange` is communication with other ranks."""
+
+_enter: Callable[[Any], Any] | None = None
+
+
+def listen(enter: Callable[[Any], Any] | None) -> None:
+    """Register the callback of a profiler or watchdog, `enter(new_phase) -> old_phase`; None removes it."""
+    global _enter
+    _enter = enter
+
+
+@contextmanager
+def phase(name: Phase) -> Iterator[None]:
+    """Report that a phase begins, and at the end that the previous one resumes."""
+    enter = _enter
+    if enter is None:
+        yield
+        return
+    previous = enter(name)
+    yield
+    enter(previous)
 
 
 @dataclass

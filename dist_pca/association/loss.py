@@ -1,41 +1,48 @@
-"""Cycle association loss as a function and as a module."""
+"""Cycle association loss as a function and as a module: validate, find cycles, contrast, reduce."""
 
+import logging
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from typing_extensions import Unpack
 
-from dist_pca.association.options import ExchangeChoice, Implementation, Options, Precision
-from dist_pca.association.result import Association
-from dist_pca.association.similarity import Similarity
-from dist_pca.association.solve import solve
+from dist_pca.association import method, streamed
+from dist_pca.association.candidates import CandidateGroup, phase
+from dist_pca.association.options import (
+    Implementation,
+    Inputs,
+    LossKeywords,
+    Options,
+    PairKeywords,
+    Precision,
+    spelled_out,
+)
+from dist_pca.association.result import Association, correct_ratio, count, total
+from dist_pca.association.validate import NAMES, RankMetadata, Tensors, validate
+from dist_pca.distributed import all_reduce_sum, is_rank0, world_size
 
-T = TypeVar("T")
+GATHER_BYTES = 4 << 30
+"""Memory up to which `auto` gathers the keys of all ranks and their gradients [bytes per rank]; beyond it, `ring`."""
+_log = logging.getLogger("dist_pca.association")
 
 
+@spelled_out
 def cycle_association(
     source: torch.Tensor,
     target: torch.Tensor,
     labels: torch.Tensor,
     *,
-    similarity: Similarity = "cosine",
     num_classes: int,
     target_labels: torch.Tensor | None = None,
     target_classes: torch.Tensor | None = None,
     target_weights: torch.Tensor | None = None,
-    class_balanced: bool = False,
     guide: tuple[torch.Tensor, torch.Tensor] | None = None,
-    guide_keys: bool = False,
     group: dist.ProcessGroup | None = None,
-    exchange: ExchangeChoice = "auto",
-    ignore_index: int = 255,
-    detach_statistics: bool = True,
-    implementation: Implementation = "auto",
-    dtype: Precision = "fp32",
-    wire_dtype: Precision = "fp32",
-    deterministic: bool = False,
+    **options: Unpack[LossKeywords],
 ) -> Association:
     """Compute the cycle association loss of this rank's source and target pixels (PLCA, section 3.1).
 
@@ -51,23 +58,23 @@ def cycle_association(
         source: [n_s, C] features, or class probabilities for `kl`.
         target: [n_t, C] features, or class probabilities for `kl`.
         labels: [n_s] integer labels of the source pixels.
-        similarity: `cosine`, or `kl` for the negative Kullback-Leibler divergence from query to key.
         num_classes: Number of classes; labels are below it.
         target_labels: [n_t] integer labels, used for diagnostics only.
         target_classes: [n_t] integer classes predicted by a teacher at the target pixels, `ignore_index` where it is
             unsure. A cycle is then consistent only if the class at its matched target equals the source label too.
         target_weights: [n_t] teacher confidences, 0 or more: the weight of every cycle through each target pixel.
-        class_balanced: Average within each class, then over the classes that have a kept cycle of positive weight on
-            any rank.
         guide: [n_s, C'] and [n_t, C'] features or probabilities without gradient, such as a teacher's, that choose the
             matches of both directions in place of `source` and `target`.
-        guide_keys: Use the guide as the keys of both softmaxes too, so that gradients flow into queries alone, as in
-            momentum contrast (MoCo, He et al., CVPR 2020); C' must be C.
         group: Ranks whose pixels are candidates for each other; None is the world.
-        exchange: `gather` stores all ranks' keys on every rank; `ring` sends them from rank to rank, so that memory
-            does not grow with the ranks; `auto` gathers up to `GATHER_BYTES`; `local` uses this rank's pixels alone.
+        similarity: `cosine`, or `kl` for the negative Kullback-Leibler divergence from query to key.
         ignore_index: Label of pixels that neither start nor end a cycle.
         detach_statistics: Stop the gradient through each row's mean and standard deviation.
+        class_balanced: Average within each class, then over the classes that have a kept cycle of positive weight on
+            any rank.
+        guide_keys: Use the guide as the keys of both softmaxes too, so that gradients flow into queries alone, as in
+            momentum contrast (MoCo, He et al., CVPR 2020); C' must be C.
+        exchange: `gather` stores all ranks' keys on every rank; `ring` sends them from rank to rank, so that memory
+            does not grow with the ranks; `auto` gathers up to `GATHER_BYTES`; `local` uses this rank's pixels alone.
         implementation: `reference` (dense; gathers), `blockwise` (PyTorch tiles), `online_softmax` (the same, with
             softmaxes accumulated block by block even where all keys are local), `triton` (fused, on GPUs), or `auto`
             for the fastest available.
@@ -80,41 +87,22 @@ def cycle_association(
             negative, labels are out of range, there are no pixels, or an optional input is missing; ranks and tensors
             are named. Or `triton` cannot run on this device.
     """
-    options = Options(
-        num_classes=num_classes,
-        similarity=similarity,
-        ignore_index=ignore_index,
-        detach_statistics=detach_statistics,
-        class_balanced=class_balanced,
-        guide_keys=guide_keys,
-        exchange=exchange,
-        implementation=implementation,
-        dtype=dtype,
-        wire_dtype=wire_dtype,
-        deterministic=deterministic,
-    )
-    tensors = _by_name(source, target, labels, target_labels, target_classes, target_weights, guide)
-    return solve({name: None if x is None else [x] for name, x in tensors.items()}, group, options)
+    tensors = (source, target, labels, target_labels, target_classes, target_weights, *(guide or (None, None)))
+    return _solve([None if x is None else [x] for x in tensors], group, Options(num_classes=num_classes, **options))
 
 
+@spelled_out
 def cycle_association_pairs(
     sources: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],
     labels: Sequence[torch.Tensor],
     *,
-    similarity: Similarity = "cosine",
     num_classes: int,
     target_labels: Sequence[torch.Tensor] | None = None,
     target_classes: Sequence[torch.Tensor] | None = None,
     target_weights: Sequence[torch.Tensor] | None = None,
-    class_balanced: bool = False,
     guide: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None,
-    guide_keys: bool = False,
-    ignore_index: int = 255,
-    detach_statistics: bool = True,
-    implementation: Implementation = "auto",
-    dtype: Precision = "fp32",
-    deterministic: bool = False,
+    **options: Unpack[PairKeywords],
 ) -> Association:
     """Compute the cycle association loss image pair by image pair, as in the paper (PLCA, section 3.1).
 
@@ -122,21 +110,9 @@ def cycle_association_pairs(
     source features and one of target features. Matches and softmaxes stay within a pair; the mean is over the kept
     cycles of all pairs and ranks together. Collective over the world; raises what `cycle_association` raises.
     """
-    options = Options(
-        num_classes=num_classes,
-        similarity=similarity,
-        ignore_index=ignore_index,
-        detach_statistics=detach_statistics,
-        class_balanced=class_balanced,
-        guide_keys=guide_keys,
-        exchange="local",
-        implementation=implementation,
-        dtype=dtype,
-        deterministic=deterministic,
-    )
-    return solve(
-        _by_name(sources, targets, labels, target_labels, target_classes, target_weights, guide), None, options
-    )
+    tensors = (sources, targets, labels, target_labels, target_classes, target_weights, *(guide or (None, None)))
+    # A pair is on one rank, so there is no communication to choose.
+    return _solve(tensors, None, Options(num_classes=num_classes, exchange="local", wire_dtype="fp32", **options))
 
 
 associate = cycle_association
@@ -156,37 +132,13 @@ class CycleAssociationLoss(nn.Module):
         >>> association.loss.backward()
     """
 
+    @spelled_out
     def __init__(
-        self,
-        num_classes: int,
-        *,
-        similarity: Similarity = "cosine",
-        class_balanced: bool = False,
-        guide_keys: bool = False,
-        group: dist.ProcessGroup | None = None,
-        exchange: ExchangeChoice = "auto",
-        ignore_index: int = 255,
-        detach_statistics: bool = True,
-        implementation: Implementation = "auto",
-        dtype: Precision = "fp32",
-        wire_dtype: Precision = "fp32",
-        deterministic: bool = False,
+        self, num_classes: int, *, group: dist.ProcessGroup | None = None, **options: Unpack[LossKeywords]
     ) -> None:
         super().__init__()
         self.group = group
-        self.options = Options(
-            num_classes=num_classes,
-            similarity=similarity,
-            ignore_index=ignore_index,
-            detach_statistics=detach_statistics,
-            class_balanced=class_balanced,
-            guide_keys=guide_keys,
-            exchange=exchange,
-            implementation=implementation,
-            dtype=dtype,
-            wire_dtype=wire_dtype,
-            deterministic=deterministic,
-        )
+        self.options = Options(num_classes=num_classes, **options)
 
     def forward(
         self,
@@ -213,31 +165,143 @@ class CycleAssociationLoss(nn.Module):
         Raises:
             ValueError: as `cycle_association` does.
         """
-        tensors = _by_name(source, target, labels, target_labels, target_classes, target_weights, guide)
-        return solve({name: None if x is None else [x] for name, x in tensors.items()}, self.group, self.options)
+        tensors = (source, target, labels, target_labels, target_classes, target_weights, *(guide or (None, None)))
+        return _solve([None if x is None else [x] for x in tensors], self.group, self.options)
 
     def extra_repr(self) -> str:
         """Format the options for `print(module)`."""
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
 
 
-def _by_name(
-    source: T,
-    target: T,
-    labels: T,
-    target_labels: T | None,
-    target_classes: T | None,
-    target_weights: T | None,
-    guide: tuple[T, T] | None,
-) -> dict[str, T | None]:
-    """Name the inputs as error messages do."""
-    return {
-        "source": source,
-        "target": target,
-        "labels": labels,
-        "target_labels": target_labels,
-        "target_classes": target_classes,
-        "target_weights": target_weights,
-        "guide source": None if guide is None else guide[0],
-        "guide target": None if guide is None else guide[1],
-    }
+def _solve(
+    columns: Sequence[Sequence[torch.Tensor] | None], process_group: dist.ProcessGroup | None, options: Options
+) -> Association:
+    """Compute the loss and its diagnostics. Collective over the world.
+
+    Args:
+        columns: Inputs in the order of `NAMES`, one tensor for each candidate set of this rank; None if not given.
+        process_group: Ranks whose pixels are candidates for each other; None is the world.
+        options: Equal on all ranks.
+
+    Raises:
+        ValueError: on every rank together, naming each rank and tensor that is wrong.
+    """
+    tensors = dict(zip(NAMES, columns, strict=True))
+    metadata = validate(tensors, options)
+    candidate_sets = _inputs(tensors)
+    device = candidate_sets[0].source.device
+    local = options.exchange == "local" or world_size(process_group) == 1
+    members = [] if local else dist.get_process_group_ranks(process_group or dist.group.WORLD)
+    if options.implementation == "auto":
+        options = replace(options, implementation=_fastest(device, options.dtype))
+    groups = [
+        _candidate_group(inputs, [metadata[rank] for rank in members], process_group, options)
+        for inputs in candidate_sets
+    ]
+    _log_once(options.implementation, groups[0].communication, groups[0].ranks, options.dtype)
+    find_cycles = method.find_cycles if options.implementation == "reference" else streamed.find_cycles
+    confusion = any(rank.tensors["target_labels"].given for rank in metadata)
+
+    loss_sum = torch.zeros((), device=device)
+    counts, contrasts = [], []
+    # Autocast would compute similarities in half precision, and with them argmax and standard deviation.
+    with torch.autocast(device.type, enabled=False):
+        for inputs, candidates in zip(candidate_sets, groups, strict=True):
+            cycles = find_cycles(inputs, candidates, options)
+            counts.append(count(inputs, cycles, candidates, options, confusion=confusion))
+            if options.class_balanced:
+                # Their scale is not known before all candidate sets are counted.
+                contrasts.append(cycles.contrast)
+            else:
+                loss_sum = loss_sum + cycles.contrast(None)
+            # Free its memory before the next candidate set allocates as much.
+            del cycles
+        with phase("exchange"):
+            sums = total(counts)
+        # Class scales s_c = 1, or 1 / (sum of w_i over class c).
+        scale = torch.ones_like(sums.weight)
+        if options.class_balanced:
+            scale = torch.where(sums.weight > 0, 1 / sums.weight, 0)
+        while contrasts:
+            loss_sum = loss_sum + contrasts.pop(0)(scale)
+
+    # L = sum_i w_i s_y(i) l_i / sum_i w_i s_y(i), times the world size because ranks' gradients are averaged.
+    weight, kept = (sums.weight * scale).sum(), sums.kept.sum()
+    loss = world_size() * loss_sum / torch.where(weight > 0, weight, 1).to(loss_sum.dtype)
+    sent = weight.new_tensor(sum(candidates.sent_bytes for candidates in groups))
+    with phase("exchange"):
+        mean_loss, mean_sent = all_reduce_sum(torch.stack([loss.detach().double(), sent])) / world_size()
+    matrices = sums.confusion if confusion else sums.confusion.new_zeros((2, *sums.confusion.shape[1:]))
+    return Association(
+        loss=loss,
+        kept=kept.long(),
+        cover_ratio=sums.covered / sums.targets,
+        consistent_ratio=kept / sums.labelled.clamp(min=1),
+        correct_ratio=correct_ratio(matrices[0]),
+        kept_correct_ratio=correct_ratio(matrices[1]),
+        kept_per_class=sums.kept.long(),
+        confusion=matrices[0].long(),
+        kept_confusion=matrices[1].long(),
+        # ln N_s + ln N_t - L; 0 / 0 without weight.
+        nats_over_chance=(sums.uniform_loss * scale).sum() / weight - mean_loss,
+        exchanged_bytes=mean_sent.long(),
+    )
+
+
+def _inputs(tensors: Tensors) -> list[Inputs]:
+    """Split validated tensors by candidate set; labels become int64, and gradients stop where none is wanted."""
+    source = tensors["source"]
+    assert source is not None
+    columns = [x if x is not None else [None] * len(source) for x in tensors.values()]
+    candidate_sets = []
+    for s, t, labels, truth, classes, weights, guide_source, guide_target in zip(*columns, strict=True):
+        assert s is not None
+        assert t is not None
+        assert labels is not None
+        guide = None
+        if guide_source is not None and guide_target is not None:
+            guide = guide_source.detach(), guide_target.detach()
+        truth, classes = (None if x is None else x.long() for x in (truth, classes))
+        weights = None if weights is None else weights.detach()
+        candidate_sets.append(Inputs(s, t, labels.long(), truth, classes, weights, guide))
+    return candidate_sets
+
+
+def _candidate_group(
+    inputs: Inputs, members: list[RankMetadata], process_group: dist.ProcessGroup | None, options: Options
+) -> CandidateGroup:
+    """Build the group of the given ranks, or of this rank alone if there are none."""
+    if not members:
+        return CandidateGroup("local", process_group, 0, 1, [len(inputs.source)], [len(inputs.target)])
+    exchange = options.exchange
+    if exchange not in ("gather", "ring"):
+        # All ranks' keys in their type, and their gradients in fp32.
+        rows = sum(rank.source_rows + rank.target_rows for rank in members)
+        needed = rows * members[0].channels * (4 + (2 if options.dtype == "bf16" else 4))
+        exchange = "gather" if needed <= GATHER_BYTES else "ring"
+    return CandidateGroup(
+        exchange,
+        process_group,
+        dist.get_rank(process_group),
+        len(members),
+        [rank.source_rows for rank in members],
+        [rank.target_rows for rank in members],
+        torch.bfloat16 if options.wire_dtype == "bf16" else None,
+    )
+
+
+def _fastest(device: torch.device, dtype: Precision) -> Implementation:
+    # In fp32 the fused kernels cannot use tensor cores, and the vendor's matmuls are faster.
+    if device.type == "cuda" and dtype == "bf16":
+        from dist_pca.association.triton_launch import can_run
+
+        if can_run(device):
+            return "triton"
+    return "blockwise"
+
+
+@cache
+def _log_once(implementation: Implementation, communication: str, ranks: int, dtype: Precision) -> None:
+    if is_rank0():
+        candidates = f"{communication} over {ranks} ranks" if ranks > 1 else "each rank's own pixels"
+        _log.info("association: %s, matmuls in %s, candidates: %s", implementation, dtype, candidates)

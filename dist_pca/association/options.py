@@ -1,15 +1,17 @@
 """Options of the loss, equal on all ranks, and its inputs on this rank."""
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, get_args, get_type_hints
 
 import torch
 
-from dist_pca.association.similarity import Similarity
-
+Similarity = Literal["cosine", "kl"]
 Implementation = Literal["auto", "reference", "blockwise", "online_softmax", "triton"]
 ExchangeChoice = Literal["auto", "gather", "ring", "local"]
 Precision = Literal["fp32", "bf16"]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,46 @@ class Options:
     dtype: Precision = "fp32"
     wire_dtype: Precision = "fp32"
     deterministic: bool = False
+
+
+class PairKeywords(TypedDict, total=False):
+    """Options that `cycle_association_pairs` takes as keyword arguments, `num_classes` apart."""
+
+    similarity: Similarity
+    ignore_index: int
+    detach_statistics: bool
+    class_balanced: bool
+    guide_keys: bool
+    implementation: Implementation
+    dtype: Precision
+    deterministic: bool
+
+
+class LossKeywords(PairKeywords, total=False):
+    """Options that `cycle_association` and `CycleAssociationLoss` take as keyword arguments, `num_classes` apart."""
+
+    exchange: ExchangeChoice
+    wire_dtype: Precision
+
+
+def spelled_out(function: F) -> F:
+    """Let `help` list the keyword arguments of `**options` one by one, with the defaults of `Options`."""
+    signature = inspect.signature(function)
+    *parameters, options = signature.parameters.values()
+    (keywords,) = get_args(options.annotation)
+    annotations = get_type_hints(keywords)
+    for option in fields(Options):
+        if option.name in annotations:
+            parameters.append(
+                inspect.Parameter(
+                    option.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=option.default,
+                    annotation=annotations[option.name],
+                )
+            )
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return function
 
 
 class Inputs(NamedTuple):

@@ -7,13 +7,12 @@ import math
 
 import torch
 
-from dist_pca.association.cycles import are_consistent
+from dist_pca.association.method import SIGMA_EPSILON, are_consistent
 from dist_pca.association.retrieval import RetrievalPass, RowMatches
-from dist_pca.association.statistics import SIGMA_EPSILON
 from dist_pca.association.tiles import backward_matmuls, matmul, row_blocks, row_maximum, upcast
 
-ROW_MULTIPLE = 64
-"""Numbers of rows are rounded up to a multiple of this, where there is a choice."""
+SHAPE_MULTIPLE = 64
+"""Numbers of rows are rounded up to a multiple of this where there is a choice, so that a few matmul shapes recur."""
 CPU_PART_BYTES = 2 << 20
 """Memory of the part of a tile that a CPU passes over several times [bytes, in fp32]."""
 BACK_ROWS = 128
@@ -193,14 +192,14 @@ def _part_rows(tile: torch.Tensor) -> int:
 
 
 def _padded_range(count: int, device: torch.device) -> torch.Tensor:
-    """Return 0 to count - 1, the last repeated until the length is a multiple of `ROW_MULTIPLE`."""
-    return torch.arange(-(-count // ROW_MULTIPLE) * ROW_MULTIPLE, device=device).clamp_(max=count - 1)
+    """Return 0 to count - 1, the last repeated until the length is a multiple of `SHAPE_MULTIPLE`."""
+    return torch.arange(-(-count // SHAPE_MULTIPLE) * SHAPE_MULTIPLE, device=device).clamp_(max=count - 1)
 
 
 def _padded_indices(mask: torch.Tensor) -> torch.Tensor:
-    """Return the indices set in a mask [k], and others up to a multiple of `ROW_MULTIPLE` or k, in ascending order.
+    """Return the indices set in a mask [k], and others up to a multiple of `SHAPE_MULTIPLE` or k, in ascending order.
 
     Libraries compile and cache a program for every new matmul shape; a few shapes recur.
     """
-    count = -(-int(mask.sum()) // ROW_MULTIPLE) * ROW_MULTIPLE
+    count = -(-int(mask.sum()) // SHAPE_MULTIPLE) * SHAPE_MULTIPLE
     return mask.to(torch.uint8).argsort(descending=True, stable=True)[:count].sort().values

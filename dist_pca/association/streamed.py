@@ -14,11 +14,17 @@ import torch
 
 from dist_pca.association.blockwise import backward_blockwise, match_blockwise
 from dist_pca.association.candidates import CandidateGroup
-from dist_pca.association.cycles import Cycles, scale_by_class
-from dist_pca.association.options import Inputs, Options
-from dist_pca.association.pixels import Pixels
-from dist_pca.association.retrieval import RetrievalPass, RowMatches, add_gradient_through_sigma, retrieval_passes
+from dist_pca.association.method import Cycles, scale_by_class
+from dist_pca.association.options import Inputs, Options, Precision, Similarity
+from dist_pca.association.retrieval import (
+    Pixels,
+    RetrievalPass,
+    RowMatches,
+    add_gradient_through_sigma,
+    retrieval_passes,
+)
 from dist_pca.association.single_block import backward_single_block, find_cycles_single_block, match_single_block
+from dist_pca.association.tiles import upcast
 
 
 class Positives(NamedTuple):
@@ -31,6 +37,15 @@ class Positives(NamedTuple):
     """int64 [k], class of the cycles through each."""
     weights: torch.Tensor
     """[k], summed weight of these cycles."""
+
+
+class Matches(NamedTuple):
+    """Cycles of n_s source pixels."""
+
+    targets: torch.Tensor
+    """int64 [n_s], best target pixel j* of each source pixel."""
+    ends: torch.Tensor
+    """int64 [n_s], best source pixel i* of that target pixel."""
 
 
 def find_cycles(inputs: Inputs, candidates: CandidateGroup, options: Options) -> Cycles:
@@ -50,35 +65,37 @@ def find_cycles(inputs: Inputs, candidates: CandidateGroup, options: Options) ->
 
 def _find_cycles(inputs: Inputs, candidates: CandidateGroup, options: Options, gradients: bool) -> Cycles:
     dtype, unlabelled = torch.promote_types(inputs.source.dtype, torch.float32), options.num_classes
-    student = _pixels((inputs.source, inputs.target), candidates, options, dtype, gradients)
-    guide = None if inputs.guide is None else _pixels(inputs.guide, candidates, options, dtype, gradients=False)
-    matching = guide or student
-    forward, backward = retrieval_passes(matching, matching, options, softmax=guide is None)
+    student = _pixels(inputs.source.to(dtype), inputs.target.to(dtype), candidates, options, gradients=gradients)
+    guide = None
+    if inputs.guide is not None:
+        source, target = (x.to(dtype) for x in inputs.guide)
+        guide = _pixels(source, target, candidates, options, gradients=False)
+    forward, backward = retrieval_passes(guide or student, guide or student, options, softmax=guide is None)
     target_weights = None if inputs.target_weights is None else inputs.target_weights.to(dtype)
     labels = candidates.all_gather(inputs.labels, candidates.source_counts)
     # Unlabelled pixels get a class of their own, in which no cycle is consistent.
     classes = torch.where(labels == options.ignore_index, unlabelled, labels)
 
-    # j*(i) = argmax_j D(i, j), then i*(j) = argmax_i D(j, i) for each distinct j* on the rank that owns it. Where all
-    # candidates are local and no weight depends on other cycles, the forward softmax is computed in the same pass.
-    single_block = forward.kernels is None
-    fused = single_block and candidates.ranks == 1 and guide is None and not options.class_balanced
-    loss_sum = student[0].x.new_zeros(())
+    match = match_single_block if forward.kernels is None else match_blockwise
+    # Where all candidates are local and no weight depends on other cycles, the pass over the tiles source → target that
+    # finds the matches computes their softmax too; for that it matches back whatever a tile needs.
+    fused = forward.kernels is None and candidates.ranks == 1 and guide is None and not options.class_balanced
+    match_back, loss_sum = None, student[0].x.new_zeros(())
+
+    # j*(i) = argmax_j D(i, j).
     if fused:
         matches, match_back, loss_sum = find_cycles_single_block(
             forward, backward, classes, inputs.target_classes, target_weights, options.num_classes
         )
         forward_matches = RowMatches(matches)
-        targets, histogram = _matched_targets(matches, classes, candidates, options)
-        backward_matches = RowMatches(match_back[targets])
     else:
-        match = match_single_block if single_block else match_blockwise
         forward_matches = match(forward, torch.arange(len(inputs.labels), device=labels.device))
         matches = candidates.all_gather(forward_matches.key_index, candidates.source_counts)
-        targets, histogram = _matched_targets(matches, classes, candidates, options)
-        backward_matches = match(backward, targets)
-
-    # A cycle through j is consistent if its label is that of i*(j), and the class predicted by the teacher at j.
+    # Each distinct j* once, on the rank that owns it.
+    targets, histogram = _matched_targets(matches, classes, candidates, options)
+    # i*(j) = argmax_i D(j, i).
+    backward_matches = match(backward, targets) if match_back is None else RowMatches(match_back[targets])
+    # y_i = y_i*: a cycle through j is consistent if its label is that of i*(j), and the teacher's class at j.
     target_class = classes[backward_matches.key_index]
     if inputs.target_classes is not None:
         target_class = torch.where(inputs.target_classes[targets] == target_class, target_class, unlabelled)
@@ -87,7 +104,7 @@ def _find_cycles(inputs: Inputs, candidates: CandidateGroup, options: Options, g
     consistent = classes == candidates.all_gather(class_of_target, candidates.target_counts)[matches]
     consistent &= classes < unlabelled
 
-    # Forward rows have weight w_i = w(j*(i)); backward rows the sum of w over all consistent cycles through j.
+    # -log p(i -> j*) has weight w_i = w(j*), and -log p(j -> i*) the sum of w over all consistent cycles through j.
     local = candidates.source_slice
     forward_weights, weights = consistent[local].to(dtype), None
     backward_weights = histogram.gather(1, target_class[:, None])[:, 0].to(dtype)
@@ -149,6 +166,32 @@ def _contrast(
     return total
 
 
+@torch.no_grad()
+def find_matches(
+    source: torch.Tensor, target: torch.Tensor, *, similarity: Similarity = "cosine", dtype: Precision = "fp32"
+) -> Matches:
+    """Match source pixels to target pixels and back (PLCA, equations 1 to 3), in memory linear in pixels.
+
+    These are the matches that `cycle_association` finds for the same pixels on one rank; labels play no part in them.
+
+    Args:
+        source: [n_s, C] features, or class probabilities for `kl`.
+        target: [n_t, C] features, or class probabilities for `kl`.
+        similarity: `cosine`, or `kl` for the negative Kullback-Leibler divergence from query to key.
+        dtype: Type of matmul operands.
+    """
+    candidates = CandidateGroup("local", None, 0, 1, [len(source)], [len(target)])
+    # The implementation whose keys are rounded like those of the loss.
+    options = Options(num_classes=0, similarity=similarity, dtype=dtype, implementation="blockwise")
+    pixels = _pixels(upcast(source), upcast(target), candidates, options, gradients=False)
+    forward, backward = retrieval_passes(pixels, pixels, options, softmax=False)
+    with torch.autocast(source.device.type, enabled=False):
+        # j*(i) = argmax_j D(i, j), then i*(j) = argmax_i D(j, i) for each distinct j*.
+        targets = match_single_block(forward, torch.arange(len(source), device=source.device)).key_index
+        distinct, inverse = torch.unique(targets, return_inverse=True)
+        return Matches(targets, match_single_block(backward, distinct).key_index[inverse])
+
+
 class _WithGradients(torch.autograd.Function):
     """A scalar whose gradients with respect to two tensors are given."""
 
@@ -170,31 +213,21 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _pixels(
-    rows: tuple[torch.Tensor, torch.Tensor],
-    candidates: CandidateGroup,
-    options: Options,
-    dtype: torch.dtype,
-    gradients: bool,
+    source: torch.Tensor, target: torch.Tensor, candidates: CandidateGroup, options: Options, *, gradients: bool
 ) -> tuple[Pixels, Pixels]:
-    """Build source and target pixels from the given rows, in fp32 or fp64."""
+    """Build the pixels of both domains from rows in fp32 or fp64."""
+    # Unnormalised keys save a copy where tiles of whole rows are scaled after their matmul.
     unnormalised = (
         candidates.ranks == 1
         and options.similarity == "cosine"
         and options.dtype == "fp32"
         and options.implementation == "blockwise"
     )
-    source, target = (
-        Pixels(
-            x.detach().to(dtype),
-            options.similarity,
-            candidates,
-            counts,
-            unnormalised=unnormalised,
-            gradients=gradients,
-        )
-        for x, counts in zip(rows, (candidates.source_counts, candidates.target_counts), strict=True)
+    source_pixels, target_pixels = (
+        Pixels(x.detach(), options.similarity, candidates, counts, unnormalised=unnormalised, gradients=gradients)
+        for x, counts in ((source, candidates.source_counts), (target, candidates.target_counts))
     )
-    return source, target
+    return source_pixels, target_pixels
 
 
 def _matched_targets(

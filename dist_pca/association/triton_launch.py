@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dist_pca.association.kernels import BlockMatch
+from dist_pca.association.tiles import BlockMatch
 
 KERNEL_ROWS = 1 << 16
 """Queries of one call: as many scaled copies are made."""

@@ -11,8 +11,8 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 
+from dist_pca.association.candidates import phase
 from dist_pca.association.options import Options
-from dist_pca.association.phases import phase
 from dist_pca.distributed import world_size
 
 NAMES = (
@@ -93,22 +93,18 @@ def validate(tensors: Tensors, options: Options) -> list[RankMetadata]:
     Raises:
         ValueError: on every rank together, naming each rank and tensor that is wrong.
     """
-    metadata = [_metadata(name, tensors, options.ignore_index) for name in NAMES]
-    own = [
-        crc32(repr(options).encode()),
-        int(_wants_gradients(tensors)),
-        *(number for numbers in metadata for number in numbers),
-    ]
-    ranks = world_size()
-    sources = tensors["source"]
+    sources, targets, ranks = tensors["source"], tensors["target"], world_size()
     assert sources is not None
-    row = torch.tensor(own, dtype=torch.int64, device=sources[0].device)
-    table = [torch.empty_like(row) for _ in range(ranks)]
+    assert targets is not None
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (*sources, *targets))
+    metadata = [_metadata(name, tensors, options.ignore_index) for name in NAMES]
+    numbers = [crc32(repr(options).encode()), int(gradients), *(number for tensor in metadata for number in tensor)]
+    row = torch.tensor(numbers, dtype=torch.int64, device=sources[0].device)
+    table = [row]
     if ranks > 1:
+        table = [torch.empty_like(row) for _ in range(ranks)]
         with phase("exchange"):
             dist.all_gather(table, row)
-    else:
-        table = [row]
     all_ranks = [_rank_metadata(row.tolist()) for row in table]
     problems = [
         f"rank {rank}: {problem}" if ranks > 1 else problem
@@ -124,11 +120,6 @@ def _rank_metadata(row: list[int]) -> RankMetadata:
     width = len(TensorMetadata._fields)
     tensors = [TensorMetadata(*row[start : start + width]) for start in range(2, len(row), width)]
     return RankMetadata(row[0], row[1], dict(zip(NAMES, tensors, strict=True)))
-
-
-def _wants_gradients(tensors: Tensors) -> bool:
-    features = [*(tensors["source"] or ()), *(tensors["target"] or ())]
-    return torch.is_grad_enabled() and any(x.requires_grad for x in features)
 
 
 def _metadata(name: str, tensors: Tensors, ignore_index: int) -> TensorMetadata:

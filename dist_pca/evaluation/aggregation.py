@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dist_pca.association import diffuse
-from dist_pca.association.similarity import LOG_EPSILON, Similarity
+from dist_pca.association.method import LOG_EPSILON
+from dist_pca.association.options import Similarity
 from dist_pca.model.heads import MultiScaleHead
 from dist_pca.model.segmenter import Segmenter
 

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from dist_pca.association import Association, cycle_association, cycle_association_pairs, diffuse
+from dist_pca.association.options import Similarity
 from dist_pca.association.sampling import class_balanced, random_grid
-from dist_pca.association.similarity import Similarity
 from dist_pca.config import AssociationConfig, Level
 from dist_pca.errors import UserError
 from dist_pca.objective.domains import IGNORE_INDEX, Domain

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dist_pca.association import Association
-from dist_pca.association.phases import phase
+from dist_pca.association.candidates import phase
 from dist_pca.config import Level, ObjectiveConfig
 from dist_pca.distributed import world_size
 from dist_pca.objective.cycle_association import associate_level, association_weight

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
-from dist_pca.association.phases import listen
+from dist_pca.association.candidates import listen
 from dist_pca.config import RunConfig, TelemetryConfig
 from dist_pca.errors import UserError
 from dist_pca.resilience.watchdog import Phase, Watchdog

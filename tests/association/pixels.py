@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from dist_pca.association.similarity import Similarity
+from dist_pca.association.options import Similarity
 
 CLASSES = 3
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_pca.association import Association, cycle_association, cycle_association_pairs, diffuse
-from dist_pca.association.similarity import Similarity
+from dist_pca.association.options import Similarity
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
 
 IMPLEMENTATIONS = ["reference", "blockwise"]

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_pca.association import find_matches
-from dist_pca.association.reference import QueriesAndKeys, cycle_likelihoods
-from dist_pca.association.similarity import Similarity, keys, normalised
+from dist_pca.association.method import QueriesAndKeys, cycle_likelihoods, keys, normalised
+from dist_pca.association.options import Similarity
 from tests.association.pixels import domain
 
 

@@ -1,8 +1,11 @@
 """The public names: imported when first used, and one loss behind the function and the module."""
 
+import inspect
 import os
+import pydoc
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 import dist_pca
 from dist_pca.association import CycleAssociationLoss, associate, associate_pairs, cycle_association
 from dist_pca.association.loss import cycle_association_pairs
+from dist_pca.association.options import Options
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
 
 OTHER_PACKAGES = (
@@ -44,6 +48,29 @@ def test_every_public_name_resolves() -> None:
 def test_the_first_names_of_the_functions_are_aliases() -> None:
     assert associate is cycle_association
     assert associate_pairs is cycle_association_pairs
+
+
+def test_help_lists_every_option_with_its_default() -> None:
+    communication = {"exchange", "wire_dtype"}
+    for function, absent in (
+        (cycle_association, set()),
+        (CycleAssociationLoss, set()),
+        (cycle_association_pairs, communication),
+    ):
+        shown = inspect.signature(function).parameters
+        assert not absent & set(shown)
+        for option in fields(Options):
+            if option.name not in {"num_classes", *absent}:
+                assert shown[option.name].default == option.default, option.name
+        assert "similarity: Literal['cosine', 'kl'] = 'cosine'" in pydoc.plain(pydoc.render_doc(function))
+
+
+@pytest.mark.parametrize(
+    "unknown", [{"similarty": "kl"}, {"exchange": "ring"}, {"wire_dtype": "fp32"}, {"group": None}]
+)
+def test_what_is_no_option_of_pairs_is_refused(unknown: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(unknown))):
+        cycle_association_pairs([torch.ones(3, 4)], [torch.ones(3, 4)], [torch.zeros(3)], num_classes=2, **unknown)
 
 
 def test_types_are_part_of_the_package() -> None:

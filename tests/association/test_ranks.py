@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dist_pca.association import Association, cycle_association, cycle_association_pairs
-from dist_pca.association.similarity import Similarity
+from dist_pca.association.options import Similarity
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
 from tests.ranks import run_on_ranks
 

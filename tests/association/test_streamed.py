@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_pca.association import Association, cycle_association, cycle_association_pairs, tiles
-from dist_pca.association.similarity import Similarity
+from dist_pca.association.options import Similarity
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
 
 

@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dist_pca.association import cycle_association, triton_launch
-from dist_pca.association.kernels import BlockMatch
+from dist_pca.association.tiles import BlockMatch
 from dist_pca.association.triton_launch import TritonKernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

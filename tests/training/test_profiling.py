@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_pca.association.phases import phase
+from dist_pca.association.candidates import phase
 from dist_pca.config import TelemetryConfig, load_config
 from dist_pca.config.telemetry import profile_overrides
 from dist_pca.errors import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dist_pca.association.similarity import Similarity
+from dist_pca.association.options import Similarity
 from dist_pca.errors import UserError
 from dist_pca.tools.bench.cases import Case, Data, Exchange, Measured, Precision
 from dist_pca.tools.bench.measure import Reading, ReferenceValues, compute_reference, measure, measure_peak

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from dist_pca.association.similarity import Similarity
+from dist_pca.association.options import Similarity
 
 Measured = Literal["dense", "blockwise", "triton", "matmul"]
 Exchange = Literal["gather", "ring"]

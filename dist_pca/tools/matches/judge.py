@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from dist_pca.association import find_matches
-from dist_pca.association.cycles import are_consistent
+from dist_pca.association.method import are_consistent
 from dist_pca.config import AssociationConfig, Level
 from dist_pca.objective.cycle_association import SIMILARITY, association_inputs
 from dist_pca.objective.domains import IGNORE_INDEX, Domain

@@ -6,7 +6,7 @@ The formulas follow the buffers and collectives of `dist_pca.association`, posit
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_pca.association.solve import GATHER_BYTES
+from dist_pca.association.loss import GATHER_BYTES
 from dist_pca.association.tiles import CPU_TILE_BYTES, GPU_TILE_BYTES, MIN_ROWS
 from dist_pca.association.triton_launch import KERNEL_ROWS
 from dist_pca.config import AssociationConfig, Level

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from dist_pca.association import cycle_association
-from dist_pca.association.solve import _log_once
+from dist_pca.association.loss import _log_once
 from tests.association.pixels import CLASSES, domain, labels_of
 
 
