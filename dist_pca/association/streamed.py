@@ -183,9 +183,9 @@ def find_matches(
     candidates = CandidateGroup("local", None, 0, 1, [len(source)], [len(target)])
     # The implementation whose keys are rounded like those of the loss.
     options = Options(num_classes=0, similarity=similarity, dtype=dtype, implementation="blockwise")
-    pixels = _pixels(upcast(source), upcast(target), candidates, options, gradients=False)
-    forward, backward = retrieval_passes(pixels, pixels, options, softmax=False)
     with torch.autocast(source.device.type, enabled=False):
+        pixels = _pixels(upcast(source), upcast(target), candidates, options, gradients=False)
+        forward, backward = retrieval_passes(pixels, pixels, options, softmax=False)
         # j*(i) = argmax_j D(i, j), then i*(j) = argmax_i D(j, i) for each distinct j*.
         targets = match_single_block(forward, torch.arange(len(source), device=source.device)).key_index
         distinct, inverse = torch.unique(targets, return_inverse=True)

@@ -1,5 +1,6 @@
 """The matches that are found on their own are those of the loss."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,3 +29,12 @@ def test_matches_and_ends_are_the_definitions(sizes: tuple[int, int], similarity
 def test_no_graph_is_made() -> None:
     source, target = (domain(8, 5, "cosine", seed).requires_grad_() for seed in (0, 1))
     assert not any(x.requires_grad for x in find_matches(source, target))
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "kl"])
+def test_autocast_changes_no_match(similarity: Similarity) -> None:
+    source, target = (domain(8, 5, similarity, seed) for seed in (0, 1))
+    plain = find_matches(source, target, similarity=similarity)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = find_matches(source, target, similarity=similarity)
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
