@@ -33,7 +33,7 @@ def test_no_graph_is_made() -> None:
 
 @pytest.mark.parametrize("similarity", ["cosine", "kl"])
 def test_autocast_changes_no_match(similarity: Similarity) -> None:
-    source, target = (domain(8, 5, similarity, seed) for seed in (0, 1))
+    source, target = (domain(8, 5, similarity, seed).float() for seed in (0, 1))
     plain = find_matches(source, target, similarity=similarity)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = find_matches(source, target, similarity=similarity)
