@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -54,6 +54,12 @@ def _print(message: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
 
 
+def _fail(folder: Path, code: int, message: str) -> NoReturn:
+    write_exit_status(folder, code, message)
+    print_error(message)
+    exit_process(folder, code)
+
+
 def main(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a config that comes with dist-pca.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=100")] = None,
@@ -90,9 +96,13 @@ def main(
             code = trainer.train()
     except UserError as error:
         message = str(error) if error.EXIT_CODE == ExitCode.DIVERGED else f"rank {rank}: {error}"
-        write_exit_status(run.folder, error.EXIT_CODE, message)
-        print_error(message)
-        exit_process(run.folder, error.EXIT_CODE)
+        _fail(run.folder, error.EXIT_CODE, message)
+    except RuntimeError as error:
+        # PyTorch raises this wherever the main thread is when a loader process dies.
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = "a loader process was killed, most likely because memory ran out"
+        _fail(run.folder, ExitCode.LOST_RANK, f"rank {rank}: {reason}; lower data.workers and start the run again")
     if rank == 0:
         saved = f"{run.folder}: saved after step {stop.step} of {run.training.steps}"
         message = saved if code == ExitCode.DONE else f"{stop.reason}: {saved}; run the same command again to resume"

@@ -1,5 +1,6 @@
 """Launching a run: its `accelerate launch` command, signals, and exit code."""
 
+import ctypes
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ from dist_pca.resilience.exit_status import SUPERVISED, ExitCode, clear_exit_sta
 from dist_pca.resilience.preemption import SIGNALS
 from dist_pca.resources import resource
 
+_PR_SET_PDEATHSIG = 1
 SHUTDOWN_SECONDS = 600
 """Time that the launcher leaves its ranks to save after its own SIGTERM; its default is 30."""
 
@@ -76,7 +78,8 @@ def launch(command: Sequence[str], folder: Path) -> int:
     """Run a launch command, and return the run's exit code, as `exit_status.ExitCode` lists them.
 
     On SIGINT, SIGTERM, SIGUSR1 or SIGHUP the ranks save and exit. The signal is not forwarded to the launcher between
-    them, which would die of SIGUSR1 and kill ranks that save for longer than half a minute. A second one kills all.
+    them, which would die of SIGUSR1 and kill ranks that save for longer than half a minute. A second one kills all. If
+    this process is killed, the ranks save and exit too.
 
     Args:
         command: Built by `launch_command`.
@@ -108,7 +111,7 @@ def launch(command: Sequence[str], folder: Path) -> int:
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         # In a new session, so that Ctrl-C reaches this process alone.
-        with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        with subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent) as process:
             for number in numbers:
                 signal.signal(number, forward)
             code = process.wait()
@@ -124,6 +127,12 @@ def launch(command: Sequence[str], folder: Path) -> int:
     if received:
         return 128 + received[-1]
     return code if code >= 0 else 128 - code
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when its parent dies, of `kill -9` too; on Linux alone."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _is_rank(process: psutil.Process, launcher: int) -> bool:

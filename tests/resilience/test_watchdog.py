@@ -154,6 +154,44 @@ def test_a_run_that_loses_a_rank_exits_with_the_code_for_it(tmp_path: Path, name
 
 
 @pytest.mark.slow
+def test_a_killed_loader_process_ends_the_run_with_one_line_and_a_code(tmp_path: Path) -> None:
+    build_streets(tmp_path)
+    run = tmp_path / "runs" / "loader"
+    settings = overrides(tmp_path, "loader", "training.steps=100000", "training.checkpoint_every=100000")
+    command = [sys.executable, "-m", "dist_pca.cli", "train", "demo", *settings]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 2:
+            assert process.poll() is None
+            time.sleep(0.1)
+        (launcher,) = psutil.Process(process.pid).children()
+        (rank,) = [child for child in launcher.children() if child.environ().get("RANK") == "1"]
+        rank.children()[-1].kill()
+        printed = process.communicate(timeout=120)[1]
+    outcome = read_exit_status(run)
+    assert outcome is not None
+    assert process.returncode == outcome.code == ExitCode.LOST_RANK
+    assert outcome.message.startswith("rank 1: a loader process was killed")
+    assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_ranks_save_and_leave_if_the_command_that_started_them_is_killed(tmp_path: Path) -> None:
+    build_streets(tmp_path)
+    run = tmp_path / "runs" / "orphaned"
+    settings = overrides(tmp_path, "orphaned", "training.steps=100000", "training.checkpoint_every=100000")
+    command = [sys.executable, "-m", "dist_pca.cli", "train", "demo", *settings]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 2:
+            assert process.poll() is None
+            time.sleep(0.1)
+        left = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    _gone, left = psutil.wait_procs(left, timeout=60)
+    assert not left
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.slow
 def test_ranks_whose_launcher_is_killed_save_and_leave(tmp_path: Path) -> None:
     build_streets(tmp_path)
     run = tmp_path / "runs" / "orphaned"
