@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -91,6 +92,9 @@ def main(
         else:
             print_error(str(error))
         sys.exit(UserError.EXIT_CODE)
+    with suppress(OSError):
+        # For exit.json, even if the ranks do not find each other.
+        run.folder.mkdir(parents=True, exist_ok=True)
     try:
         with Trainer(prepared, stop, validate) as trainer:
             code = trainer.train()

@@ -40,6 +40,12 @@ class ExitCode(IntEnum):
     """Ctrl-C, and saved."""
 
 
+class LostRank(UserError):
+    """Another rank died or does not respond."""
+
+    EXIT_CODE = ExitCode.LOST_RANK
+
+
 class ExitStatus(NamedTuple):
     """Content of `exit.json`."""
 

@@ -114,7 +114,7 @@ def launch(command: Sequence[str], folder: Path) -> int:
         with subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent) as process:
             for number in numbers:
                 signal.signal(number, forward)
-            code = process.wait()
+            code = _wait(process, folder)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -127,6 +127,18 @@ def launch(command: Sequence[str], folder: Path) -> int:
     if received:
         return 128 + received[-1]
     return code if code >= 0 else 128 - code
+
+
+def _wait(process: "subprocess.Popen[bytes]", folder: Path) -> int:
+    """Wait for the launcher, which would wait long for a stopped rank once another has ended the run."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=1)
+        if read_exit_status(folder) is not None:
+            with suppress(psutil.Error):
+                for member in psutil.Process(process.pid).children(recursive=True):
+                    if member.status() == psutil.STATUS_STOPPED:
+                        member.kill()
 
 
 def _end_with_parent() -> None:

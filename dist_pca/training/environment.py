@@ -14,6 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 from dist_pca.config import RunConfig
 from dist_pca.cores import usable_cores
 from dist_pca.errors import UserError
+from dist_pca.resilience.exit_status import LostRank
 from dist_pca.resilience.watchdog import Watchdog
 from dist_pca.training.deepspeed import deepspeed_plugin, disable_cpu_reduction_kernel
 from dist_pca.training.deepspeed_config import LAUNCHER_FIELDS, deepspeed_config
@@ -42,6 +43,7 @@ def init_distributed(config: RunConfig) -> DistributedEnvironment:
 
     Raises:
         UserError: the processes that came up are not those that were launched.
+        LostRank: not all of them have joined in time.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -61,22 +63,31 @@ def init_distributed(config: RunConfig) -> DistributedEnvironment:
     if not use_cuda:
         torch.set_num_threads(max(1, usable_cores() // local_size))
     backend, timeout = "nccl" if use_cuda else "gloo", timedelta(seconds=2 * config.training.stall_timeout)
-    if _restarts() > 0:
-        # The launcher's store still holds the addresses of the lost ranks, where new ones would look for each other.
-        store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
-        store = PrefixStore(f"start{_restarts()}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    accelerator = Accelerator(
-        deepspeed_plugin=deepspeed_plugin(deepspeed_config(config)),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(
-                backend=backend,
-                # The last resort: the watchdog has ended the run long before.
-                timeout=timeout,
-            )
-        ],
-        mixed_precision="no",
-    )
+    try:
+        if _restarts() > 0:
+            # The launcher's store still holds the addresses of lost ranks, where new ones would look for each other.
+            store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+            store = PrefixStore(f"start{_restarts()}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        accelerator = Accelerator(
+            deepspeed_plugin=deepspeed_plugin(deepspeed_config(config)),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(
+                    backend=backend,
+                    # The last resort: the watchdog has ended the run long before.
+                    timeout=timeout,
+                )
+            ],
+            mixed_precision="no",
+        )
+    except RuntimeError as error:
+        # PyTorch has no type of its own for ranks that do not join in time.
+        if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
+            raise
+        raise LostRank(
+            f"not all {launched} ranks have joined within {timeout.total_seconds():.0f} s; find one that is stopped "
+            "or cannot be reached, and start the run again"
+        ) from error
     came_up = dist.get_world_size() if dist.is_initialized() else 1
     if came_up != launched or accelerator.num_processes != launched:
         raise UserError(

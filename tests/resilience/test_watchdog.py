@@ -154,6 +154,32 @@ def test_a_run_that_loses_a_rank_exits_with_the_code_for_it(tmp_path: Path, name
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_stopped_while_it_starts_ends_the_run(tmp_path: Path) -> None:
+    build_streets(tmp_path)
+    settings = overrides(tmp_path, "early", "training.stall_timeout=5")
+    command = [sys.executable, "-m", "dist_pca.cli", "train", "demo", *settings]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (ranks := [child for child in descendants(process.pid) if is_rank(child, 1)]):
+            time.sleep(0.05)
+        ranks[0].suspend()
+        printed = process.communicate(timeout=60)[1]
+    assert process.returncode == ExitCode.LOST_RANK
+    assert "rank 0: not all 2 ranks have joined within 10 s" in printed
+    assert not ranks[0].is_running()
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def is_rank(process: psutil.Process, rank: int) -> bool:
+    try:
+        return process.environ().get("RANK") == str(rank)
+    except psutil.Error:
+        return False
+
+
+@pytest.mark.slow
 def test_a_killed_loader_process_ends_the_run_with_one_line_and_a_code(tmp_path: Path) -> None:
     build_streets(tmp_path)
     run = tmp_path / "runs" / "loader"
