@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from dist_pca import __version__
 from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig, load_config, save_config, validate_config
-from dist_pca.errors import UserError, explain
+from dist_pca.errors import UserError
 from dist_pca.files import last_step, read_json, remove_parts, write_json
 from dist_pca.shards.manifest import Manifest, shards_digest
 from dist_pca.training.checkpoint import (
@@ -115,7 +115,7 @@ def read_classes(folder: Path) -> tuple[ClassInfo, ...]:
     try:
         return _CLASSES.validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
-        reason = explain(error.errors()[0], ()) if isinstance(error, ValidationError) else error
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise UserError(f"{file}: cannot be read ({reason}); remove it to have it written again by training") from None
 
 
