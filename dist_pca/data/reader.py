@@ -10,7 +10,7 @@ from typing import Any
 from dist_pca.data.cache import CacheSettings, Prefetcher, open_shard
 from dist_pca.errors import CorruptSample, UserError
 from dist_pca.shards.manifest import Manifest
-from dist_pca.shards.members import members_of
+from dist_pca.shards.sample import members_of, read_slice
 
 
 class ShardReader:
@@ -51,13 +51,12 @@ class ShardReader:
         remedy = "remove this copy of the shard" if self._remote else "copy the shard again or build it again"
         if key.startswith("/") or ".." in PurePosixPath(key).parts:
             raise CorruptSample(f"{where}: the key is a path outside its folder; build the shards again")
-        length = shard.lengths[sample_index]
         try:
-            content = os.pread(self._open(shard_index, path), length, shard.offsets[sample_index])
+            content = read_slice(self._open(shard_index, path), shard, sample_index)
         except OSError as error:
             raise UserError(f"{where} is unreadable ({error}); {remedy}") from error
-        if len(content) < length:
-            raise UserError(f"{path}: ends inside sample {key!r}; {remedy}")
+        except tarfile.ReadError:
+            raise UserError(f"{path}: ends inside sample {key!r}; {remedy}") from None
         try:
             members = members_of(content, key)
         except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
