@@ -1,16 +1,31 @@
-"""Read single samples from shards, and no other byte of them."""
+"""Read the selected samples from their shards, and no other byte of them."""
 
 import os
 import tarfile
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from itertools import count, islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
-from dist_pca.data.cache import CacheSettings, Prefetcher, open_shard
+from dist_pca.config import CacheConfig
+from dist_pca.data.cache import CacheSettings, Prefetcher, cache_settings, open_shard
+from dist_pca.data.source import Selection
 from dist_pca.errors import CorruptSample, UserError
 from dist_pca.shards.manifest import Manifest
 from dist_pca.shards.sample import members_of, read_slice
+
+_AHEAD = 128
+"""Number of samples that each loader process looks ahead to prefetch their shards."""
+
+
+class RawSample(NamedTuple):
+    """A selected sample, not decoded."""
+
+    selection: Selection
+    members: dict[str, Any] | CorruptSample
+    """Result of `ShardReader.read`, or the error that it raised."""
 
 
 class ShardReader:
@@ -25,12 +40,11 @@ class ShardReader:
         Args:
             manifest: The shard folder, a result of `open_manifest`.
             keep_open: Number of shards that are kept open, 1 or more.
-            cache: Cache limit and retry policy; None takes the defaults.
+            cache: Cache limit and retry policy for shards of a URL; None takes the defaults.
         """
         self._manifest = manifest
         self._keep_open = keep_open
-        self._cache = cache or CacheSettings()
-        self._remote = "://" in manifest.location
+        self._cache = (cache or CacheSettings()) if _is_url(manifest) else None
         self._files: OrderedDict[int, int] = OrderedDict()
         self._prefetcher: Prefetcher | None = None
 
@@ -48,7 +62,7 @@ class ShardReader:
         path = self._manifest.folder / shard.name
         key = shard.keys[sample_index]
         where = f"{path}: sample {key!r}"
-        remedy = "remove this copy of the shard" if self._remote else "copy the shard again or build it again"
+        remedy = "copy the shard again or build it again" if self._cache is None else "remove this copy of the shard"
         if key.startswith("/") or ".." in PurePosixPath(key).parts:
             raise CorruptSample(f"{where}: the key is a path outside its folder; build the shards again")
         try:
@@ -69,7 +83,7 @@ class ShardReader:
 
         Replaces an earlier call's list. Errors are raised by `read` only. Does nothing for a local folder.
         """
-        if not self._remote:
+        if self._cache is None:
             return
         if self._prefetcher is None:
             self._prefetcher = Prefetcher(self._manifest, self._cache)
@@ -88,7 +102,55 @@ class ShardReader:
             if len(self._files) == self._keep_open:
                 os.close(self._files.popitem(last=False)[1])
             self._files[shard_index] = (
-                open_shard(self._manifest, shard_index, self._cache) if self._remote else os.open(path, os.O_RDONLY)
+                os.open(path, os.O_RDONLY)
+                if self._cache is None
+                else open_shard(self._manifest, shard_index, self._cache)
             )
         self._files.move_to_end(shard_index)
         return self._files[shard_index]
+
+
+def open_reader(manifest: Manifest, keep_open: int, cache: CacheConfig) -> ShardReader:
+    """Create a reader with a run's cache; the shards of a local folder need none."""
+    return ShardReader(manifest, keep_open, cache_settings(cache) if _is_url(manifest) else None)
+
+
+def read_samples(openers: Sequence[Callable[[], ShardReader]], selections: Iterator[Selection]) -> Iterator[RawSample]:
+    """Read selected samples, and start to download the shards of those that follow.
+
+    Args:
+        openers: For each shard folder, a function that creates its reader.
+        selections: Samples to read; endless.
+    """
+    with ExitStack() as stack:
+        readers = [stack.enter_context(closing(opener())) for opener in openers]
+        upcoming = deque(islice(selections, _AHEAD))
+        for number in count():
+            if number % (_AHEAD // 4) == 0:
+                for folder, reader in enumerate(readers):
+                    shards = (selected.offset.shard for selected in upcoming if selected.offset.folder == folder)
+                    reader.prefetch(list(dict.fromkeys(shards)))
+            selection = upcoming.popleft()
+            upcoming.append(next(selections))
+            yield read_selected(readers[selection.offset.folder], selection)
+
+
+def read_selected(reader: ShardReader, selection: Selection) -> RawSample:
+    """Read a selected sample from its folder; a corrupt one is returned as its error."""
+    try:
+        return RawSample(selection, reader.read(selection.offset.shard, selection.offset.sample))
+    except CorruptSample as error:
+        return RawSample(selection, error)
+
+
+def read_evaluation_samples(
+    opener: Callable[[], ShardReader], samples: Iterator[tuple[int, int]]
+) -> Iterator[dict[str, Any]]:
+    """Read samples, given as shard and sample; a corrupt one is an error."""
+    with closing(opener()) as reader:
+        for shard, sample in samples:
+            yield reader.read(shard, sample)
+
+
+def _is_url(manifest: Manifest) -> bool:
+    return "://" in manifest.location
