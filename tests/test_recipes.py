@@ -5,7 +5,7 @@ import timm
 import torch
 
 from dist_pca.config import RunConfig, load_config
-from dist_pca.data.order import micro_batch_size
+from dist_pca.data.source import micro_batch_size
 from dist_pca.model.segmenter import build_segmenter
 from dist_pca.resources import names, resource
 from dist_pca.tools.planning.network import class_count, run_network

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import IO
 
 from dist_pca.config import CacheConfig
-from dist_pca.data.storage import Cancelled, Patience, download, is_remote, object_url, shown
+from dist_pca.data.remote import Cancelled, RetryPolicy, download, is_remote, object_url, redact
 from dist_pca.errors import UserError
-from dist_pca.files import file_sha256
+from dist_pca.files import PART, file_sha256, sync
 from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest
 
-_OWN_FOLDER = re.compile(r".*-[0-9a-f]{16}")
-_PART = ".part"
+_CACHE_FOLDER = re.compile(r".*-[0-9a-f]{16}")
 _MAX_MANIFEST = 1 << 30
 _AHEAD = 4
 
@@ -32,7 +31,7 @@ def default_folder() -> Path:
 
 
 @dataclass(frozen=True)
-class CacheSettings(Patience):
+class CacheSettings(RetryPolicy):
     """Folder and size limit of the cache, and the retry policy of downloads."""
 
     folder: Path = field(default_factory=default_folder)
@@ -61,26 +60,26 @@ def open_manifest(location: str, cache: CacheSettings) -> Manifest:
     if not is_remote(location):
         return load_manifest(location)
     buffer = io.BytesIO()
-    download(object_url(location, MANIFEST_NAME), buffer, most=_MAX_MANIFEST, patience=cache)
+    download(object_url(location, MANIFEST_NAME), buffer, most=_MAX_MANIFEST, retry=cache)
     content = buffer.getvalue()
     # Another version of the folder may have shards of the same names and sizes, so each version has its own folder.
-    version = hashlib.sha256(shown(location).encode() + b"\0" + content).hexdigest()[:16]
-    place = re.sub(r"[^A-Za-z0-9.]+", "-", shown(location).partition("://")[2]).strip("-.")
-    path = cache.folder / f"{place[:100]}-{version}" / MANIFEST_NAME
-    with _disk(path):
+    version = hashlib.sha256(redact(location).encode() + b"\0" + content).hexdigest()[:16]
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", redact(location).partition("://")[2]).strip("-.")
+    path = cache.folder / f"{name[:100]}-{version}" / MANIFEST_NAME
+    with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file() or path.read_bytes() != content:
-            with _claimed(path) as part:
+            with _locked_part(path) as part:
                 part.write(content)
                 _publish(part, path)
     try:
         manifest = load_manifest(path.parent, location=location, check_files=False)
     except UserError as error:
-        raise UserError(f"{shown(location)}: {error}") from None
+        raise UserError(f"{redact(location)}: {error}") from None
     for shard in manifest.shards:
         if shard.name.startswith(".") or shard.name == MANIFEST_NAME:
             raise UserError(
-                f"{shown(location)}: {MANIFEST_NAME}: {shard.name!r} is not a valid shard name; build the shards again"
+                f"{redact(location)}: {MANIFEST_NAME}: {shard.name!r} is not a valid shard name; build the shards again"
             )
     return manifest
 
@@ -108,15 +107,15 @@ def open_shard(
     path = manifest.folder / shard.name
     if shard.bytes > cache.max_bytes:
         raise UserError(
-            f"{shown(object_url(manifest.location, shard.name))}: {shard.bytes} bytes, but the cache is limited to "
+            f"{redact(object_url(manifest.location, shard.name))}: {shard.bytes} bytes, but the cache is limited to "
             f"{cache.max_bytes}; raise data.cache.max_bytes or build smaller shards"
         )
-    with _disk(path):
+    with _disk_errors(path):
         descriptor = _open_whole(path, shard.bytes)
         if descriptor is not None:
             return descriptor
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _claimed(path) as part:
+        with _locked_part(path) as part:
             descriptor = _open_whole(path, shard.bytes)
             if descriptor is not None:
                 return descriptor
@@ -125,7 +124,7 @@ def open_shard(
                     raise Cancelled
             _fetch(manifest, shard, part, cache, cancelled)
             # Open it before it is renamed: afterwards another process may evict it at any time.
-            descriptor = os.open(_aside(path), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(_temporary_path(path), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 _publish(part, path)
             except BaseException:
@@ -181,11 +180,11 @@ def _fetch(manifest: Manifest, shard: Shard, part: IO[bytes], cache: CacheSettin
     url = object_url(manifest.location, shard.name)
     # Try twice: if the file changed on the server during a resumed transfer, the first copy has bytes of both versions.
     for _ in range(2):
-        download(url, part, most=shard.bytes, patience=cache, cancelled=cancelled)
-        if file_sha256(_aside(manifest.folder / shard.name)) == shard.sha256:
+        download(url, part, most=shard.bytes, retry=cache, cancelled=cancelled)
+        if file_sha256(_temporary_path(manifest.folder / shard.name)) == shard.sha256:
             return
     raise UserError(
-        f"{shown(url)}: {part.tell()} bytes that are not the {shard.bytes} of {MANIFEST_NAME} (SHA-256 differs); "
+        f"{redact(url)}: {part.tell()} bytes that are not the {shard.bytes} of {MANIFEST_NAME} (SHA-256 differs); "
         "the shards were changed: restart the run if their manifest was changed too, otherwise upload the folder again"
     )
 
@@ -204,35 +203,35 @@ def _open_whole(path: Path, size: int) -> int | None:
     return descriptor
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_PART}")
+def _temporary_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}{PART}")
 
 
 @contextmanager
-def _claimed(path: Path) -> Iterator[IO[bytes]]:
+def _locked_part(path: Path) -> Iterator[IO[bytes]]:
     """Create and lock an empty temporary file for `path`; it is removed on exit unless it was published.
 
     The lock is on the temporary file itself, so it ends with the process; an unlocked temporary file is stale.
     """
-    aside = _aside(path)
+    temporary = _temporary_path(path)
     while True:
-        part = os.fdopen(os.open(aside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
+        part = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
         fcntl.flock(part, fcntl.LOCK_EX)
-        if _has_name(part, aside):
+        if _is_at(part, temporary):
             break
         part.close()
     try:
         part.truncate(0)
         yield part
     finally:
-        if _has_name(part, aside):
-            aside.unlink()
+        if _is_at(part, temporary):
+            temporary.unlink()
         # Closing the file does not release the lock if a process forked in the meantime has it open too.
         fcntl.flock(part, fcntl.LOCK_UN)
         part.close()
 
 
-def _has_name(file: IO[bytes], path: Path) -> bool:
+def _is_at(file: IO[bytes], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -241,8 +240,9 @@ def _has_name(file: IO[bytes], path: Path) -> bool:
 
 def _publish(part: IO[bytes], path: Path) -> None:
     part.flush()
-    os.fsync(part.fileno())
-    _aside(path).replace(path)
+    temporary = _temporary_path(path)
+    sync(temporary)
+    temporary.replace(path)
 
 
 def _reserve(part: IO[bytes], size: int, root: Path, limit: int) -> bool:
@@ -251,27 +251,27 @@ def _reserve(part: IO[bytes], size: int, root: Path, limit: int) -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX)
         files = []
         # The folder may contain files that are not the cache's; those must never be removed.
-        for path in (path for path in root.glob("*/*") if _OWN_FOLDER.fullmatch(path.parent.name)):
-            if path.suffix != _PART or not _removed_as_nobodys(path):
+        for path in (path for path in root.glob("*/*") if _CACHE_FOLDER.fullmatch(path.parent.name)):
+            if path.suffix != PART or not _removed_if_stale(path):
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     files.append((status.st_mtime_ns, status.st_size, path))
         total = size + sum(bytes_ for _, bytes_, _ in files)
-        for _, freed, path in sorted(files):
-            if total > limit and path.suffix != _PART:
+        for _, bytes_, path in sorted(files):
+            if total > limit and path.suffix != PART:
                 path.unlink(missing_ok=True)
-                total -= freed
+                total -= bytes_
         if total <= limit:
             part.truncate(size)
         return total <= limit
 
 
-def _removed_as_nobodys(part: Path) -> bool:
+def _removed_if_stale(part: Path) -> bool:
     """Remove a temporary file if it is stale, that is, left behind by a process that ended; return whether it was."""
     try:
         with part.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _has_name(file, part):
+            if _is_at(file, part):
                 part.unlink()
             return True
     except BlockingIOError:
@@ -281,7 +281,7 @@ def _removed_as_nobodys(part: Path) -> bool:
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

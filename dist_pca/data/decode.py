@@ -1,17 +1,110 @@
-"""Decode samples from possibly untrusted shards: only known extensions, and only up to a size limit."""
+"""Decode samples from possibly untrusted shards, and replace corrupt ones.
+
+Only known extensions are decoded, and only up to a size limit.
+"""
 
 import io
-import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from PIL import Image
 
-from dist_pca.errors import CorruptSample
-from dist_pca.shards.images import MAX_PIXELS, MEMBER_EXTENSIONS, as_rgb
+from dist_pca.config import DataConfig
+from dist_pca.data.read import RawSample, ShardReader, read_selected
+from dist_pca.data.source import Sampler, Selection
+from dist_pca.errors import CorruptSample, UserError
+from dist_pca.shards.sample import (
+    IMAGE_FORMATS,
+    LABEL_FORMATS,
+    ImageTooLarge,
+    as_rgb,
+    check_label_mode,
+    decode_header,
+    decode_pixels,
+    image_member,
+)
+
+Pixels = npt.NDArray[np.uint8]
+_MOST_REPLACEMENTS = 8
+"""Number of replacements drawn for a corrupt sample before the stream fails."""
+
+
+class DecodedSample(NamedTuple):
+    """A decoded sample: the selected one, or a replacement if it is corrupt."""
+
+    selection: Selection
+    key: str
+    size: tuple[int, int]
+    """Height and width of the stored image; a JPEG may be decoded smaller."""
+    image: Image.Image
+    """RGB."""
+    label: Image.Image | None
+    """The folder's 8-bit train ids; None if the shards have no labels."""
+    skipped: list[str]
+    """Error messages of corrupt samples that were replaced."""
+
+
+def decode_or_replace(
+    config: DataConfig,
+    sampler: Sampler,
+    openers: Sequence[Callable[[], ShardReader]],
+    labelled: bool,
+    raw: RawSample,
+) -> DecodedSample:
+    """Decode a sample; if it is corrupt, a replacement from the same folder.
+
+    Args:
+        config: Range of sizes to which the image may be resized.
+        sampler: Selects replacements.
+        openers: For each shard folder, a function that creates its reader.
+        labelled: Whether labels are decoded too.
+        raw: The sample.
+
+    Raises:
+        UserError: the sample and all replacements that were tried are corrupt.
+    """
+    skipped: list[str] = []
+    while True:
+        selection, members = raw
+        try:
+            if isinstance(members, CorruptSample):
+                raise members
+            size = members["__size__"]
+            image, label = decode_sample(
+                members,
+                label_member=sampler.manifests[selection.offset.folder].label_member if labelled else None,
+                minimum_size=resized_size(size, config.shorter_edge[1]),
+            )
+            return DecodedSample(selection, members["__key__"], size, image, label, skipped)
+        except CorruptSample as error:
+            skipped.append(str(error))
+            if len(skipped) > _MOST_REPLACEMENTS:
+                raise UserError(f"{error}; {_MOST_REPLACEMENTS} replacements are corrupt too") from error
+        offset = sampler.fallback(selection.sample_index, len(skipped))
+        with closing(openers[offset.folder]()) as reader:
+            raw = read_selected(reader, Selection(selection.sample_index, offset, wanted=None))
+
+
+def decode_evaluation_sample(
+    table: Pixels | None, label_member: str, sample: dict[str, Any]
+) -> tuple[str, torch.Tensor, torch.Tensor | None]:
+    """Decode a whole sample: key, uint8 image [H, W, 3], and uint8 labels [H, W] converted by `table` if it is given.
+
+    Raises:
+        CorruptSample: as `decode_sample`.
+    """
+    image, label = decode_sample(sample, label_member=None if table is None else label_member)
+    train_ids = None if table is None or label is None else torch.from_numpy(table[np.asarray(label)])
+    # Tensors are passed between processes in shared memory.
+    return sample["__key__"], torch.from_numpy(np.array(image)), train_ids
 
 
 def decode_sample(
-    sample: dict[str, Any], *, label_member: str | None, enough: tuple[int, int] | None = None
+    sample: dict[str, Any], *, label_member: str | None, minimum_size: tuple[int, int] | None = None
 ) -> tuple[Image.Image, Image.Image | None]:
     """Decode the image of a sample to RGB, and its label image (8-bit train ids) if `label_member` is given.
 
@@ -20,7 +113,7 @@ def decode_sample(
     Args:
         sample: Result of `ShardReader.read`.
         label_member: Extension of the label to decode; the sample must have it.
-        enough: Minimum (height, width): a JPEG may be decoded at a half, a quarter or an eighth of its size, if the
+        minimum_size: Height and width; a JPEG may be decoded at a half, a quarter or an eighth of its size, if the
             result is at least this large.
 
     Raises:
@@ -28,43 +121,46 @@ def decode_sample(
             of another size than in the manifest; the message names shard and key.
     """
     where = f"{sample['__url__']}: sample {sample['__key__']!r}"
-    found = [extension for extension in MEMBER_EXTENSIONS if extension in sample]
-    if not found:
-        raise CorruptSample(f"{where}: no image ({', '.join(MEMBER_EXTENSIONS)}); build the shards again")
-    image = _decode(sample[found[0]], f"{where}: {found[0]}", ("JPEG", "PNG", "WEBP"), sample["__size__"], enough)
+    try:
+        member = image_member(sample, None)
+    except ValueError as error:
+        raise CorruptSample(f"{where}: {error}; build the shards again") from None
+    image = _decode(sample[member], f"{where}: {member}", IMAGE_FORMATS, sample["__size__"], minimum_size)
     if label_member is None:
         return as_rgb(image), None
     if label_member not in sample:
         raise CorruptSample(f"{where}: no {label_member}, although the manifest lists labels; build the shards again")
-    label = _decode(sample[label_member], f"{where}: {label_member}", ("PNG",), sample["__size__"], None)
-    if label.mode not in ("L", "P"):
-        raise CorruptSample(f"{where}: {label_member}: mode {label.mode}, not 8-bit train ids; build the shards again")
+    label = _decode(sample[label_member], f"{where}: {label_member}", LABEL_FORMATS, sample["__size__"], None)
+    try:
+        check_label_mode(label)
+    except ValueError as error:
+        raise CorruptSample(f"{where}: {label_member}: {error}; build the shards again") from None
     return as_rgb(image), label
 
 
+def resized_size(size: tuple[int, int], shorter_edge: int) -> tuple[int, int]:
+    """(height, width) of an image after its shorter edge is resized to `shorter_edge`, with its aspect ratio kept."""
+    height, width = size
+    shorter = min(size)
+    return round(height * shorter_edge / shorter), round(width * shorter_edge / shorter)
+
+
 def _decode(
-    content: bytes, where: str, formats: tuple[str, ...], size: tuple[int, int], enough: tuple[int, int] | None
+    content: bytes, where: str, formats: tuple[str, ...], size: tuple[int, int], minimum_size: tuple[int, int] | None
 ) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=formats)
-        pixels = image.width * image.height
-    except Image.DecompressionBombError:
-        pixels = MAX_PIXELS + 1
-    except Exception as error:  # damaged files make decoders raise exceptions of any type
-        raise CorruptSample(f"{where}: unreadable ({error}); build the shards again") from error
-    if pixels > MAX_PIXELS:
-        raise CorruptSample(f"{where}: more than {MAX_PIXELS:,} pixels; build the shards again with --max-edge")
+        image = decode_header(io.BytesIO(content), formats)
+    except ImageTooLarge as error:
+        raise CorruptSample(f"{where}: {error}; build the shards again with --max-edge") from None
+    except ValueError as error:
+        raise CorruptSample(f"{where}: {error}; build the shards again") from error
     if (image.height, image.width) != size:
         raise CorruptSample(
             f"{where}: {image.height} x {image.width} pixels where the manifest lists {size[0]} x {size[1]}; "
             "build the shards again"
         )
     try:
-        if enough is not None:
-            image.draft(None, (enough[1], enough[0]))
-        image.load()
-    except Exception as error:
-        raise CorruptSample(f"{where}: damaged ({error}); copy the shard again or build it again") from error
+        decode_pixels(image, minimum_size)
+    except ValueError as error:
+        raise CorruptSample(f"{where}: {error}; copy the shard again or build it again") from error
     return image

@@ -16,7 +16,7 @@ class Purpose(IntEnum):
     SHARDS = 0
     SAMPLES = 1
     CROP = 2
-    POSITIONS = 3
+    PIXELS = 3
     MIXTURE = 4
     CLASS = 5
     REPLACEMENT = 6

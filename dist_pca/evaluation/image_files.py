@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from dist_pca.errors import UserError
-from dist_pca.shards.images import SUFFIXES, as_rgb, decode_header, decode_pixels
+from dist_pca.shards.images import SUFFIXES
+from dist_pca.shards.sample import as_rgb, decode_header, decode_pixels
 
 
 def find_images(sources: Sequence[str], out: Path) -> list[Path]:

@@ -280,7 +280,7 @@ def index(
     """
     from dist_pca.shards.index import class_table, index_shards
     from dist_pca.shards.progress import shown_progress
-    from dist_pca.shards.samples import walk
+    from dist_pca.shards.walk import walk
 
     table = class_table(classes, label_set)
     with shown_progress("shards") as show:

@@ -1,23 +1,16 @@
-"""Image files: limit their size before decoding, detect damage by a full decode, and keep their bytes if possible."""
+"""Raw image files: detect damage by a full decode, and keep their bytes if possible."""
 
 import io
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
-import numpy as np
 from PIL import Image, ImageFile
 
 from dist_pca.errors import UserError
-
-MAX_PIXELS = 178_956_970
-"""Images above this many pixels are refused before decoding: half a gigabyte of RGB."""
+from dist_pca.shards.sample import as_rgb, decode_header, decode_pixels
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
-MEMBER_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Extensions of image members in shards; if a sample has several, the first in this order is used."""
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 ImageFormat = Literal["keep", "jpg", "png", "webp"]
@@ -54,50 +47,6 @@ def open_header(path: Path) -> ImageFile.ImageFile:
         return decode_header(path)
     except ValueError as error:
         raise UserError(f"{path}: {error}; replace it, or leave it out with --exclude or --on-error skip") from error
-
-
-def decode_header(source: Path | IO[bytes], formats: tuple[str, ...] = _FORMATS) -> ImageFile.ImageFile:
-    """Read an image's format and size, not its pixels.
-
-    Raises:
-        ValueError: it is not an image of one of the formats, or has more than `MAX_PIXELS`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(source, formats=formats)
-        pixels = image.width * image.height
-    except FileNotFoundError:
-        raise ValueError("no such file") from None
-    except Image.DecompressionBombError:
-        pixels = MAX_PIXELS + 1
-    except Exception as error:  # damaged files make decoders raise exceptions of any type
-        raise ValueError(f"unreadable image ({error})") from error
-    if pixels > MAX_PIXELS:
-        raise ValueError(f"more than {MAX_PIXELS:,} pixels")
-    return image
-
-
-def decode_pixels(image: Image.Image) -> None:
-    """Decode an image whose header has been read.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        image.load()
-    except Exception as error:
-        raise ValueError(f"damaged image ({error})") from error
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB; of 16-bit grey the high byte is kept, where Pillow would clip at 255."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    # Image.convert copies even an image that is in RGB already.
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def stored_size(image: Image.Image, encoding: Encoding) -> tuple[int, int]:

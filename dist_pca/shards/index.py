@@ -12,7 +12,8 @@ from dist_pca.files import file_sha256
 from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, save_manifest
 from dist_pca.shards.pool import Progress, Report, run_jobs
 from dist_pca.shards.recipe import Coding, Recipe, Split
-from dist_pca.shards.samples import Place, image_member, image_size, label_counts, walk
+from dist_pca.shards.sample import image_member, image_size, label_counts
+from dist_pca.shards.walk import SampleSlice, walk
 
 RECIPE = "index"
 """Recipe name in the manifest of an indexed folder."""
@@ -118,28 +119,28 @@ def _shards(folder: Path, force: bool) -> list[Path]:
 
 
 def _index(job: _Job, report: Report) -> _Found:
-    places = walk(job.path)
-    if not places:
+    slices = walk(job.path)
+    if not slices:
         raise UserError(f"{job.path}: contains no sample; remove the file")
     sizes, pixel_counts, lacking = [], [], None
     with job.path.open("rb") as file:
-        for place in places:
+        for sample in slices:
             try:
-                size, counts = _look(file, place, job)
+                size, counts = _look(file, sample, job)
             except ValueError as error:
-                raise UserError(f"{job.path}: sample {place.key!r}: {error}; write the shard again") from None
+                raise UserError(f"{job.path}: sample {sample.key!r}: {error}; write the shard again") from None
             sizes.append(size)
             if counts is not None:
                 pixel_counts.append(counts)
             elif lacking is None:
-                lacking = place.key
+                lacking = sample.key
     shard = Shard(
         name=job.path.name,
         bytes=job.path.stat().st_size,
         sha256=file_sha256(job.path),
-        keys=[place.key for place in places],
-        offsets=[place.offset for place in places],
-        lengths=[place.length for place in places],
+        keys=[sample.key for sample in slices],
+        offsets=[sample.offset for sample in slices],
+        lengths=[sample.length for sample in slices],
         heights=[height for _, height in sizes],
         widths=[width for width, _ in sizes],
         pixel_counts=pixel_counts,
@@ -148,22 +149,22 @@ def _index(job: _Job, report: Report) -> _Found:
     return _Found(shard, lacking)
 
 
-def _look(file: BinaryIO, place: Place, job: _Job) -> tuple[tuple[int, int], list[int] | None]:
+def _look(file: BinaryIO, sample: SampleSlice, job: _Job) -> tuple[tuple[int, int], list[int] | None]:
     """Image size (width, height) of a sample, and its pixels per class if it has labels."""
-    extension = image_member(place.members, job.label_member)
-    size = image_size(_member(file, place, extension), whole=False)
-    if job.label_member not in place.members:
+    extension = image_member(sample.members, job.label_member)
+    size = image_size(_member(file, sample, extension), whole=False)
+    if job.label_member not in sample.members:
         return size, None
     if job.classes is None:
         raise UserError(
-            f"{job.path}: sample {place.key!r} has a {job.label_member}; define its classes with --classes or "
+            f"{job.path}: sample {sample.key!r} has a {job.label_member}; define its classes with --classes or "
             "--label-set"
         )
-    return size, label_counts(_member(file, place, job.label_member), size, job.classes)
+    return size, label_counts(_member(file, sample, job.label_member), size, job.classes)
 
 
-def _member(file: BinaryIO, place: Place, extension: str) -> io.BytesIO:
-    offset, size = place.members[extension]
+def _member(file: BinaryIO, sample: SampleSlice, extension: str) -> io.BytesIO:
+    offset, size = sample.members[extension]
     file.seek(offset)
     return io.BytesIO(file.read(size))
 

@@ -1,6 +1,5 @@
 """Summarise a shard folder: statistics, and a picture of some samples with their labels."""
 
-import io
 import math
 import tarfile
 from dataclasses import asdict, dataclass
@@ -14,9 +13,15 @@ from rich.text import Text
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
-from dist_pca.shards.images import as_rgb
 from dist_pca.shards.manifest import Manifest
-from dist_pca.shards.samples import image_member, read_sample
+from dist_pca.shards.sample import (
+    IMAGE_FORMATS,
+    LABEL_FORMATS,
+    as_rgb,
+    decode_image,
+    image_member,
+    read_sample,
+)
 
 _TILE_WIDTH = 480
 _MARGIN = 8
@@ -168,12 +173,14 @@ def save_grid(manifest: Manifest, path: Path, samples: int = 12) -> None:
 
 def _tile(manifest: Manifest, members: dict[str, bytes]) -> Image.Image:
     extension = image_member(members, manifest.label_member)
-    image = as_rgb(Image.open(io.BytesIO(members[extension])))
+    image = as_rgb(decode_image(members[extension], IMAGE_FORMATS))
     size = (_TILE_WIDTH, max(1, round(image.height * _TILE_WIDTH / image.width)))
     image = image.resize(size, Image.Resampling.BILINEAR)
     if manifest.label_member not in members:
         return image
-    label = np.asarray(Image.open(io.BytesIO(members[manifest.label_member])).resize(size, Image.Resampling.NEAREST))
+    label = np.asarray(
+        decode_image(members[manifest.label_member], LABEL_FORMATS).resize(size, Image.Resampling.NEAREST)
+    )
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(manifest.classes)] = [info.color for info in manifest.classes]
     blended = Image.blend(image, Image.fromarray(palette[label]), _LABEL_OPACITY)

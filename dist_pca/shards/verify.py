@@ -10,7 +10,8 @@ from dist_pca.errors import UserError
 from dist_pca.files import file_sha256
 from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest
 from dist_pca.shards.pool import Progress, Report, run_jobs
-from dist_pca.shards.samples import image_member, image_size, label_counts, read_sample, walk
+from dist_pca.shards.sample import image_member, image_size, label_counts, read_sample
+from dist_pca.shards.walk import walk
 
 _SAMPLES_PER_JOB = 64
 
@@ -128,26 +129,28 @@ def _file_problems(job: _Job, report: Report) -> Iterator[Problem]:
             yield Problem(shard.name, "", f"{size} bytes where {MANIFEST_NAME} lists {shard.bytes}")
         elif file_sha256(path) != shard.sha256:
             yield Problem(shard.name, "", f"SHA-256 differs from {MANIFEST_NAME}")
-        yield from _place_problems(path, shard)
+        yield from _slice_problems(path, shard)
     report(len(shard.keys), shard.bytes)
 
 
-def _place_problems(path: Path, shard: Shard) -> Iterator[Problem]:
+def _slice_problems(path: Path, shard: Shard) -> Iterator[Problem]:
     try:
-        places = walk(path)
+        slices = walk(path)
     except UserError as error:
         yield Problem(shard.name, "", str(error).removeprefix(f"{path}: "))
         return
-    if len(places) != len(shard.keys):
-        problem = f"{len(places)} samples where {MANIFEST_NAME} lists {len(shard.keys)}"
+    if len(slices) != len(shard.keys):
+        problem = f"{len(slices)} samples where {MANIFEST_NAME} lists {len(shard.keys)}"
         yield Problem(shard.name, "", problem)
     listed = zip(shard.keys, shard.offsets, shard.lengths, strict=True)
-    for place, (key, offset, length) in zip(places, listed, strict=False):
-        if place.key != key:
-            yield Problem(shard.name, key, f"the sample at its index is {place.key!r}")
-        elif (place.offset, place.length) != (offset, length):
+    for sample, (key, offset, length) in zip(slices, listed, strict=False):
+        if sample.key != key:
+            yield Problem(shard.name, key, f"the sample at its index is {sample.key!r}")
+        elif (sample.offset, sample.length) != (offset, length):
             expected = f"{MANIFEST_NAME} lists bytes {offset} to {offset + length}"
-            yield Problem(shard.name, key, f"is at bytes {place.offset} to {place.offset + place.length}, {expected}")
+            yield Problem(
+                shard.name, key, f"is at bytes {sample.offset} to {sample.offset + sample.length}, {expected}"
+            )
 
 
 def _sample_problems(job: _Job, report: Report) -> Iterator[Problem]:

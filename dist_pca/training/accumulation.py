@@ -8,7 +8,7 @@ import torch
 from typing_extensions import NamedTuple
 
 from dist_pca.config import RunConfig
-from dist_pca.data.order import micro_batch_size
+from dist_pca.data.source import micro_batch_size
 from dist_pca.errors import UserError
 from dist_pca.objective import Domain, Domains
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_pca.config import RunConfig
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.errors import UserError
 from dist_pca.files import append_line, drop_lines_after, write_json
 
@@ -124,7 +124,7 @@ class SampleLog:
         """Add a micro-batch's source and target batch."""
         for domain, batch in enumerate(batches):
             if batch is not None:
-                self._own += [(domain, *sample) for sample in zip(batch.positions, batch.keys, strict=True)]
+                self._own += [(domain, *sample) for sample in zip(batch.indices, batch.keys, strict=True)]
 
     def write(self, step: int) -> None:
         """Write the accumulated keys as those of step `step` (from 1). Collective.

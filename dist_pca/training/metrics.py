@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.files import append_line, drop_lines_after
 from dist_pca.training.loggers import SampleLog, Trackers
 from dist_pca.training.profiling import PhaseClock, Profile, network_passes, peak_flops, peak_memory

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.errors import UserError
 from dist_pca.files import write_json
 from dist_pca.objective import Domain, Domains

@@ -7,11 +7,10 @@ import torch
 
 from dist_pca.classes import ClassInfo, label_set_members
 from dist_pca.config import RunConfig
+from dist_pca.data.augment import check_crop
 from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.data.class_table import class_table, lookup_table
-from dist_pca.data.order import micro_batch_size
-from dist_pca.data.sampling import build_sampler
-from dist_pca.data.transform import check_crop
+from dist_pca.data.source import build_sampler, micro_batch_size
 from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.objective.feature_distance import thing_classes

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from typing_extensions import Self
 
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.stream import stream
-from dist_pca.data.transfer import to_device
+from dist_pca.data.to_device import to_device
 from dist_pca.model.batch_norm import kept_statistics
 from dist_pca.model.frozen import FrozenBackbone
 from dist_pca.objective import Domains, objective

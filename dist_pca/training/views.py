@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from dist_pca.config import RunConfig
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.randomness import Purpose, draw
 from dist_pca.data.views import block_mask, class_mask, photometric_view
@@ -67,7 +67,7 @@ def student_views(
     associates = association.uses_teacher and association_weight(association, step) > 0
     labels_target = objective.trains_on_pseudo_labels and step >= self_training.start_step
     change = partial(photometric_view, config=config.data.photometric, seed=config.seed)
-    source_images = change(source.images, source.positions, domain="source")
+    source_images = change(source.images, source.indices, domain="source")
     source_view = partial(Domain, labels=source.labels, seeds=_seeds(source, config.seed, "source"))
     if pretrained is not None:
         source_view = partial(source_view, pretrained=pretrained(source_images))
@@ -78,7 +78,7 @@ def student_views(
     uses_target = objective.shows_target or config.model.running_statistics == "target"
     masks_target = labels_target and objective.masked_consistency.weight > 0
     target_images = (
-        change(target.images, target.positions, domain="target") if uses_target or masks_target else target.images
+        change(target.images, target.indices, domain="target") if uses_target or masks_target else target.images
     )
     mixed = masked = None
     if associates or labels_target:
@@ -100,16 +100,16 @@ def student_views(
         labelled = partial(Domain, confident=confident, truth=target.labels)
         if self_training.weight > 0:
             assert source.labels is not None
-            pasted = class_mask(source.labels, target.positions, seed=config.seed)
+            pasted = class_mask(source.labels, target.indices, seed=config.seed)
             images = torch.where(pasted[:, None], source.images, target.images)
             mixed = View(
-                change(images, target.positions, domain="target"),
+                change(images, target.indices, domain="target"),
                 partial(labelled, labels=torch.where(pasted, source.labels.long(), labels), trusted=pasted),
             )
         if masks_target:
             visible = block_mask(
                 target.images,
-                target.positions,
+                target.indices,
                 seed=config.seed,
                 block=objective.masked_consistency.block,
                 ratio=objective.masked_consistency.ratio,
@@ -169,4 +169,4 @@ def _unit(images: torch.Tensor) -> torch.Tensor:
 
 def _seeds(batch: Batch, seed: int, domain: DomainName) -> list[int]:
     # A function of each crop's sample index, so that the same pixels are selected on any number of ranks.
-    return [int(draw(1, seed, domain, Purpose.POSITIONS, index)[0] >> 1) for index in batch.positions]
+    return [int(draw(1, seed, domain, Purpose.PIXELS, index)[0] >> 1) for index in batch.indices]

@@ -3,8 +3,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_pca.data.mixture import Mixture
-from dist_pca.data.order import Order
+from dist_pca.data.source import Mixture, Order
 
 weights = st.lists(st.sampled_from([0.1, 1 / 3, 0.5, 1.0, 2.0, 7.3]), min_size=1, max_size=4).map(tuple)
 
@@ -18,8 +17,8 @@ def mixture(weights: tuple[float, ...], seed: int = 3) -> Mixture:
 def test_every_folder_takes_its_turns_one_by_one(weights: tuple[float, ...], start: int) -> None:
     mixed = mixture(weights)
     turns: dict[int, list[int]] = {}
-    for position in range(start, start + 600):
-        part, turn = mixed.split(position)
+    for index in range(start, start + 600):
+        part, turn = mixed.split(index)
         turns.setdefault(part, []).append(turn)
     for taken in turns.values():
         missing = set(range(min(taken), max(taken) + 1)) - set(taken)
@@ -31,16 +30,14 @@ def test_every_folder_takes_its_turns_one_by_one(weights: tuple[float, ...], sta
 @given(weights, st.integers(1, 40))
 def test_shares_hold_exactly_up_to_rounding_at_every_block(weights: tuple[float, ...], blocks: int) -> None:
     mixed = mixture(weights)
-    taken = Counter(mixed.split(position)[0] for position in range(256 * blocks))
+    taken = Counter(mixed.split(index)[0] for index in range(256 * blocks))
     for part, weight in enumerate(weights):
         assert abs(taken[part] - 256 * blocks * weight / sum(weights)) < 1.001
 
 
 def test_one_folder_alone_is_ordered_as_without_a_mixture() -> None:
     mixed = mixture((0.3,))
-    assert [mixed.locate(position)[1:] for position in range(20)] == [
-        mixed.orders[0].locate(position) for position in range(20)
-    ]
+    assert [mixed.locate(index)[1:] for index in range(20)] == [mixed.orders[0].locate(index) for index in range(20)]
 
 
 def test_folders_are_spread_inside_a_block_and_differently_in_each() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dist_pca.data.order import Order, micro_batch_positions, micro_batch_size
+from dist_pca.data.source import Order, micro_batch_indices, micro_batch_size
 from dist_pca.errors import UserError
 
 counts_of_shards = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any).map(tuple)
@@ -28,10 +28,10 @@ def test_every_epoch_takes_every_sample_once(order: Order, epoch: int) -> None:
 
 
 @given(orders, st.lists(st.integers(0, 2**50), min_size=1, max_size=20))
-def test_a_position_holds_the_same_sample_however_it_is_reached(order: Order, positions: list[int]) -> None:
+def test_an_index_holds_the_same_sample_however_it_is_reached(order: Order, indices: list[int]) -> None:
     fresh = Order(order.counts, order.seed, order.domain, order.window)
-    backwards = [fresh.locate(position) for position in reversed(positions)]
-    assert [order.locate(position) for position in positions] == backwards[::-1]
+    backwards = [fresh.locate(index) for index in reversed(indices)]
+    assert [order.locate(index) for index in indices] == backwards[::-1]
 
 
 @given(orders, st.integers(0, 100))
@@ -71,18 +71,18 @@ def test_seeking_far_is_instant() -> None:
 
 
 @given(divisions, divisions, st.integers(1, 3), st.integers(0, 10**9))
-def test_a_step_takes_the_same_positions_on_any_machine(
+def test_a_step_takes_the_same_indices_on_any_machine(
     one: tuple[int, int], other: tuple[int, int], size: int, step: int
 ) -> None:
     batch = one[0] * one[1] * other[0] * other[1] * size
 
     def taken(world_size: int, accumulation: int) -> list[int]:
         return [
-            position
-            for index in range(accumulation)
+            index
+            for number in range(accumulation)
             for rank in range(world_size)
-            for position in micro_batch_positions(
-                step, index, rank, world_size=world_size, accumulation=accumulation, global_batch=batch
+            for index in micro_batch_indices(
+                step, number, rank, world_size=world_size, accumulation=accumulation, global_batch=batch
             )
         ]
 
@@ -90,7 +90,7 @@ def test_a_step_takes_the_same_positions_on_any_machine(
 
 
 @given(st.integers(1, 64), divisions)
-def test_a_batch_that_cannot_be_shared_out_names_values_that_can(batch: int, division: tuple[int, int]) -> None:
+def test_a_batch_that_cannot_be_divided_evenly_names_values_that_can(batch: int, division: tuple[int, int]) -> None:
     world_size, accumulation = division
     assume(batch % (world_size * accumulation))
     with pytest.raises(UserError) as caught:

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.data.stream import stream
 from dist_pca.shards.manifest import Manifest
 from tests.data.shards import data_config, make_shards
@@ -59,7 +59,7 @@ def run(manifests: list[Manifest], *, start: int, stop: int, ranks: int, workers
 
 def content(batch: Batch) -> Content:
     crops = [image.numpy().tobytes() for image in batch.images]
-    return list(zip(batch.positions, batch.keys, crops, strict=True))
+    return list(zip(batch.indices, batch.keys, crops, strict=True))
 
 
 @pytest.mark.parametrize(

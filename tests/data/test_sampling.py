@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_pca.data.sampling import Sampler, build_sampler
+from dist_pca.data.source import Sampler, build_sampler
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest, Shard
 from tests.data.shards import CLASSES, data_config
@@ -37,22 +37,22 @@ def sampler(counts: Sequence[Sequence[int]] = COUNTS, seed: int = 5, **sampling:
     return build_sampler(config, [manifest(counts)], "source", seed)
 
 
-def rows(sampler: Sampler, positions: range) -> list[list[int]]:
-    places = [sampler.choose(position).place for position in positions]
-    return [sampler.manifests[place.part].shards[place.shard].pixel_counts[place.sample] for place in places]
+def rows(sampler: Sampler, indices: range) -> list[list[int]]:
+    offsets = [sampler.select(index).offset for index in indices]
+    return [sampler.manifests[offset.folder].shards[offset.shard].pixel_counts[offset.sample] for offset in offsets]
 
 
 def test_a_sample_shows_the_class_that_it_was_drawn_for() -> None:
     rare = sampler(temperature=0.5)
-    for position in range(500):
-        wanted = rare.choose(position).wanted
+    for index in range(500):
+        wanted = rare.select(index).wanted
         assert wanted is not None
-        assert rows(rare, range(position, position + 1))[0][wanted] >= 5
+        assert rows(rare, range(index, index + 1))[0][wanted] >= 5
 
 
 def test_classes_are_drawn_by_the_softmax_of_their_rarity() -> None:
     rare = sampler(temperature=0.5)
-    drawn = Counter(rare.choose(position).wanted for position in range(6000))
+    drawn = Counter(rare.select(index).wanted for index in range(6000))
     share = np.sum(COUNTS, axis=0) / np.sum(COUNTS)
     expected = np.exp((1 - share) / 0.5)
     for wanted, probability in enumerate(expected / expected.sum()):
@@ -61,17 +61,17 @@ def test_classes_are_drawn_by_the_softmax_of_their_rarity() -> None:
 
 def test_among_samples_that_show_a_class_each_is_drawn_equally_often() -> None:
     rare = sampler(temperature=0.5)
-    showing_sky = [rows(rare, range(p, p + 1))[0] for p in range(6000) if rare.choose(p).wanted == 1]
+    showing_sky = [rows(rare, range(p, p + 1))[0] for p in range(6000) if rare.select(p).wanted == 1]
     assert 0.45 < sum(row[1] == 90 for row in showing_sky) / len(showing_sky) < 0.55
 
 
 def test_a_class_that_no_sample_shows_is_never_drawn() -> None:
     rare = sampler(min_pixels=50, temperature=0.001)
-    assert {rare.choose(position).wanted for position in range(200)} == {1}
+    assert {rare.select(index).wanted for index in range(200)} == {1}
 
 
-def test_draws_are_a_function_of_seed_and_position() -> None:
-    drawn = [[sampler(seed=seed).choose(position) for position in range(50)] for seed in (5, 5, 6)]
+def test_draws_are_a_function_of_seed_and_sample_index() -> None:
+    drawn = [[sampler(seed=seed).select(index) for index in range(50)] for seed in (5, 5, 6)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -85,7 +85,7 @@ def test_chosen_classes_count_alone_and_in_their_order() -> None:
         classes=("car", "road"), sampling={"source": "rare_class", "min_pixels": 5, "temperature": 0.01}
     )
     rare = build_sampler(config, [manifest(COUNTS)], "source", 0)
-    assert {rare.choose(position).wanted for position in range(50)} == {0}
+    assert {rare.select(index).wanted for index in range(50)} == {0}
     assert rows(rare, range(50)) == [COUNTS[1]] * 50
 
 
@@ -105,9 +105,9 @@ def test_pairing_takes_the_same_samples_in_each_window(
     config = data_config(sampling={"pairing_window": window})
     paired = build_sampler(config, [manifest(sources)], "source", 1, targets=[manifest(targets)])
     plain = build_sampler(data_config(), [manifest(sources)], "source", 1)
-    positions = range(number * window, (number + 1) * window)
-    assert sorted(paired.choose(position).place for position in positions) == sorted(
-        plain.choose(position).place for position in positions
+    indices = range(number * window, (number + 1) * window)
+    assert sorted(paired.select(index).offset for index in indices) == sorted(
+        plain.select(index).offset for index in indices
     )
 
 
@@ -136,9 +136,9 @@ def test_pairing_with_an_unlabelled_target_is_refused() -> None:
 def test_replacements_are_samples_of_the_same_folder_and_differ() -> None:
     config = data_config(source=({"shards": "a", "weight": 1}, {"shards": "b", "weight": 1}))
     mixed = build_sampler(config, [manifest(COUNTS), manifest(COUNTS[:2])], "source", 0)
-    for position in range(20):
-        part = mixed.choose(position).place.part
-        replaced = [mixed.instead_of(position, attempt) for attempt in range(1, 20)]
-        assert {place.part for place in replaced} == {part}
+    for index in range(20):
+        folder = mixed.select(index).offset.folder
+        replaced = [mixed.fallback(index, attempt) for attempt in range(1, 20)]
+        assert {offset.folder for offset in replaced} == {folder}
         assert len(set(replaced)) > 1
-        assert replaced == [mixed.instead_of(position, attempt) for attempt in range(1, 20)]
+        assert replaced == [mixed.fallback(index, attempt) for attempt in range(1, 20)]

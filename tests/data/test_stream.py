@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dist_pca.classes import ClassInfo
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.data.stream import EvaluationSample, evaluation_stream, stream
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest
@@ -55,28 +55,28 @@ def take(batches: Generator[Batch, None, None], count: int) -> list[Batch]:
 
 
 def samples(batches: list[Batch]) -> dict[int, tuple[str, bytes, bytes]]:
-    """What stands at each position."""
+    """Key, image and label of each sample index."""
     content = {}
     for batch in batches:
         assert batch.labels is not None
-        for index, position in enumerate(batch.positions):
-            image, label = batch.images[index], batch.labels[index]
-            content[position] = (batch.keys[index], image.numpy().tobytes(), label.numpy().tobytes())
+        for row, index in enumerate(batch.indices):
+            image, label = batch.images[row], batch.labels[row]
+            content[index] = (batch.keys[row], image.numpy().tobytes(), label.numpy().tobytes())
     return content
 
 
 def same(one: list[Batch], other: list[Batch]) -> bool:
-    order = [[batch.positions for batch in batches] for batches in (one, other)]
+    order = [[batch.indices for batch in batches] for batches in (one, other)]
     return order[0] == order[1] and samples(one) == samples(other)
 
 
-def test_batches_are_uint8_crops_with_their_keys_and_positions(manifest: Manifest) -> None:
+def test_batches_are_uint8_crops_with_their_keys_and_sample_indices(manifest: Manifest) -> None:
     first, second = take(start(manifest), 2)
     assert first.labels is not None
     assert (first.images.shape, first.labels.shape) == ((4, 3, 16, 16), (4, 16, 16))
     assert (first.images.dtype, first.labels.dtype) == (torch.uint8, torch.uint8)
     assert set(first.labels.unique().tolist()) <= {0, 1, 2, 255}
-    assert (first.positions, second.positions) == ([0, 1, 2, 3], [4, 5, 6, 7])
+    assert (first.indices, second.indices) == ([0, 1, 2, 3], [4, 5, 6, 7])
     assert len(set(first.keys + second.keys)) == 8
 
 
@@ -313,12 +313,12 @@ def test_consecutive_batches_are_not_from_one_shard(tmp_path: Path) -> None:
 
 def test_a_sample_travels_anywhere_within_its_window(tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "shards", [16] * 4)
-    places: dict[str, list[int]] = {}
+    found: dict[str, list[int]] = {}
     for seed in range(6):
         for batch in take(start(shards, {"shuffle_window": 4}, global_batch=64, seed=seed), 1):
-            for key, position in zip(batch.keys, batch.positions, strict=True):
-                places.setdefault(key, []).append(position)
-    travelled = [max(positions) - min(positions) for positions in places.values()]
+            for key, index in zip(batch.keys, batch.indices, strict=True):
+                found.setdefault(key, []).append(index)
+    travelled = [max(indices) - min(indices) for indices in found.values()]
     assert np.mean(travelled) > 32
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.data.stream import stream
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest

@@ -14,8 +14,8 @@ import botocore.config
 import pytest
 
 from dist_pca.config import CacheConfig
-from dist_pca.data.batch import Batch
 from dist_pca.data.cache import cache_settings, open_manifest
+from dist_pca.data.collate import Batch
 from dist_pca.data.stream import evaluation_stream, stream
 from dist_pca.shards.manifest import Manifest
 from tests.data.servers import serving, serving_process

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dist_pca.classes import ClassInfo, label_set
-from dist_pca.data.reader import ShardReader
+from dist_pca.data.read import ShardReader
 from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.index import class_table, index_shards

@@ -9,7 +9,7 @@ from rich.console import Console
 from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.inspect import grid, render, save_grid, summarise
-from dist_pca.shards.samples import read_sample
+from dist_pca.shards.sample import read_sample
 from tests.shards.trees import make_folder, random_image, save
 
 

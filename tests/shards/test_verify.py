@@ -12,8 +12,8 @@ from dist_pca.errors import UserError
 from dist_pca.files import file_sha256
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import Manifest, load_manifest, save_manifest
-from dist_pca.shards.samples import walk
 from dist_pca.shards.verify import Problem, verify
+from dist_pca.shards.walk import walk
 from tests.shards.trees import make_folder
 
 

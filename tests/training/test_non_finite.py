@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.objective import Domain
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.shards.manifest import load_manifest

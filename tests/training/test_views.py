@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_pca.config import RunConfig, load_config
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.data.views import class_mask
 from dist_pca.model.segmenter import Output
 from dist_pca.resources import resource
@@ -117,7 +117,7 @@ def test_mixed_images_show_pasted_source_classes_with_their_labels_and_else_the_
     ).mixed
     assert mixed is not None
     assert source.labels is not None
-    pasted = class_mask(source.labels, target.positions, seed=config.seed)
+    pasted = class_mask(source.labels, target.indices, seed=config.seed)
     taught = Network()(target.images).logits.softmax(dim=1)
     assert torch.equal(mixed.trusted, pasted)  # type: ignore[arg-type]
     assert torch.equal(mixed.labels, torch.where(pasted, source.labels.long(), taught.argmax(dim=1)))  # type: ignore[arg-type]

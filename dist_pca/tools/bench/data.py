@@ -17,12 +17,13 @@ from PIL import Image
 from dist_pca.classes import CITYSCAPES_CLASSES
 from dist_pca.config import DataConfig
 from dist_pca.cores import usable_cores
-from dist_pca.data.batch import Batch
+from dist_pca.data.augment import apply_crop, draw_crop
 from dist_pca.data.class_table import lookup_table
-from dist_pca.data.reader import ShardReader
-from dist_pca.data.sampling import build_sampler
+from dist_pca.data.collate import Batch
+from dist_pca.data.decode import resized_size
+from dist_pca.data.read import ShardReader
+from dist_pca.data.source import build_sampler
 from dist_pca.data.stream import stream
-from dist_pca.data.transform import apply_crop, draw_crop, resized_size
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import Manifest, Shard, load_manifest, save_manifest
 from dist_pca.tools.bench.demonstration import train_demonstration
@@ -91,7 +92,7 @@ def measure_seeking(folder: Path) -> list[Record]:
     loaded = time.perf_counter()
     sampler = build_sampler(_config(workers=0), [manifest], "source", 0)
     for position in range(FAR_STEP * BATCH, (FAR_STEP + 1) * BATCH):
-        sampler.choose(position)
+        sampler.select(position)
     sought = time.perf_counter()
     return [
         _record("manifest_seconds", loaded - start, f"s, {SAMPLES:,} samples"),
@@ -183,7 +184,7 @@ def _bare_batches(manifest: Manifest) -> Generator[tuple[torch.Tensor, torch.Ten
             height, width = resized_size(sample["__size__"], config.shorter_edge[1])
             image.draft(None, (width, height))
             label = Image.open(io.BytesIO(sample["label.png"]))
-            crop = draw_crop(sample["__size__"], config, seed=0, domain="source", position=position)
+            crop = draw_crop(sample["__size__"], config, seed=0, domain="source", index=position)
             pixels, ids = apply_crop(image, label, crop)
             assert ids is not None
             images.append(pixels)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dist_pca.data.randomness import Domain
 from dist_pca.data.stream import stream
-from dist_pca.data.transfer import to_device
+from dist_pca.data.to_device import to_device
 from dist_pca.evaluation.validation import validate
 from dist_pca.model.segmenter import build_segmenter
 from dist_pca.objective import Domain as Outputs

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from dist_pca.config import RunConfig
 from dist_pca.data.cache import cache_settings, open_manifest
-from dist_pca.data.storage import is_remote
+from dist_pca.data.remote import is_remote
 from dist_pca.errors import UserError
 from dist_pca.tools.doctor.check import VERSIONS, Check
 from dist_pca.tools.planning.predict import images_per_rank

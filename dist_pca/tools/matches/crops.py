@@ -8,12 +8,12 @@ import torch
 
 from dist_pca.classes import ClassInfo
 from dist_pca.config import DataConfig, RunConfig
-from dist_pca.data.batch import Batch
 from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.data.class_table import class_table
+from dist_pca.data.collate import Batch
+from dist_pca.data.decode import resized_size
 from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.stream import stream
-from dist_pca.data.transform import resized_size
 from dist_pca.data.views import photometric_view
 from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter
@@ -123,9 +123,7 @@ def look(
     """
     assert batch.labels is not None
     images = batch.images.to(device)
-    output = student(
-        photometric_view(images, batch.positions, config.data.photometric, seed=config.seed, domain=domain)
-    )
+    output = student(photometric_view(images, batch.indices, config.data.photometric, seed=config.seed, domain=domain))
     taught = None if teacher is None else teacher(images)
     return Domain(
         output.logits,

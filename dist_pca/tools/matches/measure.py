@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dist_pca.config import Level, RunConfig
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.errors import UserError
 from dist_pca.evaluation.load import find_checkpoint, load_run
 from dist_pca.tools.matches.crops import look

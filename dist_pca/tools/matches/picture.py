@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dist_pca.association.sampling import class_balanced
 from dist_pca.classes import ClassInfo
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.evaluation.pictures import legend_picture
 from dist_pca.objective.domains import IGNORE_INDEX
 from dist_pca.tools.matches.judge import JudgedCycles

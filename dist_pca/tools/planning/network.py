@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dist_pca.association import diffuse
 from dist_pca.classes import LABEL_SETS
 from dist_pca.config import RunConfig
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 from dist_pca.errors import UserError
 from dist_pca.model.frozen import FrozenBackbone
 from dist_pca.model.segmenter import Output, Segmenter, build_segmenter
@@ -204,7 +204,7 @@ def _forward(
 def _batch(config: RunConfig, count: int) -> Batch:
     images = torch.zeros(count, 3, *config.data.crop, dtype=torch.uint8)
     labels = torch.zeros(count, *config.data.crop, dtype=torch.uint8)
-    return Batch(images, labels, keys=[""] * count, positions=list(range(count)), skipped=[])
+    return Batch(images, labels, keys=[""] * count, indices=list(range(count)), skipped=[])
 
 
 def _loss(config: RunConfig, domains: Domains, live: LiveBytes) -> torch.Tensor:

@@ -6,7 +6,7 @@ from math import ceil
 from typing import Any
 
 from dist_pca.config import Level, RunConfig
-from dist_pca.data.order import micro_batch_size
+from dist_pca.data.source import micro_batch_size
 from dist_pca.errors import UserError
 from dist_pca.tools.planning import association, lovasz
 from dist_pca.tools.planning.association import Pool

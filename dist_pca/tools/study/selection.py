@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig, load_config
+from dist_pca.data.decode import Pixels
 from dist_pca.data.stream import evaluation_stream
-from dist_pca.data.transform import Pixels
 from dist_pca.errors import UserError
 from dist_pca.evaluation.confusion import confusion_matrix
 from dist_pca.evaluation.inference import input_size

@@ -5,8 +5,8 @@ from itertools import islice
 import pytest
 import torch
 
-from dist_pca.data.batch import Batch
-from dist_pca.data.transfer import to_device
+from dist_pca.data.collate import Batch
+from dist_pca.data.to_device import to_device
 
 DEVICES = [
     "cpu",

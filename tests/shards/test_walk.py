@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from dist_pca.errors import UserError
-from dist_pca.shards.samples import walk
+from dist_pca.shards.walk import walk
 from tests.shards.foreign import write_tar
 
 OWN = ("__key__", "__url__", "__local_path__")

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dist_pca.data.transform import (
+from dist_pca.data.augment import (
     Crop,
     apply_crop,
     check_crop,
     draw_crop,
     resize_for_evaluation,
-    resized_size,
 )
+from dist_pca.data.decode import resized_size
 from dist_pca.errors import UserError
 from tests.data.shards import data_config, make_shards
 
@@ -32,12 +32,12 @@ def ramp() -> tuple[Image.Image, list[Image.Image]]:
 
 
 crops = st.builds(
-    lambda position, flip, seed: draw_crop(
+    lambda index, flip, seed: draw_crop(
         SIZE,
         data_config(shorter_edge=(40, 90), crop=(30, 50), flip=flip),
         seed=seed,
         domain="source",
-        position=position,
+        index=index,
     ),
     st.integers(0, 2**40),
     st.sampled_from([0.0, 1.0]),
@@ -92,7 +92,7 @@ def test_an_image_without_label_is_cropped_alone() -> None:
 
 def test_draws_cover_their_whole_range_and_nothing_else() -> None:
     config = data_config(shorter_edge=(30, 34), crop=(28, 48), flip=0.25)
-    drawn = [draw_crop(SIZE, config, seed=0, domain="source", position=position) for position in range(4000)]
+    drawn = [draw_crop(SIZE, config, seed=0, domain="source", index=index) for index in range(4000)]
     assert {min(crop.resized) for crop in drawn} == {30, 31, 32, 33, 34}
     for edge in (30, 34):
         height, width = resized_size(SIZE, edge)
@@ -102,13 +102,13 @@ def test_draws_cover_their_whole_range_and_nothing_else() -> None:
     assert 0.22 < np.mean([crop.flip for crop in drawn]) < 0.28
 
 
-def test_draws_depend_on_seed_domain_and_position_alone() -> None:
+def test_draws_depend_on_seed_domain_and_sample_index_alone() -> None:
     config = data_config(shorter_edge=(30, 90), crop=(28, 48))
-    one = draw_crop(SIZE, config, seed=5, domain="source", position=9)
-    assert draw_crop(SIZE, config, seed=5, domain="source", position=9) == one
-    assert draw_crop(SIZE, config, seed=6, domain="source", position=9) != one
-    assert draw_crop(SIZE, config, seed=5, domain="target", position=9) != one
-    assert draw_crop(SIZE, config, seed=5, domain="source", position=10) != one
+    one = draw_crop(SIZE, config, seed=5, domain="source", index=9)
+    assert draw_crop(SIZE, config, seed=5, domain="source", index=9) == one
+    assert draw_crop(SIZE, config, seed=6, domain="source", index=9) != one
+    assert draw_crop(SIZE, config, seed=5, domain="target", index=9) != one
+    assert draw_crop(SIZE, config, seed=5, domain="source", index=10) != one
 
 
 @given(st.tuples(st.integers(1, 4000), st.integers(1, 4000)), st.integers(1, 2000))

@@ -1,4 +1,4 @@
-"""Storage of shards (local folder, http(s) or S3), and downloads that survive a flaky connection."""
+"""Remote shards, over http(s) or S3, and downloads that survive a flaky connection."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ _LONGEST_WAIT = 30.0
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """Retry policy of a download."""
 
     timeout: float = 30.0
@@ -38,11 +38,11 @@ class Cancelled(Exception):
     """Raised when a download is cancelled by its caller."""
 
 
-class _Passing(Exception):
-    """A transient error, which the next attempt may not have."""
+class _TransientError(Exception):
+    """An error that the next attempt may not have."""
 
 
-class _BadRange(_Passing):
+class _BadRange(_TransientError):
     """The object has no bytes at the offset from which the transfer should resume."""
 
 
@@ -76,14 +76,14 @@ def is_remote(location: str) -> bool:
         raise UserError(f"shards {scheme}: incomplete URL; write {scheme}://host/path or s3://bucket/prefix")
     if scheme == "s3" and (url.username or url.password or url.port or url.query):
         raise UserError(
-            f"shards {shown(location)}: write only s3://bucket/prefix; keys and endpoint belong in the AWS settings "
+            f"shards {redact(location)}: write only s3://bucket/prefix; keys and endpoint belong in the AWS settings "
             "(AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
         )
     return True
 
 
-def shown(url: str) -> str:
-    """Redact a URL for messages: without user, password, query and fragment."""
+def redact(url: str) -> str:
+    """Remove user, password, query and fragment from a URL, for messages."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
@@ -96,7 +96,7 @@ def object_url(location: str, name: str) -> str:
 
 
 def download(
-    url: str, file: IO[bytes], *, most: int, patience: Patience, cancelled: threading.Event | None = None
+    url: str, file: IO[bytes], *, most: int, retry: RetryPolicy, cancelled: threading.Event | None = None
 ) -> None:
     """Download an object into a file; an interrupted transfer resumes at its offset, if the server supports it.
 
@@ -104,7 +104,7 @@ def download(
         url: http, https or s3 URL.
         file: Seekable file; afterwards it contains the object only.
         most: Size limit of the object, in bytes.
-        patience: Retry policy.
+        retry: Retry policy.
         cancelled: Stops the download once it is set.
 
     Raises:
@@ -116,19 +116,19 @@ def download(
     # Do not advance Python's global generator: training code may draw from it.
     jitter = SystemRandom()
     file.seek(0)
-    for attempt in range(patience.retries + 1):
+    for attempt in range(retry.retries + 1):
         try:
-            _transfer(url, file, most, patience.timeout, cancelled)
+            _transfer(url, file, most, retry.timeout, cancelled)
             file.truncate()
             return
-        except _Passing as fault:
-            if attempt == patience.retries:
+        except _TransientError as error:
+            if attempt == retry.retries:
                 raise UserError(
-                    f"{shown(url)}: {fault}, {attempt + 1} attempts; check that the server is reachable and restart"
+                    f"{redact(url)}: {error}, {attempt + 1} attempts; check that the server is reachable and restart"
                 ) from None
-            if isinstance(fault, _BadRange):
+            if isinstance(error, _BadRange):
                 file.seek(0)
-        cancelled.wait(min(patience.backoff * 2**attempt, _LONGEST_WAIT) * jitter.uniform(0.5, 1.0))
+        cancelled.wait(min(retry.backoff * 2**attempt, _LONGEST_WAIT) * jitter.uniform(0.5, 1.0))
 
 
 def _transfer(url: str, file: IO[bytes], most: int, timeout: float, cancelled: threading.Event) -> None:
@@ -142,7 +142,7 @@ def _transfer(url: str, file: IO[bytes], most: int, timeout: float, cancelled: t
                 raise Cancelled
             if file.tell() + len(chunk) > most:
                 raise UserError(
-                    f"{shown(url)}: larger than the limit of {most} bytes; the file was changed or is not part of a "
+                    f"{redact(url)}: larger than the limit of {most} bytes; the file was changed or is not part of a "
                     "shard folder: check the location, or upload the folder again"
                 )
             file.write(chunk)
@@ -160,12 +160,12 @@ def _http_body(url: str, start: int, timeout: float) -> Iterator[_Body]:
         # The texts of these exceptions contain whole URLs, including secrets.
         _check_certificate(url, error, "REQUESTS_CA_BUNDLE")
         if isinstance(error, requests.Timeout) or (error.args and isinstance(error.args[0], ReadTimeoutError)):
-            raise _Passing(f"no data for {timeout:g} s") from None
+            raise _TransientError(f"no data for {timeout:g} s") from None
         if isinstance(error, requests.exceptions.ChunkedEncodingError):
-            raise _Passing("the transfer was interrupted") from None
+            raise _TransientError("the transfer was interrupted") from None
         if isinstance(error, requests.ConnectionError):
-            raise _Passing("no connection") from None
-        raise UserError(f"{shown(url)}: cannot be fetched ({type(error).__name__}); check the URL") from None
+            raise _TransientError("no connection") from None
+        raise UserError(f"{redact(url)}: cannot be fetched ({type(error).__name__}); check the URL") from None
 
 
 @contextmanager
@@ -182,12 +182,14 @@ def _s3_body(url: str, start: int, timeout: float) -> Iterator[_Body]:
             yield _Body(_first_byte(answer.get("ContentRange")), stream.iter_chunks(_CHUNK))
     except ClientError as error:
         _check_status(url, error.response["ResponseMetadata"]["HTTPStatusCode"], "the AWS settings (AWS_PROFILE)")
-        raise _Passing("an error without an HTTP status") from None
+        raise _TransientError("an error without an HTTP status") from None
     except (ConnectionError, HTTPClientError, IncompleteReadError, HTTPError) as error:
         _check_certificate(url, error, "AWS_CA_BUNDLE")
-        raise _Passing(f"no connection, or an interrupted one ({type(error).__name__})") from None
+        raise _TransientError(f"no connection, or an interrupted one ({type(error).__name__})") from None
     except BotoCoreError as error:
-        raise UserError(f"{shown(url)}: {type(error).__name__}; check the bucket's name and the AWS settings") from None
+        raise UserError(
+            f"{redact(url)}: {type(error).__name__}; check the bucket's name and the AWS settings"
+        ) from None
 
 
 def _check_status(url: str, status: int, credentials: str) -> None:
@@ -196,20 +198,22 @@ def _check_status(url: str, status: int, credentials: str) -> None:
     if status == 416:
         raise _BadRange("the file changes its size")
     if status >= 500 or status in (408, 425, 429):
-        raise _Passing(f"HTTP {status}")
+        raise _TransientError(f"HTTP {status}")
     if status in (401, 403):
         raise UserError(
-            f"{shown(url)}: HTTP {status}, access denied (S3 returns this for missing objects too); "
+            f"{redact(url)}: HTTP {status}, access denied (S3 returns this for missing objects too); "
             f"check the location and {credentials}"
         )
     if status in (404, 410):
-        raise UserError(f"{shown(url)}: HTTP {status}, not found; check the location, or upload the shard folder again")
-    raise UserError(f"{shown(url)}: HTTP {status}; check the location")
+        raise UserError(
+            f"{redact(url)}: HTTP {status}, not found; check the location, or upload the shard folder again"
+        )
+    raise UserError(f"{redact(url)}: HTTP {status}; check the location")
 
 
 def _check_certificate(url: str, error: Exception, variable: str) -> None:
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        raise UserError(f"{shown(url)}: certificate not trusted; set {variable} to your CA file") from None
+        raise UserError(f"{redact(url)}: certificate not trusted; set {variable} to your CA file") from None
 
 
 def _first_byte(content_range: str | None) -> int:

@@ -5,7 +5,7 @@ from contextlib import closing
 
 import torch
 
-from dist_pca.data.batch import Batch
+from dist_pca.data.collate import Batch
 
 
 def to_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:

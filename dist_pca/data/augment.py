@@ -1,17 +1,31 @@
-"""Augmentation: random resize, crop and flip, a function of the seed and the sample index."""
+"""Augment decoded samples: random resize, crop and flip, a function of the seed and the sample index."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from dist_pca.config import DataConfig
+from dist_pca.config import DataConfig, SamplingConfig
+from dist_pca.data.decode import DecodedSample, Pixels, resized_size
 from dist_pca.data.randomness import Domain, Purpose, draw
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest
 
-Pixels = npt.NDArray[np.uint8]
+
+class CropSample(NamedTuple):
+    """One cropped sample."""
+
+    image: Pixels
+    """uint8 RGB, 3 x height x width."""
+    label: Pixels | None
+    """Train ids of the run, height x width."""
+    key: str
+    sample_index: int
+    skipped: list[str]
+    """Error messages of corrupt samples that this one replaces."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +41,33 @@ class Crop:
     """Whether the window is mirrored left to right."""
 
 
-def resized_size(size: tuple[int, int], shorter_edge: int) -> tuple[int, int]:
-    """(height, width) of an image after its shorter edge is resized to `shorter_edge`, with its aspect ratio kept."""
-    height, width = size
-    shorter = min(size)
-    return round(height * shorter_edge / shorter), round(width * shorter_edge / shorter)
+def augment_sample(
+    config: DataConfig, seed: int, domain: Domain, tables: Sequence[Pixels | None], decoded: DecodedSample
+) -> CropSample:
+    """Draw a crop of a sample, one that shows the class for which it was drawn if possible, and apply it.
+
+    Args:
+        config: Ranges of the crops, and what they must show.
+        seed: Seed of the run.
+        domain: Domain of the sample.
+        tables: For each shard folder, the run's train id of each of the folder's, 256 entries; None without labels.
+        decoded: The sample.
+    """
+    selection, image, label = decoded.selection, decoded.image, decoded.label
+    table = tables[selection.offset.folder]
+    draw = partial(draw_crop, decoded.size, config, seed=seed, domain=domain, index=selection.sample_index)
+    if label is None or table is None:
+        pixels, _ = apply_crop(image, None, draw())
+        return CropSample(pixels, None, decoded.key, selection.sample_index, decoded.skipped)
+    wanted = selection.wanted
+    crop = draw() if wanted is None else _draw_crop_with(wanted, label, table, draw, config.sampling)
+    pixels, train_ids = apply_crop(image, label, crop)
+    assert train_ids is not None
+    return CropSample(pixels, table.take(train_ids), decoded.key, selection.sample_index, decoded.skipped)
 
 
 def draw_crop(
-    size: tuple[int, int], config: DataConfig, *, seed: int, domain: Domain, position: int, attempt: int = 0
+    size: tuple[int, int], config: DataConfig, *, seed: int, domain: Domain, index: int, attempt: int = 0
 ) -> Crop:
     """Draw a crop, a pure function of its arguments.
 
@@ -44,11 +76,12 @@ def draw_crop(
         config: Ranges: `shorter_edge`, `crop` and `flip`.
         seed: Seed of the run.
         domain: Domain of the sample; the two domains draw independently.
-        position: Index of the sample in the endless stream.
+        index: Sample index.
         attempt: Number of the crop, if several are drawn of the same sample.
     """
-    index = (position, attempt) if attempt else (position,)
-    edge, top, left, flip = (int(bits) for bits in draw(4, seed, domain, Purpose.CROP, *index))
+    # The first crop is the same whether or not others follow.
+    counter = (index, attempt) if attempt else (index,)
+    edge, top, left, flip = (int(bits) for bits in draw(4, seed, domain, Purpose.CROP, *counter))
     low, high = config.shorter_edge
     resized = resized_size(size, low + edge % (high - low + 1))
     height, width = config.crop
@@ -67,13 +100,13 @@ def apply_crop(image: Image.Image, label: Image.Image | None, crop: Crop) -> tup
     Returns:
         The image as 3 x height x width, and the label as height x width.
     """
-    pixels = np.ascontiguousarray(_cut(image, crop, Image.Resampling.BICUBIC).transpose(2, 0, 1))
+    pixels = np.ascontiguousarray(_resize_window(image, crop, Image.Resampling.BICUBIC).transpose(2, 0, 1))
     return pixels, None if label is None else crop_label(label, crop)
 
 
 def crop_label(label: Image.Image, crop: Crop) -> Pixels:
     """Crop a window from a label image, by nearest neighbour; height x width."""
-    return np.ascontiguousarray(_cut(label, crop, Image.Resampling.NEAREST))
+    return np.ascontiguousarray(_resize_window(label, crop, Image.Resampling.NEAREST))
 
 
 def resize_for_evaluation(image: Pixels, size: tuple[int, int]) -> Pixels:
@@ -107,7 +140,22 @@ def check_crop(manifest: Manifest, shorter_edge: tuple[int, int], crop: tuple[in
         )
 
 
-def _cut(picture: Image.Image, crop: Crop, resampling: Image.Resampling) -> Pixels:
+def _draw_crop_with(
+    wanted: int, label: Image.Image, table: Pixels, draw: Callable[..., Crop], sampling: SamplingConfig
+) -> Crop:
+    """Draw crops until one has enough pixels of a class; if none has, return the one with the most."""
+    best, most = draw(), -1
+    for attempt in range(sampling.crop_attempts):
+        crop = draw(attempt=attempt)
+        pixels = int((table[crop_label(label, crop)] == wanted).sum())
+        if pixels > most:
+            best, most = crop, pixels
+        if most >= sampling.min_crop_pixels:
+            break
+    return best
+
+
+def _resize_window(picture: Image.Image, crop: Crop, resampling: Image.Resampling) -> Pixels:
     # Resizing only the window gives the same pixels as resizing the whole image.
     down, across = picture.height / crop.resized[0], picture.width / crop.resized[1]
     height, width = crop.size

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from dist_pca.data.cache import CacheSettings, open_manifest
-from dist_pca.data.reader import ShardReader
+from dist_pca.data.read import ShardReader
 from dist_pca.errors import CorruptSample, UserError
 from dist_pca.shards.manifest import Manifest, Shard
 from tests.data.servers import FolderServer, serving, serving_process

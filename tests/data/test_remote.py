@@ -15,13 +15,13 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from dist_pca.data import storage
-from dist_pca.data.storage import Cancelled, Patience, download, is_remote, object_url, shown
+from dist_pca.data import remote
+from dist_pca.data.remote import Cancelled, RetryPolicy, download, is_remote, object_url, redact
 from dist_pca.errors import UserError
 from tests.data.servers import FolderServer, serving
 
 CONTENT = random.Random(0).randbytes(1_000_000)
-QUICK = Patience(timeout=0.3, retries=3, backoff=0.02)
+QUICK = RetryPolicy(timeout=0.3, retries=3, backoff=0.02)
 ONE_LINE = r"\A[^\n]+\Z"
 
 
@@ -35,7 +35,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
     }.items():
         monkeypatch.setenv(name, value)
-    storage._s3_client.cache_clear()
+    remote._s3_client.cache_clear()
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def url(request: pytest.FixtureRequest, server: FolderServer, aws: None, monkeyp
     return f"{endpoint}/bucket/shards/file" if request.param == "http" else "s3://bucket/shards/file"
 
 
-def fetch(url: str, *, patience: Patience = QUICK, most: int = len(CONTENT)) -> bytes:
+def fetch(url: str, *, retry: RetryPolicy = QUICK, most: int = len(CONTENT)) -> bytes:
     file = io.BytesIO()
-    download(url, file, most=most, patience=patience)
+    download(url, file, most=most, retry=retry)
     return file.getvalue()
 
 
@@ -106,10 +106,10 @@ def test_an_incomplete_url_and_keys_in_an_s3_url_are_refused_in_one_line(locatio
     assert "sesame" not in str(caught.value)
 
 
-def test_a_file_s_url_keeps_user_and_query_and_what_is_shown_has_neither() -> None:
+def test_a_file_s_url_keeps_user_and_query_and_a_redacted_one_has_neither() -> None:
     url = object_url("https://user:sesame@host:8443/shards/?signature=sesame#top", "shard 1.tar")
     assert url == "https://user:sesame@host:8443/shards/shard%201.tar?signature=sesame"
-    assert shown(url) == "https://host:8443/shards/shard%201.tar"
+    assert redact(url) == "https://host:8443/shards/shard%201.tar"
     assert object_url("s3://bucket", "shard 1.tar") == "s3://bucket/shard 1.tar"
 
 
@@ -119,7 +119,7 @@ def test_a_file_arrives_as_it_is(url: str) -> None:
 
 def test_what_the_file_held_before_is_gone(url: str) -> None:
     file = io.BytesIO(bytes(2 * len(CONTENT)))
-    download(url, file, most=len(CONTENT), patience=QUICK)
+    download(url, file, most=len(CONTENT), retry=QUICK)
     assert file.getvalue() == CONTENT
 
 
@@ -206,7 +206,7 @@ def test_forked_processes_do_not_talk_over_their_parent_s_connection(url: str) -
 
     def fetch_often() -> None:
         barrier.wait()
-        whole.put(all(fetch(url, patience=replace(QUICK, retries=0)) == CONTENT for _ in range(5)))
+        whole.put(all(fetch(url, retry=replace(QUICK, retries=0)) == CONTENT for _ in range(5)))
 
     processes = [fork.Process(target=fetch_often) for _ in range(4)]
     for process in processes:
@@ -226,10 +226,10 @@ def test_waiting_draws_nothing_from_the_global_generator(url: str, server: Folde
 def test_a_download_that_nobody_wants_any_more_ends(url: str, server: FolderServer) -> None:
     server.faults["file"].extend(["503"] * 9)
     cancelled = threading.Event()
-    patience = Patience(timeout=1, retries=9, backoff=60)
+    retry = RetryPolicy(timeout=1, retries=9, backoff=60)
     threading.Timer(0.2, cancelled.set).start()
     with pytest.raises(Cancelled):
-        download(url, io.BytesIO(), most=1, patience=patience, cancelled=cancelled)
+        download(url, io.BytesIO(), most=1, retry=retry, cancelled=cancelled)
 
 
 @pytest.fixture
