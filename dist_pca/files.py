@@ -165,7 +165,11 @@ def last_step(file: Path) -> int:
 
 
 def drop_lines_after(file: Path, step: int) -> None:
-    """Remove lines whose `step` is beyond this one; a killed run may have written some after its newest checkpoint."""
+    """Remove lines whose `step` is beyond this one; a killed run may have written some after its newest checkpoint.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     if not file.is_file():
         return
     kept = []
@@ -176,4 +180,7 @@ def drop_lines_after(file: Path, step: int) -> None:
         except ValueError:
             # A killed run can leave its last line incomplete.
             continue
-    write_whole(file, "".join(kept))
+    try:
+        write_whole(file, "".join(kept))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error}); fix that and start the run again") from error

@@ -13,7 +13,6 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 
 from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
@@ -31,6 +30,18 @@ def resolve_config(name: str, overrides: list[str]) -> RunConfig:
     )
 
 
+def _print(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+
+
+class LineHandler(logging.Handler):
+    """Prints each message as one line on stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message."""
+        _print(self.format(record))
+
+
 def _set_up_logging() -> None:
     """Show this package's log on stderr, and silence warnings of libraries that the user can do nothing about."""
     import torch
@@ -41,18 +52,11 @@ def _set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that are deprecated in newer versions of PyTorch.
     warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
-    handler = RichHandler(
-        console=Console(stderr=True, soft_wrap=True), show_time=False, show_level=False, show_path=False
-    )
     logger = logging.getLogger("dist_pca")
-    logger.addHandler(handler)
+    logger.addHandler(LineHandler())
     logger.setLevel(logging.INFO)
     # A library that has configured the root logger would print every message again.
     logger.propagate = False
-
-
-def _print(message: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
 
 
 def _fail(folder: Path, code: int, message: str) -> NoReturn:

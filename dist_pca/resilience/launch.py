@@ -85,7 +85,10 @@ def launch(command: Sequence[str], folder: Path) -> int:
         command: Built by `launch_command`.
         folder: The run folder, where the ranks write their exit status.
     """
-    clear_exit_status(folder)
+    try:
+        clear_exit_status(folder)
+    except OSError as error:
+        raise UserError(f"{folder}/exit.json: cannot be removed ({error}); fix that and start the run again") from error
     # The launcher warns about those that it would have to set itself.
     environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // process_count(command)))}
     if not torch.cuda.is_available():

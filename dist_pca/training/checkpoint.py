@@ -189,6 +189,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: it is missing or damaged.
     """
+    # A named pipe would be waited for.
+    if not path.is_file():
+        raise UserError(f"{path}: missing; point checkpoints/latest at another step-*")
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -216,7 +219,7 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
     for unfinished in folder.glob(".step-*"):
         if re.fullmatch(r"\.step-\d{8}\.(partial|removed)", unfinished.name):
             shutil.rmtree(unfinished, ignore_errors=True)
-    moved = [_set_aside(path) for path in whole_checkpoints(folder) if read_step(path) > step]
+    moved = [_set_aside(path) for path in whole_checkpoints(folder) if int(path.name.removeprefix("step-")) > step]
     if moved and (folder / "best").is_file():
         _point_to_best(folder)
     return moved
@@ -361,7 +364,10 @@ def _write_checkpoint(folder: Path, name: str, tensors: dict[str, Tensors], stat
 
 def _best(folder: Path) -> str | None:
     """Name of the checkpoint of highest validation mIoU, the earliest of equals; None if none has been validated."""
-    scores = {path.name: read_state(path).get("mean_iou") for path in whole_checkpoints(folder)}
+    scores = {}
+    for path in whole_checkpoints(folder):
+        with suppress(UserError):
+            scores[path.name] = read_state(path).get("mean_iou")
     known = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
     return max(known, key=lambda name: known[name], default=None)
 

@@ -43,6 +43,11 @@ FREE_KEYS = (
 """Keys and sections that do not change what is computed, and may differ when a run is resumed."""
 GRAD_CACHE_KEYS = ("training.accumulation", "training.max_micro_batch")
 """Further keys of this kind under GradCache, where all micro-batches of an update have one loss."""
+FILES = (
+    *("config.yaml", "classes.json", "data.json", "environment.json", "exit.json", "lock.json"),
+    *("metrics.jsonl", "samples.jsonl", "starts.jsonl", "checkpoints/latest", "checkpoints/best"),
+)
+"""Files that a run writes into its folder, beside its checkpoints."""
 _LAUNCH_KEYS = {"create_time": "born"}
 """Keys in the file by field, where they differ."""
 _LAUNCH_FIELDS = {key: field for field, key in _LAUNCH_KEYS.items()}
@@ -72,6 +77,9 @@ def create_run(config: RunConfig, data: RunData, world_size: int, start_step: in
     """Write the run folder: resolved config, classes, shards, environment; log the launch after `start_step` steps.
 
     Checkpoints of later steps are set aside.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     config.folder.mkdir(parents=True, exist_ok=True)
     remove_parts(config.folder)
@@ -132,7 +140,11 @@ def check_resume(config: RunConfig, resume: bool | None, data: RunData | None = 
         UserError: the folder holds a run of another config or other shards (every difference is named), any run if
             `resume` is False, a run with other classes, or one whose checkpoints are missing.
     """
-    folder, checkpoint = config.folder, latest_checkpoint(config.folder / "checkpoints")
+    folder = config.folder
+    for name in FILES:
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise UserError(f"{folder / name}: not a file, which a run needs there; move it away")
+    checkpoint = latest_checkpoint(folder / "checkpoints")
     if (folder / "config.yaml").is_file():
         made = load_config(folder / "config.yaml")
     elif checkpoint is not None:

@@ -9,13 +9,13 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from typing_extensions import Self
 
 from dist_pca.data.collate import Batch
 from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.stream import stream
 from dist_pca.data.to_device import to_device
+from dist_pca.distributed import raise_on_all_ranks
 from dist_pca.model.batch_norm import kept_statistics
 from dist_pca.model.frozen import FrozenBackbone
 from dist_pca.objective import Domains, objective
@@ -204,10 +204,14 @@ class Trainer:
         self.pretrained = self._pretrained_backbone()
         state = self._start_engine()
         self.start_step = int(state["step"])
+        failure = None
         if rank == 0:
-            create_run(config, RunData(run.classes, run.sources, run.targets), world_size, self.start_step)
-            clear_exit_status(config.folder)
-        dist.barrier()
+            try:
+                create_run(config, RunData(run.classes, run.sources, run.targets), world_size, self.start_step)
+                clear_exit_status(config.folder)
+            except OSError as error:
+                failure = f"{config.folder}: cannot be written ({error}); fix that and start the run again"
+        raise_on_all_ranks(failure)
         self.clock = stack.enter_context(PhaseClock(watchdog, self.device))
         self.metrics = stack.enter_context(
             MetricsLogger(

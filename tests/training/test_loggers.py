@@ -104,6 +104,7 @@ def test_a_tracker_that_does_not_start_is_one_line_that_names_it(tmp_path: Path,
         Trackers(demo(tmp_path, "telemetry.trackers=[wandb]"), 0)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_under_a_tracker_does_not_keep_the_run_from_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
