@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import psutil  # type: ignore[import-untyped]
 
-_KEYS = {"create_time": "born"}
-"""Keys in the file by field, where they differ."""
-_FIELDS = {key: field for field, key in _KEYS.items()}
+_OLD_FIELDS = {"born": "create_time"}
+"""New field by the one that version 0.1 wrote."""
 
 
 class Launch(NamedTuple):
@@ -27,7 +26,7 @@ class Launch(NamedTuple):
     process: int
     """Process id of rank 0."""
     create_time: float
-    """Unix time at which that process was created, since process ids are reused; `born` in the file."""
+    """Unix time at which that process was created, since process ids are reused."""
     job: str | None = None
     """SLURM's job id, if any."""
     restart: int = 0
@@ -48,8 +47,7 @@ def log_launch(folder: Path, step: int, world_size: int, environment: Mapping[st
         int(environment.get("SLURM_RESTART_COUNT", 0)),
     )
     with (folder / "starts.jsonl").open("a") as lines:
-        values = {_KEYS.get(name, name): value for name, value in launch._asdict().items()}
-        lines.write(json.dumps(values) + "\n")
+        lines.write(json.dumps(launch._asdict()) + "\n")
 
 
 def read_launch_log(folder: Path) -> list[Launch]:
@@ -62,7 +60,7 @@ def read_launch_log(folder: Path) -> list[Launch]:
     for line in lines:
         try:
             values = json.loads(line)
-            launches.append(Launch(**{_FIELDS.get(key, key): value for key, value in values.items()}))
+            launches.append(Launch(**{_OLD_FIELDS.get(key, key): value for key, value in values.items()}))
         except (ValueError, TypeError, AttributeError):
             continue
     return launches

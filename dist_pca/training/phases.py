@@ -9,6 +9,7 @@ from torch.profiler import record_function
 from typing_extensions import Self
 
 from dist_pca.association.phases import listen
+from dist_pca.config.aliases import PHASE_ALIASES
 from dist_pca.resilience.watchdog import Phase, Watchdog
 
 _MAX_PENDING = 256
@@ -37,7 +38,7 @@ class PhaseClock:
         self._mark("start")
 
     def __enter__(self) -> Self:
-        listen(self.enter)
+        listen(self._enter_association)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,6 +56,11 @@ class PhaseClock:
             self._label = record_function(phase)
             self._label.__enter__()  # type: ignore[no-untyped-call]
         return before
+
+    def _enter_association(self, phase: str) -> Phase:
+        # The loss, which other trainers use too, has a name of its own for the phase.
+        renamed: Any = PHASE_ALIASES.get(phase, phase)
+        return self.enter(renamed)
 
     def take(self) -> dict[str, float]:
         """Seconds in each phase since the last call."""

@@ -13,7 +13,7 @@ FREE_KEYS = (
     *("name", "output", "data.workers", "data.validation", "evaluation", "telemetry"),
     *("model.activation_checkpointing", "model.compile", "training.offload", "training.validate_every"),
     *(f"training.{key}" for key in ("zero_stage", "log_every", "checkpoint_every", "keep_checkpoints")),
-    *(f"training.{key}" for key in ("time_limit", "stall_timeout", "max_bad_steps")),
+    *(f"training.{key}" for key in ("time_limit", "stall_timeout", "max_non_finite_steps")),
 )
 """Keys and sections that do not change what is computed, and may differ when a run is resumed."""
 GRAD_CACHE_KEYS = ("training.accumulation", "training.max_micro_batch")
@@ -52,7 +52,7 @@ def check_resume(config: RunConfig, resume: bool | None) -> None:
 
 def config_differences(made: RunConfig, wanted: RunConfig) -> list[str]:
     """List the keys that decide what is computed and differ between two runs, each as `key: made -> wanted`."""
-    free = (*FREE_KEYS, *(GRAD_CACHE_KEYS if wanted.training.accumulation_pool == "update" else ()))
+    free = (*FREE_KEYS, *(GRAD_CACHE_KEYS if wanted.training.grad_cache else ()))
     return list(_differences(made.model_dump(mode="json"), wanted.model_dump(mode="json"), free))
 
 

@@ -27,7 +27,7 @@ def counted_with_guide(rank: int, world_size: int, configs: list[AssociationConf
                 target.requires_grad_(),
                 torch.arange(300) % CLASSES,
                 num_classes=CLASSES,
-                exchange=config.exchange,
+                exchange=config.communication,
                 guide=(guide[0], guide[1]),
                 guide_keys=config.teacher_keys,
             ).exchanged_bytes
@@ -83,7 +83,7 @@ def measured_lovasz(rank: int, world_size: int, pixels: int) -> list[int]:
 def predicted_association(level: Level, exchange: str, world_size: int) -> list[float]:
     channels = CHANNELS if level == "features" else CLASSES
     pool = Pool(SOURCE, TARGET, channels, CLASSES, world_size, 1)
-    config = AssociationConfig(exchange="gather" if exchange == "gather" else "ring")
+    config = AssociationConfig(communication="gather" if exchange == "gather" else "ring")
     return list(association.memory(config, level, pool, "cpu")[1:2])
 
 
@@ -108,7 +108,7 @@ def test_the_association_over_ranks_takes_what_is_predicted(
 @pytest.mark.slow
 def test_bytes_sent_where_a_teacher_chooses_matches_are_those_counted(tmp_path: Path) -> None:
     configs = [
-        AssociationConfig(exchange="gather" if gathers else "ring", teacher_matches=True, teacher_keys=keys)
+        AssociationConfig(communication="gather" if gathers else "ring", teacher_matches=True, teacher_keys=keys)
         for gathers in (True, False)
         for keys in (True, False)
     ]
