@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 
 Communication = Literal["local", "gather", "ring"]
-Phase = Literal["association", "exchange"]
-"""`exchange` is communication with other ranks."""
+Phase = Literal["association", "communication"]
 
 _enter: Callable[[Any], Any] | None = None
 
@@ -70,7 +69,7 @@ class CandidateGroup:
         """This rank's target pixels among those of all ranks."""
         return _rank_slice(self.target_counts, self.rank)
 
-    @phase("exchange")
+    @phase("communication")
     def all_reduce_sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the group's ranks, in place. Collective."""
         if self.ranks > 1:
@@ -79,7 +78,7 @@ class CandidateGroup:
             self.sent_bytes += 2 * (self.ranks - 1) * _bytes(x) // self.ranks
         return x
 
-    @phase("exchange")
+    @phase("communication")
     def all_gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Concatenate the rows of all ranks in rank order: [counts[rank], ...] to [sum counts, ...]. Collective."""
         if self.ranks == 1:
@@ -106,7 +105,7 @@ class CandidateGroup:
             keys = self.all_gather(keys.to(self.comm_dtype or dtype), counts)
         return CandidateKeys(self, keys.to(dtype), counts, dtype)
 
-    @phase("exchange")
+    @phase("communication")
     def reduce_scatter_add(self, gradient: torch.Tensor, counts: list[int], local: torch.Tensor) -> None:
         """Add the sum over ranks of this rank's rows of `gradient` [sum counts, C] to `local`. Collective.
 
@@ -210,7 +209,7 @@ class CandidateKeys:
             local_gradient += incoming
 
 
-@phase("exchange")
+@phase("communication")
 def _wait(works: list[dist.Work]) -> None:
     for work in works:
         work.wait()

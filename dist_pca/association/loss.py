@@ -1,9 +1,12 @@
 """Cycle association loss as a function and as a module: validate, find cycles, contrast, reduce."""
 
+import inspect
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import cache
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import cache, wraps
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -19,7 +22,6 @@ from dist_pca.association.options import (
     Options,
     PairKeywords,
     Precision,
-    spelled_out,
 )
 from dist_pca.association.result import Association, correct_ratio, count, total
 from dist_pca.association.validate import NAMES, RankMetadata, Tensors, validate
@@ -28,6 +30,37 @@ from dist_pca.distributed import all_reduce_sum, is_rank0, world_size
 GATHER_BYTES = 4 << 30
 """Memory up to which `auto` gathers the keys of all ranks and their gradients [bytes per rank]; beyond it, `ring`."""
 _log = logging.getLogger("dist_pca.association")
+_OLD_NAMES = {"exchange": "communication", "wire_dtype": "comm_dtype"}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def spelled_out(function: F) -> F:
+    """Let `help` list the keyword arguments of `**options` one by one, and calls use their old names too."""
+
+    @wraps(function)
+    def renaming(*arguments: Any, **options: Any) -> Any:
+        for old, new in _OLD_NAMES.items():
+            if old in options and new not in options:
+                warnings.warn(f"{old} is now {new}; the old name works until 0.3", DeprecationWarning, stacklevel=2)
+                options[new] = options.pop(old)
+        return function(*arguments, **options)
+
+    signature = inspect.signature(function)
+    *parameters, options = signature.parameters.values()
+    (keywords,) = get_args(options.annotation)
+    annotations = get_type_hints(keywords)
+    for option in fields(Options):
+        if option.name in annotations:
+            parameters.append(
+                inspect.Parameter(
+                    option.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=option.default,
+                    annotation=annotations[option.name],
+                )
+            )
+    renaming.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return cast("F", renaming)
 
 
 @spelled_out
@@ -46,7 +79,7 @@ def cycle_association(
 ) -> Association:
     """Compute the cycle association loss of this rank's source and target pixels (PLCA, section 3.1).
 
-    Matches and softmax denominators run over the pixels of all ranks of the group, or with `exchange="local"` over
+    Matches and softmax denominators run over the pixels of all ranks of the group, or with `communication="local"` over
     this rank's alone. Either way the mean is over the kept cycles of all ranks of the world, and the gradient that
     DDP or ZeRO averages over ranks is that of one process on the concatenated batch.
 
@@ -73,13 +106,14 @@ def cycle_association(
             any rank.
         guide_keys: Use the guide as the keys of both softmaxes too, so that gradients flow into queries alone, as in
             momentum contrast (MoCo, He et al., CVPR 2020); C' must be C.
-        exchange: `gather` stores all ranks' keys on every rank; `ring` sends them from rank to rank, so that memory
-            does not grow with the ranks; `auto` gathers up to `GATHER_BYTES`; `local` uses this rank's pixels alone.
+        communication: `gather` stores all ranks' keys on every rank; `ring` sends them from rank to rank, so that
+            memory does not grow with the ranks; `auto` gathers up to `GATHER_BYTES`; `local` uses this rank's pixels
+            alone.
         implementation: `reference` (dense; gathers), `blockwise` (PyTorch tiles), `online_softmax` (the same, with
             softmaxes accumulated block by block even where all keys are local), `triton` (fused, on GPUs), or `auto`
             for the fastest available.
         dtype: Type of matmul operands in all but `reference`; accumulation is in fp32, or fp64 for fp64 inputs.
-        wire_dtype: Type of keys sent between ranks; with `dtype="bf16"` they are sent in bf16 in any case.
+        comm_dtype: Type of keys sent between ranks; with `dtype="bf16"` they are sent in bf16 in any case.
         deterministic: Give the same bits on every run, on a GPU too.
 
     Raises:
@@ -112,7 +146,7 @@ def cycle_association_pairs(
     """
     tensors = (sources, targets, labels, target_labels, target_classes, target_weights, *(guide or (None, None)))
     # A pair is on one rank, so there is no communication to choose.
-    return _solve(tensors, None, Options(num_classes=num_classes, exchange="local", wire_dtype="fp32", **options))
+    return _solve(tensors, None, Options(num_classes=num_classes, communication="local", comm_dtype="fp32", **options))
 
 
 associate = cycle_association
@@ -190,7 +224,7 @@ def _solve(
     metadata = validate(tensors, options)
     candidate_sets = _inputs(tensors)
     device = candidate_sets[0].source.device
-    local = options.exchange == "local" or world_size(process_group) == 1
+    local = options.communication == "local" or world_size(process_group) == 1
     members = [] if local else dist.get_process_group_ranks(process_group or dist.group.WORLD)
     if options.implementation == "auto":
         options = replace(options, implementation=_fastest(device, options.dtype))
@@ -216,7 +250,7 @@ def _solve(
                 loss_sum = loss_sum + cycles.contrast(None)
             # Free its memory before the next candidate set allocates as much.
             del cycles
-        with phase("exchange"):
+        with phase("communication"):
             sums = total(counts)
         # Class scales s_c = 1, or 1 / (sum of w_i over class c).
         scale = torch.ones_like(sums.weight)
@@ -229,7 +263,7 @@ def _solve(
     weight, kept = (sums.weight * scale).sum(), sums.kept.sum()
     loss = world_size() * loss_sum / torch.where(weight > 0, weight, 1).to(loss_sum.dtype)
     sent = weight.new_tensor(sum(candidates.sent_bytes for candidates in groups))
-    with phase("exchange"):
+    with phase("communication"):
         mean_loss, mean_sent = all_reduce_sum(torch.stack([loss.detach().double(), sent])) / world_size()
     matrices = sums.confusion if confusion else sums.confusion.new_zeros((2, *sums.confusion.shape[1:]))
     return Association(
@@ -243,8 +277,8 @@ def _solve(
         confusion=matrices[0].long(),
         kept_confusion=matrices[1].long(),
         # ln N_s + ln N_t - L; 0 / 0 without weight.
-        nats_over_chance=(sums.uniform_loss * scale).sum() / weight - mean_loss,
-        exchanged_bytes=mean_sent.long(),
+        mutual_information_bound=(sums.uniform_loss * scale).sum() / weight - mean_loss,
+        communication_bytes=mean_sent.long(),
     )
 
 
@@ -273,20 +307,20 @@ def _candidate_group(
     """Build the group of the given ranks, or of this rank alone if there are none."""
     if not members:
         return CandidateGroup("local", process_group, 0, 1, [len(inputs.source)], [len(inputs.target)])
-    exchange = options.exchange
-    if exchange not in ("gather", "ring"):
+    communication = options.communication
+    if communication not in ("gather", "ring"):
         # All ranks' keys in their type, and their gradients in fp32.
         rows = sum(rank.source_rows + rank.target_rows for rank in members)
         needed = rows * members[0].channels * (4 + (2 if options.dtype == "bf16" else 4))
-        exchange = "gather" if needed <= GATHER_BYTES else "ring"
+        communication = "gather" if needed <= GATHER_BYTES else "ring"
     return CandidateGroup(
-        exchange,
+        communication,
         process_group,
         dist.get_rank(process_group),
         len(members),
         [rank.source_rows for rank in members],
         [rank.target_rows for rank in members],
-        torch.bfloat16 if options.wire_dtype == "bf16" else None,
+        torch.bfloat16 if options.comm_dtype == "bf16" else None,
     )
 
 

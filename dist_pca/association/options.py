@@ -1,17 +1,14 @@
 """Options of the loss, equal on all ranks, and its inputs on this rank."""
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 
 Similarity = Literal["cosine", "kl"]
 Implementation = Literal["auto", "reference", "blockwise", "online_softmax", "triton"]
-ExchangeChoice = Literal["auto", "gather", "ring", "local"]
+Communication = Literal["auto", "gather", "ring", "local"]
 Precision = Literal["fp32", "bf16"]
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -24,10 +21,10 @@ class Options:
     detach_statistics: bool = True
     class_balanced: bool = False
     guide_keys: bool = False
-    exchange: ExchangeChoice = "auto"
+    communication: Communication = "auto"
     implementation: Implementation = "auto"
     dtype: Precision = "fp32"
-    wire_dtype: Precision = "fp32"
+    comm_dtype: Precision = "fp32"
     deterministic: bool = False
 
 
@@ -47,28 +44,8 @@ class PairKeywords(TypedDict, total=False):
 class LossKeywords(PairKeywords, total=False):
     """Options that `cycle_association` and `CycleAssociationLoss` take as keyword arguments, `num_classes` apart."""
 
-    exchange: ExchangeChoice
-    wire_dtype: Precision
-
-
-def spelled_out(function: F) -> F:
-    """Let `help` list the keyword arguments of `**options` one by one, with the defaults of `Options`."""
-    signature = inspect.signature(function)
-    *parameters, options = signature.parameters.values()
-    (keywords,) = get_args(options.annotation)
-    annotations = get_type_hints(keywords)
-    for option in fields(Options):
-        if option.name in annotations:
-            parameters.append(
-                inspect.Parameter(
-                    option.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=option.default,
-                    annotation=annotations[option.name],
-                )
-            )
-    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return function
+    communication: Communication
+    comm_dtype: Precision
 
 
 class Inputs(NamedTuple):

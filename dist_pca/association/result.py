@@ -38,11 +38,21 @@ class Association:
     target pixel (columns), where both are known; zeros without target labels."""
     kept_confusion: torch.Tensor
     """int64 [num_classes, num_classes], `confusion` of the kept cycles alone."""
-    nats_over_chance: torch.Tensor
+    mutual_information_bound: torch.Tensor
     """InfoNCE lower bound on mutual information, `ln N_s + ln N_t - loss` [nats], both directions together. Over
     several candidate sets `ln N_s + ln N_t` is averaged with the loss's weights; nan where no cycle has weight."""
-    exchanged_bytes: torch.Tensor
+    communication_bytes: torch.Tensor
     """int64, bytes of keys, matches and gradients sent by each rank to others, mean over ranks."""
+
+    @property
+    def nats_over_chance(self) -> torch.Tensor:
+        """Old name of `mutual_information_bound`, until 0.3."""
+        return self.mutual_information_bound
+
+    @property
+    def exchanged_bytes(self) -> torch.Tensor:
+        """Old name of `communication_bytes`, until 0.3."""
+        return self.communication_bytes
 
 
 class Counts(NamedTuple):

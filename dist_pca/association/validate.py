@@ -103,7 +103,7 @@ def validate(tensors: Tensors, options: Options) -> list[RankMetadata]:
     table = [row]
     if ranks > 1:
         table = [torch.empty_like(row) for _ in range(ranks)]
-        with phase("exchange"):
+        with phase("communication"):
             dist.all_gather(table, row)
     all_ranks = [_rank_metadata(row.tolist()) for row in table]
     problems = [

@@ -10,7 +10,7 @@ from dist_pca.config.evaluation import EvaluationConfig
 from dist_pca.config.model import ModelConfig
 from dist_pca.config.objective import (
     AssociationConfig,
-    Exchange,
+    Communication,
     FeatureDistanceConfig,
     Implementation,
     Level,
@@ -31,9 +31,9 @@ from dist_pca.config.views import PhotometricConfig
 __all__ = [
     "AssociationConfig",
     "CacheConfig",
+    "Communication",
     "DataConfig",
     "EvaluationConfig",
-    "Exchange",
     "FeatureDistanceConfig",
     "Implementation",
     "Level",

@@ -10,7 +10,7 @@ from dist_pca.config.section import Fraction, NonNegative, Positive, Section, We
 Level = Literal["features", "predictions"]
 Scope = Literal["pair", "rank", "node", "world"]
 Implementation = Literal["auto", "reference", "blockwise", "triton"]
-Exchange = Literal["auto", "gather", "ring"]
+Communication = Literal["auto", "gather", "ring"]
 ProductType = Literal["fp32", "bf16"]
 
 
@@ -39,18 +39,18 @@ class AssociationConfig(Section):
     implementation: Implementation = "auto"
     """Implementation: `reference` (dense), `blockwise` (streamed), `triton` (fused kernels, on GPUs); `auto` takes the
     fastest one that can run."""
-    exchange: Exchange = "auto"
-    """How ranks exchange keys: `gather` collects all keys on every rank, `ring` sends blocks of keys around a ring, in
-    memory that does not grow with the number of ranks; `auto` gathers while all keys are few."""
+    communication: Communication = "auto"
+    """How ranks get each other's keys: `gather` collects all keys on every rank, `ring` sends blocks of keys around a
+    ring, in memory that does not grow with the number of ranks; `auto` gathers while all keys are few."""
     dtype: ProductType = "fp32"
     """Data type of matmul operands; sums, softmaxes and statistics stay fp32."""
-    wire_dtype: ProductType = "fp32"
+    comm_dtype: ProductType = "fp32"
     """Data type in which keys are sent between ranks; under `dtype: bf16` they are sent in bf16 anyway."""
     deterministic: bool = False
     """Give bitwise equal results in every run; on GPUs this excludes the fastest sums, which have no fixed order."""
-    position_budget: Positive | None = None
+    pixel_budget: Positive | None = None
     """Largest number of pixels of each image that are associated; None takes all, as in the paper."""
-    position_sampling: Literal["grid", "balanced"] = "grid"
+    pixel_sampling: Literal["grid", "balanced"] = "grid"
     """How pixels are sampled under a budget: `grid` takes the crossings of random rows and columns; `balanced` takes,
     on the source, equally many pixels of each class."""
     detach_statistics: bool = True

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from typing_extensions import Self
 from yaml import YAMLError
 
+from dist_pca.config.aliases import rename_keys
 from dist_pca.config.data import DataConfig
 from dist_pca.config.evaluation import EvaluationConfig
 from dist_pca.config.model import ModelConfig
@@ -86,7 +87,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         UserError: the file is missing or not YAML, an override is malformed, a key is unknown (the nearest valid key
-            is named), a value has the wrong type, or values contradict each other.
+            is named), a value has the wrong type, values contradict each other, or a key is given by its old and its
+            new name in the same place.
     """
     if not path.is_file():
         raise UserError(f"config {path}: no such file")
@@ -94,7 +96,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         if "=" not in override:
             raise UserError(f"override {override!r}: write key=value, for example training.steps=100")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        parts = {f"config {path}": OmegaConf.load(path), "override": OmegaConf.from_dotlist(list(overrides))}
+        # Each by itself: an override with a new name wins over a file with the old one.
+        renamed = [rename_keys(OmegaConf.to_container(part), origin) for origin, part in parts.items()]
+        tree = OmegaConf.merge(*renamed)
         values = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise UserError(f"config {path}: {' '.join(str(error).split())}") from error
@@ -108,7 +113,7 @@ def validate_config(values: object, origin: str) -> RunConfig:
         UserError: a value is wrong, as for `load_config`; the message begins with `origin`.
     """
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(rename_keys(values, origin))
     except ValidationError as error:
         raise UserError(
             f"{origin}: " + "; ".join(explain(detail, _all_keys(RunConfig)) for detail in error.errors())

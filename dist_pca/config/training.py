@@ -89,15 +89,14 @@ class TrainingConfig(Section):
     max_micro_batch: Positive | None = None
     """Largest number of images of either domain in a rank's micro-batch. `accumulation` is then the smallest number
     that satisfies this limit at the current world size, so that a run can resume with the same batch on fewer GPUs.
-    Needs accumulation_pool=update."""
-    accumulation_pool: Literal["micro_batch", "update"] = "micro_batch"
-    """Pixels over which one loss is computed when there are several micro-batches. `micro_batch`: each micro-batch,
-    over all ranks, has its own loss and its own candidates, and the update averages the losses; there are
-    `accumulation` times fewer candidates, and means are over one micro-batch's labelled pixels and kept cycles.
-    `update`: all micro-batches have one loss and common candidates, at the cost of one more forward pass (GradCache,
-    Gao et al. 2021). The update then equals that of one large batch, except at association scope `rank`, where the
-    candidates are all pixels of the rank in the update. Batch norm normalises each micro-batch either way, so the
-    equality is exact only if batch norm is frozen or absent."""
+    Needs grad_cache."""
+    grad_cache: bool = False
+    """Compute one loss over all micro-batches of an update, with common candidates, at the cost of one more forward
+    pass (GradCache, Gao et al. 2021). The update then equals that of one large batch, except at association scope
+    `rank`, where the candidates are all pixels of the rank in the update. Batch norm normalises each micro-batch either
+    way, so the equality is exact only if batch norm is frozen or absent. False: each micro-batch, over all ranks, has
+    its own loss and its own candidates, and the update averages the losses; there are `accumulation` times fewer
+    candidates, and means are over one micro-batch's labelled pixels and kept cycles."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast data type of the network; weights, norm statistics and losses stay fp32."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -121,14 +120,14 @@ class TrainingConfig(Section):
     stall_timeout: Duration = 300.0
     """Time after which a dead or stalled rank makes all other ranks exit; it must be longer than the longest step,
     first batch or checkpoint. Seconds, or [D-]HH:MM:SS."""
-    max_bad_steps: Positive = 5
+    max_non_finite_steps: Positive = 5
     """Number of consecutive steps with a non-finite loss or gradient after which the run stops; their updates are
     skipped."""
 
     @model_validator(mode="after")
     def _check_micro_batch(self) -> Self:
-        if self.max_micro_batch is not None and self.accumulation_pool != "update":
+        if self.max_micro_batch is not None and not self.grad_cache:
             raise ValueError(
-                "max_micro_batch: updates would depend on the world size; set training.accumulation_pool=update too"
+                "max_micro_batch: updates would depend on the world size; set training.grad_cache=true too"
             )
         return self

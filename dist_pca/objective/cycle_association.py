@@ -67,9 +67,9 @@ def association_inputs(
         inputs["target_labels"] = list(truth)
     if config.uses_teacher and target.teacher_logits is not None:
         inputs |= _teacher_inputs(config, level, source, target, grid)
-    if config.position_budget is not None:
-        source_picked = _picked(config, config.position_budget, source, grid[0], source_labels)
-        target_picked = _picked(config, config.position_budget, target, grid[1], None)
+    if config.pixel_budget is not None:
+        source_picked = _picked(config, config.pixel_budget, source, grid[0], source_labels)
+        target_picked = _picked(config, config.pixel_budget, target, grid[1], None)
         for name, images in inputs.items():
             picked = source_picked if name in ("source", "labels", "source_guide") else target_picked
             inputs[name] = [image[pixels] for image, pixels in zip(images, picked, strict=True)]
@@ -108,8 +108,8 @@ def _associate(
         torch.cat(labels),
         guide=None if guide is None else (torch.cat(guide[0]), torch.cat(guide[1])),
         group=node if config.scope == "node" else None,
-        exchange="local" if config.scope == "rank" else config.exchange,
-        wire_dtype=config.wire_dtype,
+        communication="local" if config.scope == "rank" else config.communication,
+        comm_dtype=config.comm_dtype,
         **tensors,
         **options,
     )
@@ -138,7 +138,7 @@ def _picked(
     config: AssociationConfig, budget: int, domain: Domain, grid: torch.Size, labels: torch.Tensor | None
 ) -> list[torch.Tensor]:
     """Sample the pixels of each image under a budget; balanced by class if there are labels."""
-    if labels is not None and config.position_sampling == "balanced":
+    if labels is not None and config.pixel_sampling == "balanced":
         return [
             class_balanced(label, budget, IGNORE_INDEX, seed) for label, seed in zip(labels, domain.seeds, strict=True)
         ]

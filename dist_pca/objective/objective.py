@@ -45,7 +45,7 @@ def objective(
         mixed: Target images with pasted source classes, if self-training is on.
         masked: Target images with hidden blocks, if masked consistency is on.
         step: Optimiser step, for the association's start and ramp.
-        accumulation: Micro-batches per update, for the released Lovasz convention and the bytes exchanged.
+        accumulation: Micro-batches per update, for the released Lovasz convention and the bytes sent.
         node: Process group of this node's ranks, for the association scope `node`.
         things: Train ids of the feature distance's classes.
     """
@@ -106,9 +106,9 @@ def objective(
                     f"consistent_ratio_{level}": found.consistent_ratio,
                     f"correct_ratio_{level}": found.correct_ratio,
                     f"kept_correct_ratio_{level}": found.kept_correct_ratio,
-                    f"nats_over_chance_{level}": found.nats_over_chance,
+                    f"mutual_information_bound_{level}": found.mutual_information_bound,
                     # Bytes per update: the log averages over micro-batches.
-                    f"exchanged_bytes_{level}": accumulation * found.exchanged_bytes,
+                    f"communication_bytes_{level}": accumulation * found.communication_bytes,
                     f"kept_per_class_{level}": found.kept_per_class,
                     **_confusions(level, target, found),
                 }

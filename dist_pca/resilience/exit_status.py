@@ -31,7 +31,7 @@ class ExitCode(IntEnum):
     REFUSED = UserError.EXIT_CODE
     """An error that the user can fix; the last line names it."""
     DIVERGED = 65
-    """Too many steps in a row without a finite loss and gradient; see bad_step.json."""
+    """Too many steps in a row without a finite loss and gradient; see non_finite_step.json."""
     LOST_RANK = 69
     """Another rank died or stalled; start the run again."""
     SAVED = 75

@@ -30,7 +30,7 @@ Phase = Literal[
     "teacher",
     "forward",
     "association",
-    "exchange",
+    "communication",
     "backward",
     "optimizer",
     "validation",

@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
+from dist_pca.config.aliases import rename_metrics
 from dist_pca.data.collate import Batch
 from dist_pca.files import append_line, drop_lines_after
 from dist_pca.training.loggers import SampleLog, Trackers
@@ -50,14 +51,14 @@ METRICS = {
     "kept_correct_ratio_LEVEL": "the same of kept cycles alone",
     "confusion_LEVEL": "matches by class: `source class → true class of the matched target pixel`; where that is known",
     "kept_confusion_LEVEL": "the same of kept cycles alone",
-    "nats_over_chance_LEVEL": "`ln N_source + ln N_target - loss`; a lower bound on mutual information (InfoNCE). "
-    "The loss itself grows with the number of candidates and compares only at equal numbers",
-    "exchanged_bytes_LEVEL": "bytes of keys, matches and gradients that a rank sends to others in one update",
+    "mutual_information_bound_LEVEL": "InfoNCE's lower bound on mutual information: `ln N_source + ln N_target - loss` "
+    "nats. The loss itself grows with the number of candidates and compares only at equal numbers",
+    "communication_bytes_LEVEL": "bytes of keys, matches and gradients that a rank sends to others in one update",
     "validation_mean_iou": "mIoU on `data.validation`, in the steps that are validated",
     "seconds_per_step": "wall time",
     "seconds": "the same by phase: `data` (waiting for it), `teacher` (its forward pass, and making "
-    "views), `forward`, `association`, of it `exchange` (waiting for "
-    "other ranks), `backward`, `optimizer`, `validation`, `checkpoint`, `log`; mean over ranks",
+    "views), `forward`, `association`, of it `communication` (waiting "
+    "for other ranks), `backward`, `optimizer`, `validation`, `checkpoint`, `log`; mean over ranks",
     "data_wait_share": "share of the time that waits for data",
     "images_per_second": "of both domains, over all ranks",
     "flops_per_second": "the network's forward and backward operations, on each rank",
@@ -71,7 +72,7 @@ TIMING = (
 )
 """Fields that differ between two runs of the same computation."""
 PHASES = (
-    *("data", "teacher", "forward", "association", "exchange", "backward"),
+    *("data", "teacher", "forward", "association", "communication", "backward"),
     *("optimizer", "validation", "checkpoint", "log"),
 )
 CONFUSIONS = tuple(
@@ -275,9 +276,9 @@ class MetricsLogger:
         }
 
     def _take_seconds(self) -> dict[str, float]:
-        """Seconds of this rank in each phase since the last call; `association` includes `exchange`."""
+        """Seconds of this rank in each phase since the last call; `association` includes `communication`."""
         taken = self._clock.take()
-        taken["association"] = taken.get("association", 0.0) + taken.get("exchange", 0.0)
+        taken["association"] = taken.get("association", 0.0) + taken.get("communication", 0.0)
         own = {phase: taken.get(phase, 0.0) for phase in PHASES}
         self._seconds = {phase: self._seconds[phase] + seconds for phase, seconds in own.items()}
         return own
@@ -314,7 +315,7 @@ class MetricsLogger:
         self._take_seconds()
         elapsed, steps = time.perf_counter() - self._began, self._step - self._start_step
         shares = [
-            f"{'of it ' if phase == 'exchange' else ''}{phase} {seconds / elapsed:.0%}"
+            f"{'of it ' if phase == 'communication' else ''}{phase} {seconds / elapsed:.0%}"
             for phase, seconds in self._seconds.items()
         ]
         self._console.print(
@@ -327,6 +328,7 @@ class MetricsLogger:
 
 def _restored(windows: list[Window]) -> Window:
     """Select this rank's saved window; on another number of ranks, take the mean of all windows."""
+    windows = [rename_metrics(window) for window in windows]
     ranks = dist.get_world_size()
     if len(windows) == ranks:
         return {name: (total, count) for name, (total, count) in windows[dist.get_rank()].items()}

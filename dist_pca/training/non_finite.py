@@ -64,7 +64,7 @@ class NonFiniteSteps:
 
         Args:
             module: The network; its buffers are restored after a non-finite step.
-            folder: The run folder, for bad_step.json.
+            folder: The run folder, for non_finite_step.json.
             limit: Number of non-finite steps in a row that ends the run.
         """
         self._folder, self._limit = folder, limit
@@ -115,7 +115,7 @@ class NonFiniteSteps:
             scale_overflowed: The loss scale was too large, so that a non-finite step does not count.
 
         Raises:
-            Diverged: on every rank, at the limit; bad_step.json then names the samples of every rank.
+            Diverged: on every rank, at the limit; non_finite_step.json then names the samples of every rank.
         """
         if math.isfinite(gradient_norm):
             self.consecutive = 0
@@ -125,17 +125,19 @@ class NonFiniteSteps:
             return True
         self.consecutive += 1
         ranks = self._gather_reports()
-        broken = "; ".join(f"rank {rank}: {', '.join(r['broken'])}" for rank, r in enumerate(ranks) if r["broken"])
+        broken = "; ".join(
+            f"rank {rank}: {', '.join(r['non_finite'])}" for rank, r in enumerate(ranks) if r["non_finite"]
+        )
         what = f"step {step}: not finite on {broken}" if broken else f"step {step}: the gradient norm is not finite"
         if dist.get_rank() == 0:
             _log.warning("%s; skipped, %d in a row of at most %d", what, self.consecutive, self._limit)
         if self.consecutive >= self._limit:
-            report = self._folder / "bad_step.json"
+            report = self._folder / "non_finite_step.json"
             if dist.get_rank() == 0:
-                write_json(report, {"step": step, "in_a_row": self.consecutive, "ranks": ranks})
+                write_json(report, {"step": step, "consecutive": self.consecutive, "ranks": ranks})
             dist.barrier()
             raise Diverged(
-                f"{what}, the last of {self.consecutive} in a row (training.max_bad_steps); {report} names the "
+                f"{what}, the last of {self.consecutive} in a row (training.max_non_finite_steps); {report} names the "
                 "samples; lower optimizer.lr or set optimizer.clip_norm, and resume with --resume"
             )
         return True
@@ -143,7 +145,7 @@ class NonFiniteSteps:
     def _gather_reports(self) -> list[dict[str, Any]]:
         own = {
             "keys": [report.keys for report in self._reports],
-            "broken": sorted(
+            "non_finite": sorted(
                 {name for report in self._reports for name, finite in report.finite.items() if not finite}
             ),
         }

@@ -38,7 +38,7 @@ FREE_KEYS = (
     *("name", "output", "data.workers", "data.validation", "evaluation", "telemetry"),
     *("model.activation_checkpointing", "model.compile", "training.offload", "training.validate_every"),
     *(f"training.{key}" for key in ("zero_stage", "log_every", "checkpoint_every", "keep_checkpoints")),
-    *(f"training.{key}" for key in ("time_limit", "stall_timeout", "max_bad_steps")),
+    *(f"training.{key}" for key in ("time_limit", "stall_timeout", "max_non_finite_steps")),
 )
 """Keys and sections that do not change what is computed, and may differ when a run is resumed."""
 GRAD_CACHE_KEYS = ("training.accumulation", "training.max_micro_batch")
@@ -48,9 +48,8 @@ FILES = (
     *("metrics.jsonl", "samples.jsonl", "starts.jsonl", "checkpoints/latest", "checkpoints/best"),
 )
 """Files that a run writes into its folder, beside its checkpoints."""
-_LAUNCH_KEYS = {"create_time": "born"}
-"""Keys in the file by field, where they differ."""
-_LAUNCH_FIELDS = {key: field for field, key in _LAUNCH_KEYS.items()}
+_OLD_LAUNCH_FIELDS = {"born": "create_time"}
+"""New field by the one that version 0.1 wrote."""
 PACKAGES = ("torch", "deepspeed", "accelerate", "timm", "webdataset")
 
 
@@ -216,7 +215,7 @@ def _check_nothing_is_lost(folder: Path, made: RunConfig) -> None:
 
 def config_differences(made: RunConfig, wanted: RunConfig) -> list[str]:
     """List the keys that decide what is computed and differ between two runs, each as `key: made -> wanted`."""
-    free = (*FREE_KEYS, *(GRAD_CACHE_KEYS if wanted.training.accumulation_pool == "update" else ()))
+    free = (*FREE_KEYS, *(GRAD_CACHE_KEYS if wanted.training.grad_cache else ()))
     return list(_differences(made.model_dump(mode="json"), wanted.model_dump(mode="json"), free))
 
 
@@ -250,7 +249,7 @@ class Launch(NamedTuple):
     process: int
     """Process id of rank 0."""
     create_time: float
-    """Unix time at which that process was created, since process ids are reused; `born` in the file."""
+    """Unix time at which that process was created, since process ids are reused."""
     job: str | None = None
     """SLURM's job id, if any."""
     restart: int = 0
@@ -271,8 +270,7 @@ def log_launch(folder: Path, step: int, world_size: int, environment: Mapping[st
         int(environment.get("SLURM_RESTART_COUNT", 0)),
     )
     with (folder / "starts.jsonl").open("a") as lines:
-        values = {_LAUNCH_KEYS.get(name, name): value for name, value in launch._asdict().items()}
-        lines.write(json.dumps(values) + "\n")
+        lines.write(json.dumps(launch._asdict()) + "\n")
 
 
 def read_launch_log(folder: Path) -> list[Launch]:
@@ -285,7 +283,7 @@ def read_launch_log(folder: Path) -> list[Launch]:
     for line in lines:
         try:
             values = json.loads(line)
-            launches.append(Launch(**{_LAUNCH_FIELDS.get(key, key): value for key, value in values.items()}))
+            launches.append(Launch(**{_OLD_LAUNCH_FIELDS.get(key, key): value for key, value in values.items()}))
         except (ValueError, TypeError, AttributeError):
             continue
     return launches

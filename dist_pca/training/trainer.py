@@ -126,7 +126,7 @@ class Trainer:
     def _micro_batches(self, step: int) -> Iterator[MicroBatch[StudentBatch]]:
         """Yield the micro-batches of a step (from 0), passed through the network and ready for backward."""
         config, training, engine, clock = self.run.config, self.run.config.training, self.engine, self.clock
-        cached = training.accumulation_pool == "update" and training.accumulation > 1
+        cached = training.grad_cache and training.accumulation > 1
         adaptive = config.model.running_statistics == "target"
         keep_statistics = partial(kept_statistics, engine.module) if adaptive else nullcontext
 
@@ -230,7 +230,7 @@ class Trainer:
         self.targets: Iterator[Batch | None] = (
             self._stream(stack, run.targets, "target", training.target_batch) if run.targets else repeat(None)
         )
-        self.non_finite_steps = NonFiniteSteps(self.engine.module, config.folder, training.max_bad_steps)
+        self.non_finite_steps = NonFiniteSteps(self.engine.module, config.folder, training.max_non_finite_steps)
         self.loss_scale = LossScale(self.engine, enabled=training.precision == "fp16", state=state)
         self.checkpoints = stack.enter_context(
             CheckpointWriter(config.folder / "checkpoints", config, device=self.device)

@@ -247,7 +247,7 @@ def test_labels_that_are_all_ignored_give_zero_with_a_graph(similarity: Similari
     assert target.grad is not None
     assert not source.grad.any()
     assert not target.grad.any()
-    assert found.nats_over_chance.isnan()
+    assert found.mutual_information_bound.isnan()
 
 
 def test_several_pairs_share_one_mean_over_their_cycles() -> None:
@@ -271,8 +271,8 @@ def test_diagnostics_count_what_they_say() -> None:
     assert float(found.cover_ratio) == pytest.approx(2 / 4)
     assert float(found.consistent_ratio) == pytest.approx(2 / 3)
     assert float(found.correct_ratio) == pytest.approx(1 / 3)
-    assert float(found.nats_over_chance) == pytest.approx(math.log(3) + math.log(4) - float(found.loss))
-    assert int(found.exchanged_bytes) == 0
+    assert float(found.mutual_information_bound) == pytest.approx(math.log(3) + math.log(4) - float(found.loss))
+    assert int(found.communication_bytes) == 0
     assert found.confusion.tolist() == [[1, 0], [2, 0]]
     assert found.kept_confusion.tolist() == [[1, 0], [1, 0]]
     assert float(found.kept_correct_ratio) == pytest.approx(1 / 2)
@@ -306,10 +306,10 @@ def test_a_teachers_class_and_weight_decide_which_cycles_count(implementation: s
     torch.testing.assert_close(weightless.loss, first.loss)
     weighted, second = found([0, 1, 0], [3, 1, 0]), found([0, 1, 0], [0, 1, 0])
     torch.testing.assert_close(weighted.loss, (6 * first.loss + second.loss) / 7)
-    assert float(weighted.nats_over_chance) == pytest.approx(2 * math.log(3) - float(weighted.loss), rel=1e-6)
+    assert float(weighted.mutual_information_bound) == pytest.approx(2 * math.log(3) - float(weighted.loss), rel=1e-6)
     nothing = found([0, 1, 0], [0, 0, 0])
     assert (int(nothing.kept), float(nothing.loss)) == (3, 0)
-    assert nothing.nats_over_chance.isnan()
+    assert nothing.mutual_information_bound.isnan()
 
 
 def test_without_target_labels_there_is_no_confusion() -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_the_first_names_of_the_functions_are_aliases() -> None:
 
 
 def test_help_lists_every_option_with_its_default() -> None:
-    communication = {"exchange", "wire_dtype"}
+    communication = {"communication", "comm_dtype"}
     for function, absent in (
         (cycle_association, set()),
         (CycleAssociationLoss, set()),
@@ -66,7 +66,7 @@ def test_help_lists_every_option_with_its_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "unknown", [{"similarty": "kl"}, {"exchange": "ring"}, {"wire_dtype": "fp32"}, {"group": None}]
+    "unknown", [{"similarty": "kl"}, {"communication": "ring"}, {"comm_dtype": "fp32"}, {"group": None}]
 )
 def test_what_is_no_option_of_pairs_is_refused(unknown: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=next(iter(unknown))):
@@ -93,7 +93,7 @@ def test_the_association_needs_torch_alone() -> None:
         {},
         {"similarity": "kl", "detach_statistics": False, "dtype": "bf16"},
         {"class_balanced": True, "guide_keys": True, "implementation": "reference", "deterministic": True},
-        {"exchange": "local", "wire_dtype": "bf16", "implementation": "online_softmax"},
+        {"communication": "local", "comm_dtype": "bf16", "implementation": "online_softmax"},
     ],
 )
 def test_the_module_is_the_function_bit_for_bit(options: dict[str, Any]) -> None:
@@ -110,3 +110,17 @@ def test_the_module_is_the_function_bit_for_bit(options: dict[str, Any]) -> None
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*results, strict=True))
     assert not list(criterion.parameters())
     assert f"num_classes={CLASSES}" in repr(criterion)
+
+
+def test_old_names_of_options_and_results_work_for_one_version() -> None:
+    pixels, old = (
+        (domain(30, 6, "cosine", 0), domain(20, 6, "cosine", 1), labels_of(30, 0)),
+        cast("Any", cycle_association),
+    )
+    found = cycle_association(*pixels, num_classes=CLASSES, communication="local", comm_dtype="bf16")
+    with pytest.warns(DeprecationWarning, match="exchange is now communication") as warned:
+        same = old(*pixels, num_classes=CLASSES, exchange="local", wire_dtype="bf16")
+    assert len(warned) == 2
+    assert torch.equal(same.loss, found.loss)
+    assert same.nats_over_chance is same.mutual_information_bound
+    assert same.exchanged_bytes is same.communication_bytes

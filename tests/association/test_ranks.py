@@ -17,7 +17,7 @@ SIZES = [(11, 7), (5, 9), (8, 4), (3, 12)]
 """Source and target pixels of each rank: uneven on purpose."""
 CHANNELS = 6
 Case = tuple[Similarity, str, str, str, bool, str]
-"""Similarity, scope, exchange, implementation, detach_statistics, refinement."""
+"""Similarity, scope, communication, implementation, detach_statistics, refinement."""
 REFINEMENTS: dict[str, dict[str, bool]] = {
     "": {},
     "classes": {"classes": True},
@@ -60,7 +60,13 @@ def through(weight: torch.Tensor, rows: torch.Tensor, similarity: Similarity) ->
 
 
 def numbers(found: Association) -> torch.Tensor:
-    ratios = [found.cover_ratio, found.consistent_ratio, found.correct_ratio, found.nats_over_chance, found.kept]
+    ratios = [
+        found.cover_ratio,
+        found.consistent_ratio,
+        found.correct_ratio,
+        found.mutual_information_bound,
+        found.kept,
+    ]
     ratios += [found.kept_correct_ratio, *found.confusion.flatten(), *found.kept_confusion.flatten()]
     return torch.tensor([float(value) for value in ratios] + found.kept_per_class.tolist(), dtype=torch.float64)
 
@@ -78,7 +84,7 @@ def all_cases(rank: int, ranks: int) -> list[dict[str, Any]]:
 
 
 def one_rank(rank: int, ranks: int, node: dist.ProcessGroup, case: Case) -> dict[str, Any]:
-    similarity, scope, exchange, implementation, detach, _ = case
+    similarity, scope, communication, implementation, detach, _ = case
     own, switches = refined(case, rank)
     sources, targets, labels = pixels(similarity, ranks)
     weight = torch.eye(CHANNELS, dtype=torch.float64, requires_grad=True)
@@ -90,7 +96,7 @@ def one_rank(rank: int, ranks: int, node: dist.ProcessGroup, case: Case) -> dict
         num_classes=CLASSES,
         target_labels=labels_of(len(targets[rank]), rank),
         group=node if scope == "node" else None,
-        exchange=exchange,  # type: ignore[arg-type]
+        communication=communication,  # type: ignore[arg-type]
         detach_statistics=detach,
         implementation=implementation,  # type: ignore[arg-type]
         **own,
@@ -105,7 +111,7 @@ def one_rank(rank: int, ranks: int, node: dist.ProcessGroup, case: Case) -> dict
         "loss": loss / ranks,
         "gradient": weight.grad / ranks,
         "numbers": numbers(found),
-        "sent": int(found.exchanged_bytes),
+        "sent": int(found.communication_bytes),
     }
 
 
@@ -157,22 +163,22 @@ def test_ranks_equal_one_process_in_every_scope_and_exchange(tmp_path: Path, ran
 def in_several_types(rank: int, ranks: int) -> dict[str, Any]:
     sources, targets, labels = pixels("cosine", ranks)
     results: dict[str, Any] = {}
-    for exchange, dtype, comm_dtype in product(("gather", "ring"), ("fp32", "bf16"), ("fp32", "bf16")):
+    for communication, dtype, comm_dtype in product(("gather", "ring"), ("fp32", "bf16"), ("fp32", "bf16")):
         source = sources[rank].float().requires_grad_()
         found = cycle_association(
             source,
             targets[rank].float(),
             labels[rank],
             num_classes=CLASSES,
-            exchange=exchange,  # type: ignore[arg-type]
+            communication=communication,  # type: ignore[arg-type]
             dtype=dtype,  # type: ignore[arg-type]
-            wire_dtype=comm_dtype,  # type: ignore[arg-type]
+            comm_dtype=comm_dtype,  # type: ignore[arg-type]
         )
         found.loss.backward()
         loss = found.loss.detach().clone()
         dist.all_reduce(loss)
-        sent = int(found.exchanged_bytes)
-        results[f"{exchange} {dtype} {comm_dtype}"] = {"loss": loss / ranks, "grad": source.grad, "sent": sent}
+        sent = int(found.communication_bytes)
+        results[f"{communication} {dtype} {comm_dtype}"] = {"loss": loss / ranks, "grad": source.grad, "sent": sent}
     return results
 
 
@@ -186,8 +192,8 @@ def test_matmul_and_comm_dtypes_of_either_kind_find_the_same_loss(tmp_path: Path
         tolerance = 2e-2 if "bf16" in name else 1e-5
         torch.testing.assert_close(result["loss"], expected, rtol=tolerance, atol=0, check_dtype=False, msg=name)
         assert result["grad"].isfinite().all()
-    for exchange in ("gather", "ring"):
-        assert found[f"{exchange} fp32 bf16"]["sent"] < found[f"{exchange} fp32 fp32"]["sent"]
+    for communication in ("gather", "ring"):
+        assert found[f"{communication} fp32 bf16"]["sent"] < found[f"{communication} fp32 fp32"]["sent"]
 
 
 def repeated(rank: int, ranks: int) -> list[torch.Tensor | None]:
@@ -196,7 +202,7 @@ def repeated(rank: int, ranks: int) -> list[torch.Tensor | None]:
     for _ in range(3):
         source = sources[rank].float().requires_grad_()
         cycle_association(
-            source, targets[rank].float(), labels[rank], num_classes=CLASSES, exchange="ring"
+            source, targets[rank].float(), labels[rank], num_classes=CLASSES, communication="ring"
         ).loss.backward()
         gradients.append(source.grad)
     return gradients
@@ -305,7 +311,7 @@ def test_a_wrong_refinement_on_one_rank_is_an_error_on_all_that_names_rank_and_t
 def without_a_kept_cycle(rank: int, ranks: int) -> list[torch.Tensor]:
     sources, targets, labels = pixels("cosine", ranks)
     results = []
-    for weight, seen, exchange in product((0.0, 1.0), (255, None), ("gather", "ring")):
+    for weight, seen, communication in product((0.0, 1.0), (255, None), ("gather", "ring")):
         source, target = sources[rank].clone().requires_grad_(), targets[rank].clone().requires_grad_()
         found = cycle_association(
             source,
@@ -316,7 +322,7 @@ def without_a_kept_cycle(rank: int, ranks: int) -> list[torch.Tensor]:
             target_classes=None if seen is None else torch.full((len(target),), seen),
             class_balanced=True,
             guide=(source.roll(1, dims=1), target),
-            exchange=exchange,  # type: ignore[arg-type]
+            communication=communication,  # type: ignore[arg-type]
         )
         found.loss.backward()
         assert source.grad is not None

@@ -31,10 +31,10 @@ def test_one_process_runs_through_ten_files(implementation: str, given: dict[str
 
 
 def each_exchange(rank: int, ranks: int) -> dict[str, list[str]]:
-    return {name: features_to_gradient(rank, ranks, {"exchange": name}, {}) for name in ("gather", "ring")}
+    return {name: features_to_gradient(rank, ranks, {"communication": name}, {}) for name in ("gather", "ring")}
 
 
 def test_ranks_run_through_eleven_files(tmp_path: Path) -> None:
     for by_exchange in run_on_ranks(each_exchange, 2, tmp_path):
-        for exchange, files in by_exchange.items():
-            assert len(files) <= MOST_ON_RANKS, "\n".join([exchange, *files])
+        for communication, files in by_exchange.items():
+            assert len(files) <= MOST_ON_RANKS, "\n".join([communication, *files])

@@ -143,7 +143,7 @@ def test_refinements_streamed_equal_those_of_the_reference(
     assert_equal(found, expected, 1e-8)
     for name in ("confusion", "kept_confusion"):
         assert torch.equal(getattr(found[0], name), getattr(expected[0], name))
-    for name in ("kept_correct_ratio", "nats_over_chance"):
+    for name in ("kept_correct_ratio", "mutual_information_bound"):
         torch.testing.assert_close(getattr(found[0], name), getattr(expected[0], name), equal_nan=True)
 
 

@@ -55,14 +55,14 @@ def one_rank(rank: int, ranks: int, scope: str, budget: int | None) -> dict[str,
     association = AssociationConfig(
         weight=0.5,
         scope=scope,  # type: ignore[arg-type]
-        position_budget=budget,
-        position_sampling="balanced",
+        pixel_budget=budget,
+        pixel_sampling="balanced",
     )
     config = ObjectiveConfig(association=association)
     loss, terms = objective(config, *domains, step=0)
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
-    sent = [int(terms.pop(f"exchanged_bytes_{level}")) for level in config.association.levels]
+    sent = [int(terms.pop(f"communication_bytes_{level}")) for level in config.association.levels]
     assert (min(sent) > 0) == (ranks > 1 and scope == "world")
     values = torch.stack([terms[name].detach().double() for name in sorted(terms) if terms[name].ndim == 0])
     if dist.is_initialized():
@@ -154,12 +154,12 @@ def test_smoothness_sharpens_below_its_threshold_and_smooths_above() -> None:
 def test_a_budget_limits_the_positions_of_every_image(sampling: str) -> None:
     net = network()
     source, target = (net(*images(2, seed))._replace(seeds=(3, 4)) for seed in (1, 2))
-    config = AssociationConfig(position_budget=8, position_sampling=sampling)  # type: ignore[arg-type]
+    config = AssociationConfig(pixel_budget=8, pixel_sampling=sampling)  # type: ignore[arg-type]
     _, terms = objective(ObjectiveConfig(association=config), source, target, step=0)
     everywhere = objective(ObjectiveConfig(), source, target, step=0)[1]
-    chance = float(terms["nats_over_chance_features"]) + terms["association_features"].item()
+    chance = float(terms["mutual_information_bound_features"]) + terms["association_features"].item()
     assert chance <= math.log(16) + math.log(16) + 1e-6
-    assert float(everywhere["nats_over_chance_features"]) + everywhere["association_features"].item() > chance
+    assert float(everywhere["mutual_information_bound_features"]) + everywhere["association_features"].item() > chance
 
 
 def test_features_that_are_not_finite_name_the_level() -> None:

@@ -32,9 +32,7 @@ def apart(one: Trained, other: Trained) -> float:
 def test_one_loss_over_micro_batches_is_that_of_the_bigger_batch(scope: str, accumulation: int) -> None:
     settings = (*COMMON, f"objective.association.scope={scope}")
     whole = plain(run_config(2, "sgd", *settings), 2)
-    pooled = run_config(
-        2, "sgd", *settings, f"training.accumulation={accumulation}", "training.accumulation_pool=update"
-    )
+    pooled = run_config(2, "sgd", *settings, f"training.accumulation={accumulation}", "training.grad_cache=true")
     assert apart(plain(pooled, 2), whole) < 1e-4
 
 
@@ -54,17 +52,15 @@ def test_running_statistics_follow_each_micro_batch_once() -> None:
     # Without a step in between, both see the same activations.
     still = ("optimizer.lr=1e-30",)
     separate, pooled = (
-        plain(run_config(2, "sgd", *settings, *still, f"training.accumulation_pool={pool}", "training.ema_decay=0"), 1)[
-            1
-        ]
-        for pool in ("micro_batch", "update")
+        plain(run_config(2, "sgd", *settings, *still, f"training.grad_cache={cached}", "training.ema_decay=0"), 1)[1]
+        for cached in (False, True)
     )
     torch.testing.assert_close(pooled, separate, rtol=0, atol=1e-12)
 
 
 def batches(source: int, target: int, largest: int, *more: str) -> RunConfig:
     sizes = (f"training.source_batch={source}", f"training.target_batch={target}")
-    limit = ("training.accumulation_pool=update", f"training.max_micro_batch={largest}")
+    limit = ("training.grad_cache=true", f"training.max_micro_batch={largest}")
     return run_config(2, "sgd", *sizes, *limit, *more)
 
 
@@ -94,7 +90,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused_with_sizes_that_they_can() -
 
 
 def test_a_limit_without_one_loss_is_refused() -> None:
-    with pytest.raises(UserError, match=r"max_micro_batch: .*; set training.accumulation_pool=update too"):
+    with pytest.raises(UserError, match=r"max_micro_batch: .*; set training.grad_cache=true too"):
         run_config(2, "sgd", "training.max_micro_batch=2")
 
 
@@ -103,7 +99,7 @@ def test_a_run_goes_on_with_its_batch_on_fewer_ranks_of_the_same_memory(tmp_path
     draw_streets(tmp_path)
     settings = {
         "training__max_micro_batch": 2,
-        "training__accumulation_pool": "update",
+        "training__grad_cache": "true",
         "model__batch_norm": "frozen",
         "schedule__horizon": 8,
         # As where world sizes change without it.
@@ -140,8 +136,8 @@ def test_a_run_goes_on_with_its_batch_on_fewer_ranks_of_the_same_memory(tmp_path
 def test_one_loss_over_ranks_and_micro_batches_is_that_of_one_process_on_the_whole_batch(
     tmp_path: Path, stage: int, ranks: int, scope: str, exchange: str
 ) -> None:
-    settings = (*COMMON, f"objective.association.scope={scope}", f"objective.association.exchange={exchange}")
-    pooled = ("training.accumulation=2", "training.accumulation_pool=update")
+    settings = (*COMMON, f"objective.association.scope={scope}", f"objective.association.communication={exchange}")
+    pooled = ("training.accumulation=2", "training.grad_cache=true")
     checkpoint = through_deepspeed(tmp_path, run_config(stage, "sgd", *settings, *pooled), ranks)
     config = run_config(stage, "sgd", *settings)
     assert_equal(checkpoint, plain(config, STEPS), config)

@@ -157,7 +157,7 @@ def test_a_log_file_ends_with_where_the_time_went(tmp_path: Path, capfd: pytest.
     assert [line.split("  ")[0] for line in said[:2]] == ["step 2/3", "step 3/3"]
     assert re.fullmatch(
         r"steps 1 to 3 in 0\.0 min, \S+ s each, \S+ images/s: data 0%, teacher 0%, forward 0%, .*, "
-        r"of it exchange 0%, .*log \d+%",
+        r"of it communication 0%, .*log \d+%",
         said[2],
     )
     assert len(said) == 3

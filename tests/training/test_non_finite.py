@@ -52,13 +52,13 @@ def test_what_association_gets_is_finite_and_otherwise_untouched() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.exhaustive), 2, 3])
-def test_a_bad_step_leaves_no_trace_and_many_in_a_row_stop_the_run(tmp_path: Path, stage: int) -> None:
+def test_a_non_finite_step_leaves_no_trace_and_many_in_a_row_stop_the_run(tmp_path: Path, stage: int) -> None:
     build_streets(tmp_path)
     settings = (
         f"training.zero_stage={stage}",
         "training.checkpoint_every=1",
         "training.keep_checkpoints=9",
-        "training.max_bad_steps=2",
+        "training.max_non_finite_steps=2",
     )
     done = launch(
         tmp_path,
@@ -91,9 +91,9 @@ def test_a_bad_step_leaves_no_trace_and_many_in_a_row_stop_the_run(tmp_path: Pat
     assert [line["gradient_norm"] is None for line in lines] == [False, False, True, False, True]
 
     known = {key for shard in load_manifest(tmp_path / "day").shards for key in shard.keys}
-    report = json.loads((run / "bad_step.json").read_text())
+    report = json.loads((run / "non_finite_step.json").read_text())
     assert report["step"] == 6
-    assert [rank["broken"] for rank in report["ranks"]] == [[], ["lovasz"]]
+    assert [rank["non_finite"] for rank in report["ranks"]] == [[], ["lovasz"]]
     for rank in report["ranks"]:
         (keys,) = rank["keys"]
         assert [len(keys[name]) for name in ("source", "target")] == [2, 2]

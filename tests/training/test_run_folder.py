@@ -42,13 +42,13 @@ def test_keys_that_say_where_and_how_a_run_is_made_may_change(made: Path, overri
     check_resume(demo(made, override), None)
 
 
-@pytest.mark.parametrize(("pool", "free"), [("update", True), ("micro_batch", False)])
-def test_accumulation_may_change_where_an_update_has_one_loss(tmp_path: Path, pool: str, free: bool) -> None:
-    before = demo(tmp_path, f"training.accumulation_pool={pool}")
+@pytest.mark.parametrize("cached", [True, False])
+def test_accumulation_may_change_where_an_update_has_one_loss(tmp_path: Path, cached: bool) -> None:
+    before = demo(tmp_path, f"training.grad_cache={cached}")
     before.folder.mkdir()
     save_config(before, before.folder / "config.yaml")
-    after = demo(tmp_path, f"training.accumulation_pool={pool}", "training.accumulation=2")
-    with nullcontext() if free else pytest.raises(UserError, match=r"training\.accumulation: 1 -> 2"):
+    after = demo(tmp_path, f"training.grad_cache={cached}", "training.accumulation=2")
+    with nullcontext() if cached else pytest.raises(UserError, match=r"training\.accumulation: 1 -> 2"):
         check_resume(after, None)
 
 

@@ -43,7 +43,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
     "more",
     [
         (),
-        pytest.param(("training.accumulation=2", "training.accumulation_pool=update"), marks=pytest.mark.exhaustive),
+        pytest.param(("training.accumulation=2", "training.grad_cache=true"), marks=pytest.mark.exhaustive),
     ],
 )
 def test_two_ranks_with_every_term_are_one_rank_with_the_whole_batch(tmp_path: Path, more: tuple[str, ...]) -> None:

@@ -46,9 +46,9 @@ def test_every_scope_and_exchange_trains_as_one_process_does(
     common = [
         f"training.source_batch={images}",
         f"training.target_batch={images}",
-        "objective.association.position_budget=48",
-        "objective.association.position_sampling=balanced",
-        f"objective.association.exchange={exchange}",
+        "objective.association.pixel_budget=48",
+        "objective.association.pixel_sampling=balanced",
+        f"objective.association.communication={exchange}",
     ]
     config = run_config(stage, "sgd", *common, f"objective.association.scope={scope}")
     alone = run_config(
@@ -60,7 +60,7 @@ def test_every_scope_and_exchange_trains_as_one_process_does(
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", [pytest.param("gather", marks=pytest.mark.exhaustive), "ring"])
 def test_accumulated_micro_batches_train_as_in_one_process(tmp_path: Path, exchange: str) -> None:
-    config = run_config(2, "sgd", "training.accumulation=2", f"objective.association.exchange={exchange}")
+    config = run_config(2, "sgd", "training.accumulation=2", f"objective.association.communication={exchange}")
     assert_equal(through_deepspeed(tmp_path, config, 2), plain(config, STEPS), config)
 
 

@@ -97,7 +97,7 @@ def micro_batches(model: Any, config: RunConfig, step: int, rank: int, ranks: in
     def loss_of(domains: Domains) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return objective(config.objective, *domains, step=step)
 
-    if training.accumulation_pool == "update":
+    if training.grad_cache:
         return grad_cache(next_batch, forward, loss_of, training.accumulation, getattr(model, "module", model))
     return separate_losses(next_batch, forward, loss_of, training.accumulation)
 

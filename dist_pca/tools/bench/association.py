@@ -11,14 +11,14 @@ import torch
 
 from dist_pca.association.options import Similarity
 from dist_pca.errors import UserError
-from dist_pca.tools.bench.cases import Case, Data, Exchange, Measured, Precision
+from dist_pca.tools.bench.cases import Case, Communication, Data, Measured, Precision
 from dist_pca.tools.bench.measure import Reading, ReferenceValues, compute_reference, measure, measure_peak
 from dist_pca.tools.bench.memory import available
 from dist_pca.tools.bench.processes import OutOfMemory, in_fresh_processes
 from dist_pca.tools.bench.report import Record
 
 CONFIGURATION = (
-    *("implementation", "exchange", "world_size", "dtype", "n_source", "n_target", "channels"),
+    *("implementation", "communication", "world_size", "dtype", "n_source", "n_target", "channels"),
     *("similarity", "data", "spread"),
 )
 """Fields of a record that say what was measured."""
@@ -41,7 +41,7 @@ class Plan:
     channels: int
     dtypes: Sequence[Precision]
     world_size: int
-    exchanges: Sequence[Exchange]
+    communications: Sequence[Communication]
     """Empty stands for all in a world of several ranks."""
     implementations: Sequence[Measured]
     """Empty stands for all that can run here."""
@@ -60,8 +60,8 @@ def cases(plan: Plan) -> list[Case]:
     Raises:
         UserError: the plan asks for what cannot be measured here.
     """
-    if plan.exchanges and plan.world_size == 1:
-        raise UserError("--exchange is between ranks: give --world 2 or more, or leave --exchange out")
+    if plan.communications and plan.world_size == 1:
+        raise UserError("--communication is between ranks: give --world 2 or more, or leave --communication out")
     if torch.cuda.is_available() and plan.world_size > torch.cuda.device_count():
         raise UserError(
             f"--world {plan.world_size} needs as many GPUs and this machine has {torch.cuda.device_count()}; "
@@ -75,7 +75,7 @@ def cases(plan: Plan) -> list[Case]:
             n=n,
             channels=plan.channels,
             world_size=plan.world_size,
-            exchange=exchange,
+            communication=communication,
             similarity=plan.similarity,
             data=plan.data,
             spread=plan.spread,
@@ -88,7 +88,7 @@ def cases(plan: Plan) -> list[Case]:
         for n in sorted(set(plan.sizes))
         for implementation in _implementations(plan)
         for dtype in _dtypes(plan, implementation)
-        for exchange in _exchanges(plan, implementation)
+        for communication in _communications(plan, implementation)
     ]
 
 
@@ -137,11 +137,11 @@ def _dtypes(plan: Plan, implementation: Measured) -> Sequence[Precision]:
     return ("fp32",) if implementation == "dense" else tuple(dict.fromkeys(plan.dtypes))
 
 
-def _exchanges(plan: Plan, implementation: Measured) -> Sequence[Exchange | None]:
+def _communications(plan: Plan, implementation: Measured) -> Sequence[Communication | None]:
     if plan.world_size == 1 or implementation == "matmul":
         return (None,)
     # Dense rows are whole, so it gathers.
-    return ("gather",) if implementation == "dense" else tuple(dict.fromkeys(plan.exchanges or ("gather", "ring")))
+    return ("gather",) if implementation == "dense" else tuple(dict.fromkeys(plan.communications or ("gather", "ring")))
 
 
 def _reference(case: Case, file: Path) -> tuple[ReferenceValues, Path] | None:
@@ -156,7 +156,7 @@ def _reference(case: Case, file: Path) -> tuple[ReferenceValues, Path] | None:
 def _record(case: Case, reference: tuple[ReferenceValues, Path] | None, store: Path) -> Record:
     record: Record = {
         "implementation": case.implementation,
-        "exchange": case.exchange,
+        "communication": case.communication,
         "world_size": case.world_size,
         "dtype": case.dtype,
         "n_source": case.n,
@@ -173,7 +173,7 @@ def _record(case: Case, reference: tuple[ReferenceValues, Path] | None, store: P
         "repeats": None,
         "kept_ratio": None,
         "cover_ratio": None,
-        "exchanged_bytes": None,
+        "communication_bytes": None,
         "note": None,
     }
     if not torch.cuda.is_available() and not _fits(_needed_bytes(case)):
@@ -195,7 +195,7 @@ def _measured(readings: Sequence[Reading], reference: ReferenceValues | None) ->
         [max(times) for times in zip(*ranks, strict=True)]
         for ranks in ([reading.seconds for reading in readings], [reading.seconds_value for reading in readings])
     )
-    exchanged = [reading.exchanged_bytes for reading in readings if reading.exchanged_bytes is not None]
+    sent = [reading.communication_bytes for reading in readings if reading.communication_bytes is not None]
     first = readings[0]
     measured: Record = {
         "seconds": statistics.median(seconds),
@@ -203,7 +203,7 @@ def _measured(readings: Sequence[Reading], reference: ReferenceValues | None) ->
         "repeats": len(seconds),
         "kept_ratio": first.kept_ratio,
         "cover_ratio": first.cover_ratio,
-        "exchanged_bytes": max(exchanged, default=None),
+        "communication_bytes": max(sent, default=None),
     }
     if reference is not None and first.loss is not None:
         differences = [reading.gradient_difference for reading in readings if reading.gradient_difference is not None]
@@ -232,4 +232,4 @@ def _fits(needed: float) -> bool:
 
 def _shown(case: Case) -> str:
     world = "" if case.world_size == 1 else f", {case.world_size} ranks"
-    return " ".join(filter(None, (case.implementation, case.dtype, case.exchange))) + f", n = {case.n}{world}"
+    return " ".join(filter(None, (case.implementation, case.dtype, case.communication))) + f", n = {case.n}{world}"

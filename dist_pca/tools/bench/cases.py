@@ -8,7 +8,7 @@ import torch
 from dist_pca.association.options import Similarity
 
 Measured = Literal["dense", "blockwise", "triton", "matmul"]
-Exchange = Literal["gather", "ring"]
+Communication = Literal["gather", "ring"]
 Precision = Literal["fp32", "bf16"]
 Data = Literal["clustered", "random"]
 
@@ -30,7 +30,7 @@ class Case:
     """Positions of each domain on each rank."""
     channels: int
     world_size: int
-    exchange: Exchange | None
+    communication: Communication | None
     """None in a world of one, and for `matmul`."""
     similarity: Similarity
     data: Data

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dist_pca.config.aliases import warn_renamed
 from dist_pca.errors import UserError
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ dist-pca bench association --n 2048 --implementation dense --implementation bloc
 
 dist-pca bench association --sweep 1024,2048,4096,16384,65536 --plot association.png
 
-dist-pca bench association --world 2 --n 4096 --exchange gather --exchange ring --dtype fp32
+dist-pca bench association --world 2 --n 4096 --communication gather --communication ring --dtype fp32
 
 dist-pca bench association --save results.csv && dist-pca bench table results.csv
 """
@@ -71,7 +72,7 @@ class _Dtype(str, Enum):
     BF16 = "bf16"
 
 
-class _Exchange(str, Enum):
+class _Communication(str, Enum):
     GATHER = "gather"
     RING = "ring"
 
@@ -98,7 +99,7 @@ def _root() -> None:
 
 @app.command("association", epilog=_ASSOCIATION_EXAMPLES)
 def association(
-    n: Annotated[int, typer.Option("--n", min=1, help="Positions of each domain, on each rank. 8464 is 92 x 92.")] = (
+    n: Annotated[int, typer.Option("--n", min=1, help="Pixels of each domain, on each rank. 8464 is 92 x 92.")] = (
         8464
     ),
     channels: Annotated[int, typer.Option(min=1, help="Length of a feature; for kl, of a probability vector.")] = 256,
@@ -108,12 +109,15 @@ def association(
     ] = None,
     world: Annotated[
         int,
-        typer.Option(min=1, help="Ranks that make one pool, on this machine: one on each GPU, or sharing its cores."),
+        typer.Option(
+            min=1, help="Ranks of this machine that associate together: one on each GPU, or sharing its cores."
+        ),
     ] = 1,
-    exchange: Annotated[
-        list[_Exchange] | None,
-        typer.Option(help="How ranks see each other's positions. Repeatable.", show_default="both"),
+    communication: Annotated[
+        list[_Communication] | None,
+        typer.Option(help="How ranks get each other's pixels. Repeatable.", show_default="both"),
     ] = None,
+    exchange: Annotated[list[_Communication] | None, typer.Option(hidden=True)] = None,
     implementation: Annotated[
         list[_Implementation] | None,
         typer.Option(
@@ -121,10 +125,10 @@ def association(
             show_default="all that can run",
         ),
     ] = None,
-    similarity: Annotated[Literal["cosine", "kl"], typer.Option(help="What makes positions alike.")] = "cosine",
+    similarity: Annotated[Literal["cosine", "kl"], typer.Option(help="Similarity of pixels.")] = "cosine",
     data: Annotated[
         Literal["clustered", "random"],
-        typer.Option(help="Whether positions of a class lie together, or nothing has to do with anything."),
+        typer.Option(help="Whether pixels of a class lie together, or features and labels are independent."),
     ] = "clustered",
     spread: Annotated[
         float,
@@ -147,9 +151,14 @@ def association(
 
     Each line is measured in fresh processes; where several ranks take part, the slowest and the largest count.
     [bold]times product[/] is the time over that of one bare matrix product of the same size and type.
-    Errors are relative to dense autograd in fp64, up to 12,000 positions of all ranks.
+    Errors are relative to dense autograd in fp64, up to 12,000 pixels of all ranks.
     """
     sizes = [n, *_sizes(sweep)]
+    if exchange:
+        if communication:
+            raise UserError("--exchange is the old name of --communication, and both are given; leave out --exchange")
+        warn_renamed("--exchange", "--communication", "bench association")
+        communication = exchange
     from dist_pca.tools.bench import comparison, report
     from dist_pca.tools.bench.association import CONFIGURATION, Plan, cases, run
 
@@ -162,7 +171,7 @@ def association(
         channels=channels,
         dtypes=_values(dtype or _Dtype),
         world_size=world,
-        exchanges=_values(exchange or ()),
+        communications=_values(communication or ()),
         implementations=_values(implementation or ()),
         similarity=similarity,
         data=data,

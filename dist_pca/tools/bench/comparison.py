@@ -8,7 +8,7 @@ from rich.table import Table
 
 from dist_pca.tools.bench.report import Record, Value, markdown_table, rich_table
 
-_NOT_IN_TERMINAL = ("n", "kept", "cover", "ranks", "value only", "exchanged")
+_NOT_IN_TERMINAL = ("n", "kept", "cover", "ranks", "value only", "sent")
 _CAPTION = ("device", "torch", "world_size", "channels", "similarity", "data", "spread")
 _SETTING = ("device", "world_size", "n_source", "n_target", "channels", "similarity", "data", "spread")
 
@@ -41,7 +41,7 @@ def _cells(record: Record, records: Sequence[Record]) -> dict[str, str]:
     return {
         "implementation": str(record["implementation"]),
         "dtype": str(record["dtype"]),
-        "exchange": str(record["exchange"] or ""),
+        "communication": str(record["communication"] or ""),
         "ranks": str(record["world_size"]) if several else "",
         "n": f"{record['n_source']:,}",
         "time": _seconds(record["seconds"]),
@@ -54,7 +54,7 @@ def _cells(record: Record, records: Sequence[Record]) -> dict[str, str]:
         "gradient error": _error(record["gradient_error"]),
         "kept": _share(record["kept_ratio"]),
         "cover": _share(record["cover_ratio"]),
-        "exchanged": _bytes(record["exchanged_bytes"]),
+        "sent": _bytes(record["communication_bytes"]),
         "note": str(record["note"] or ""),
     }
 
@@ -69,10 +69,10 @@ def _ratio(above: Record | None, below: Record | None, field: str) -> float | No
 
 
 def series(records: Iterable[Record]) -> dict[tuple[str, str, str], list[Record]]:
-    """Records by implementation, dtype and exchange (empty for none), each list in order of n."""
+    """Records by implementation, dtype and communication (empty for none), each list in order of n."""
     lines: dict[tuple[str, str, str], list[Record]] = {}
     for record in sorted(records, key=lambda r: int(r["n_source"] or 0)):
-        key = (str(record["implementation"]), str(record["dtype"]), str(record["exchange"] or ""))
+        key = (str(record["implementation"]), str(record["dtype"]), str(record["communication"] or ""))
         lines.setdefault(key, []).append(record)
     return lines
 
@@ -94,9 +94,9 @@ def power_law(n: Sequence[int], values: Sequence[float]) -> tuple[float, float] 
 def growth(records: Iterable[Record]) -> list[dict[str, str]]:
     """One row of cells for each line of a sweep: the exponents of time and memory against n."""
     rows = []
-    for (implementation, dtype, exchange), line in series(records).items():
+    for (implementation, dtype, communication), line in series(records).items():
         fits = [power_law(*points(line, field)) for field in ("seconds", "peak_bytes")]
-        cells = {"implementation": implementation, "dtype": dtype, "exchange": exchange}
+        cells = {"implementation": implementation, "dtype": dtype, "communication": communication}
         cells |= {
             name: "" if fit is None else f"n^{fit[1]:.2f}" for name, fit in zip(("time", "memory"), fits, strict=True)
         }

@@ -37,7 +37,7 @@ class Reading:
     """Largest absolute difference from the reference, None where there is none."""
     kept_ratio: float | None = None
     cover_ratio: float | None = None
-    exchanged_bytes: int | None = None
+    communication_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def measure(rank: int, case: Case, store: Path, reference: Path | None) -> Readi
             gradient_difference=None if reference is None else _difference(rank, case, gradients, reference),
             kept_ratio=float(association.consistent_ratio),
             cover_ratio=float(association.cover_ratio),
-            exchanged_bytes=int(association.exchanged_bytes) if case.world_size > 1 else None,
+            communication_bytes=int(association.communication_bytes) if case.world_size > 1 else None,
         )
 
 
@@ -121,10 +121,10 @@ def _value(case: Case, source: torch.Tensor, target: torch.Tensor, labels: torch
         labels,
         similarity=case.similarity,
         num_classes=case.classes,
-        exchange=case.exchange or "local",
+        communication=case.communication or "local",
         implementation=_IMPLEMENTATIONS[case.implementation],
         dtype=case.dtype,
-        wire_dtype=case.dtype,
+        comm_dtype=case.dtype,
     )
 
 

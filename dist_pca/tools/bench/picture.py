@@ -43,7 +43,7 @@ def draw(records: Sequence[Record], device: str, file: Path) -> None:
     memory_axes.set_ylabel("peak memory above the start, GiB")
     sizes = sorted({int(record["n_source"] or 0) for record in records})
     for axes in (time_axes, memory_axes):
-        axes.set_xlabel("n, positions of each domain" + (" on each rank" if records[0]["world_size"] != 1 else ""))
+        axes.set_xlabel("n, pixels of each domain" + (" on each rank" if records[0]["world_size"] != 1 else ""))
         axes.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=30 if len(sizes) > 5 else 0)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -54,7 +54,7 @@ def draw(records: Sequence[Record], device: str, file: Path) -> None:
     handles, labels = time_axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, handlelength=3)
     ranks = f", {records[0]['world_size']} ranks" if records[0]["world_size"] != 1 else ""
-    figure.suptitle(f"Association of n with n positions, C = {records[0]['channels']}{ranks} ({device})", fontsize=11)
+    figure.suptitle(f"Association of n with n pixels, C = {records[0]['channels']}{ranks} ({device})", fontsize=11)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=160)
 
@@ -63,12 +63,12 @@ def _draw_lines(axes: "Axes", records: Sequence[Record], field: str, unit: float
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     crosses = False
-    for (implementation, dtype, exchange), line in series(records).items():
+    for (implementation, dtype, communication), line in series(records).items():
         n, values = points(line, field)
         style: dict[str, Any] = {"color": _COLOURS[implementation], "linestyle": _DASHES[dtype]}
-        name = " ".join(filter(None, (_NAMES.get(implementation, implementation), dtype, exchange)))
+        name = " ".join(filter(None, (_NAMES.get(implementation, implementation), dtype, communication)))
         scaled = [value / unit for value in values]
-        axes.plot(n, scaled, label=name, marker=_MARKERS[exchange], markersize=4, linewidth=1.8, **style)
+        axes.plot(n, scaled, label=name, marker=_MARKERS[communication], markersize=4, linewidth=1.8, **style)
         # Small sizes are overhead: what lies beyond follows the last two.
         fit = power_law(n[-2:], scaled[-2:])
         missing = [int(record["n_source"] or 0) for record in line if record["note"]]

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 import dist_pca
+from dist_pca.config.aliases import RESULT_ALIASES
 from dist_pca.errors import UserError
 
 Value = str | int | float | None
@@ -123,7 +124,7 @@ def _rows(file: Path) -> list[dict[str, str]]:
             raise UserError(
                 f"{file} has no columns `bench` and `device`: it is not a table of results; name another file"
             )
-        return list(reader)
+        return [{RESULT_ALIASES.get(column, column): text for column, text in row.items()} for row in reader]
 
 
 def _parsed(text: str) -> Value:

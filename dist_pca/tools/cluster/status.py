@@ -13,6 +13,7 @@ import yaml
 from rich.markup import escape
 from rich.table import Column, Table
 
+from dist_pca.config.aliases import rename_metrics
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.training.run_folder import Launch, is_alive, read_launch_log
@@ -200,7 +201,7 @@ def _last_metrics(path: Path) -> dict[str, Any]:
         for line in reversed(file.read().splitlines()):
             # A line can be cut short: the last one while it is written, the first one here.
             with suppress(ValueError):
-                return dict(json.loads(line))
+                return rename_metrics(json.loads(line))
     return {}
 
 

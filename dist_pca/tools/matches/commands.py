@@ -98,7 +98,7 @@ def matches(
     sample of matches is drawn as lines, green where right and red where wrong. Several checkpoints have a folder of
     pictures each.
 
-    The network is in evaluation mode, and all pixels take part, whatever objective.association.position_budget.
+    The network is in evaluation mode, and all pixels take part, whatever objective.association.pixel_budget.
     """
     import torch
 

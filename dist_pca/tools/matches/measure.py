@@ -55,7 +55,7 @@ def with_options(
     # Ranks and nodes of training are not there: what is wider than a pair is all images of a batch.
     scope = scope or ("pair" if association.scope == "pair" else "world")
     # Whatever its weight in the loss, the term is looked at.
-    keys: dict[str, Any] = {"position_budget": None, "weight": 1.0, "scope": scope}
+    keys: dict[str, Any] = {"pixel_budget": None, "weight": 1.0, "scope": scope}
     if level is not None:
         keys["levels"] = (level,)
     if diffusion is not None:

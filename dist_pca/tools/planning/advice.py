@@ -1,4 +1,4 @@
-"""Which ZeRO stage, scope and exchange to take."""
+"""Which ZeRO stage, scope and communication to take."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ def best_choice(
     *,
     images: tuple[int, int],
 ) -> Prediction | None:
-    """Choose ZeRO stage, scope and exchange.
+    """Choose ZeRO stage, scope and communication.
 
     Of all that fit into memory and are at most `SLOWER` times as slow as the fastest of them, the one with the most
     candidates is chosen, then with Lovasz-Softmax over all pixels, then the fastest. ZeRO 2
@@ -57,7 +57,7 @@ def as_overrides(prediction: Prediction) -> list[str]:
     if objective.adapt and objective.association.weight > 0:
         chosen.append(f"objective.association.scope={objective.association.scope}")
         if objective.association.scope in ("node", "world"):
-            chosen.append(f"objective.association.exchange={objective.association.exchange}")
+            chosen.append(f"objective.association.communication={objective.association.communication}")
     return chosen
 
 
@@ -66,14 +66,14 @@ def _variants(config: RunConfig, images: tuple[int, int]) -> Iterator[RunConfig]
     associates = objective.adapt and objective.association.weight > 0
     scopes = [scope for scope in _WIDTH if scope != "pair" or images[0] == images[1]]
     for scope in scopes if associates else [objective.association.scope]:
-        for exchange in ("gather", "ring") if scope in ("node", "world") else ("auto",):
+        for communication in ("gather", "ring") if scope in ("node", "world") else ("auto",):
             for lovasz in ("world", "rank"):
                 yield config.model_copy(
                     update={
                         "objective": objective.model_copy(
                             update={
                                 "association": objective.association.model_copy(
-                                    update={"scope": scope, "exchange": exchange}
+                                    update={"scope": scope, "communication": communication}
                                 ),
                                 "lovasz": objective.lovasz.model_copy(update={"scope": lovasz}),
                             }

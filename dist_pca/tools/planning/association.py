@@ -33,14 +33,14 @@ class Pool:
     """Pools on this rank, one after the other: pairs of images under scope `pair`, else 1."""
 
 
-def exchange(config: AssociationConfig, pool: Pool) -> Literal["local", "gather", "ring"]:
+def communication(config: AssociationConfig, pool: Pool) -> Literal["local", "gather", "ring"]:
     """How ranks see each other's keys."""
     if pool.ranks == 1:
         return "local"
     if config.implementation == "reference":
         return "gather"
-    if config.exchange != "auto":
-        return config.exchange
+    if config.communication != "auto":
+        return config.communication
     rows = pool.ranks * (pool.source + pool.target)
     return "gather" if rows * pool.channels * (4 + _product_bytes(config)) <= GATHER_BYTES else "ring"
 
@@ -53,16 +53,16 @@ def implementation(config: AssociationConfig, device: str) -> Literal["reference
 
 
 def sent_bytes(config: AssociationConfig, pool: Pool, device: str) -> float:
-    """Bytes of keys, matches, statistics and gradients that a rank sends to others, as `exchanged_bytes` counts."""
+    """Bytes of keys, matches, statistics and gradients that a rank sends to others, as `communication_bytes` counts."""
     ranks, others = pool.ranks, pool.ranks - 1
     if ranks == 1:
         return 0.0
     rows, labels = pool.source + pool.target, 8 * others * pool.source
     if config.implementation == "reference":
         return 2 * others * rows * pool.channels * 4 + 2 * labels + others * pool.source
-    split = exchange(config, pool) == "ring" or implementation(config, device) == "triton"
+    split = communication(config, pool) == "ring" or implementation(config, device) == "triton"
     vector, matrix = (all_reduce(4 * pool.channels**power, ranks) for power in (1, 2))
-    keys = others * rows * pool.channels * _wire_bytes(config)
+    keys = others * rows * pool.channels * _comm_bytes(config)
     sent = 2 * vector + 2 * labels + 8 * others * pool.target
     if split:
         sent += 2 * matrix
@@ -71,12 +71,12 @@ def sent_bytes(config: AssociationConfig, pool: Pool, device: str) -> float:
     if config.teacher_matches and not config.teacher_keys:
         # The teacher's keys are shared to match, and the student's to contrast.
         sent += 2 * vector + keys
-    if exchange(config, pool) == "ring":
+    if communication(config, pool) == "ring":
         # Keys are sent around the ring once to match and once with their gradients, which take one more step to reach
         # their owner. A teacher's keys have no gradient, but are sent once more for the softmax, since other features
         # chose the matches.
         return sent + (3 * keys if config.teacher_keys else 2 * keys + ranks * rows * pool.channels * 4)
-    gradient_bytes = 0 if config.teacher_keys else 2 if config.wire_dtype == "bf16" else 4
+    gradient_bytes = 0 if config.teacher_keys else 2 if config.comm_dtype == "bf16" else 4
     return sent + keys + others * rows * pool.channels * gradient_bytes
 
 
@@ -89,8 +89,8 @@ def memory(config: AssociationConfig, level: Level, pool: Pool, device: str) -> 
     if implementation(config, device) == "reference":
         matrix = 4 * source * target * ranks
         return Term(3 * matrix * pool.pools, (_DENSE_MATRICES + 3 * (pool.pools - 1)) * matrix, 4 * matrix)
-    product, wire = _product_bytes(config), _wire_bytes(config)
-    kind, triton = exchange(config, pool), implementation(config, device) == "triton"
+    product, wire = _product_bytes(config), _comm_bytes(config)
+    kind, triton = communication(config, pool), implementation(config, device) == "triton"
     as_given = kind == "local" and level == "features" and product == 4 and not triton
     gradients = 4 * rows * channels * (1 if level == "features" else 2)
     own_keys = 0 if as_given else 4 * rows * channels
@@ -125,7 +125,7 @@ def flops(config: AssociationConfig, pool: Pool, assumptions: Assumptions, devic
         return 6 * one
     # Backward: to match, and again with both gradients. Forward: to match; for kept ones both gradients, and unless the
     # whole pool is here the product again.
-    again = 1 if exchange(config, pool) != "local" or implementation(config, device) == "triton" else 0
+    again = 1 if communication(config, pool) != "local" or implementation(config, device) == "triton" else 0
     found = one * (1 + (2 + again) * assumptions.kept + 4 * assumptions.matched)
     if config.teacher_matches:
         # Products of the teacher's pixels choose the matches; those of the student's are taken beside them.
@@ -149,5 +149,5 @@ def _product_bytes(config: AssociationConfig) -> int:
     return 2 if config.dtype == "bf16" else 4
 
 
-def _wire_bytes(config: AssociationConfig) -> int:
-    return 2 if "bf16" in (config.dtype, config.wire_dtype) else 4
+def _comm_bytes(config: AssociationConfig) -> int:
+    return 2 if "bf16" in (config.dtype, config.comm_dtype) else 4

@@ -104,9 +104,7 @@ def plan(
     ] = None,
     kept: Annotated[
         float | None,
-        typer.Option(
-            min=0, max=1, help="Share of source positions whose cycle is kept [0.72].", rich_help_panel=_ASSUMED
-        ),
+        typer.Option(min=0, max=1, help="Share of source pixels whose cycle is kept [0.72].", rich_help_panel=_ASSUMED),
     ] = None,
     loader_rate: Annotated[
         float | None,
@@ -123,7 +121,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Predict memory, exchange, operations and time of a run, before any machine is asked for it.
+    """Predict memory, communication, operations and time of a run, before any machine is asked for it.
 
     Nothing is trained and no data is read: the config is enough. Every operation of the network goes past with shapes
     and no values, so activations, autocast and operations are those of the real one; the rest is counted from the

@@ -13,7 +13,7 @@ from dist_pca.tools.planning.association import Pool
 from dist_pca.tools.planning.hardware import Assumptions, Cluster
 from dist_pca.tools.planning.memory import Memory, memory
 from dist_pca.tools.planning.network import NetworkStep
-from dist_pca.tools.planning.timing import Timing, exchange_seconds, timing
+from dist_pca.tools.planning.timing import Timing, communication_seconds, timing
 from dist_pca.tools.planning.traffic import Traffic, traffic
 
 
@@ -27,13 +27,13 @@ class Prediction:
     images: tuple[int, int]
     """Source and target images in one rank's micro-batch."""
     steps: int
-    exchange: dict[str, str]
-    """How each level of the association shares its keys."""
+    communication: dict[str, str]
+    """How each level of the association sends its keys."""
     memory: Memory
     usable: float
     """Bytes of the GPU's memory that tensors can have."""
     traffic: list[Traffic]
-    exchange_seconds: list[float]
+    communication_seconds: list[float]
     """Seconds of each kind of traffic, without overlap."""
     network_flops: float
     """Network operations of one update on one GPU."""
@@ -65,7 +65,7 @@ class Prediction:
             "gpu": self.cluster.gpu.name,
             "zero_stage": self.stage,
             "scope": self.config.objective.association.scope,
-            "exchange": self.exchange,
+            "communication": self.communication,
             "lovasz_scope": self.config.objective.lovasz.scope,
             "images_per_gpu": {"source": self.images[0], "target": self.images[1]},
             "images_per_update": images,
@@ -83,10 +83,10 @@ class Prediction:
             "seconds": {
                 "network_compute": self.timing.network_compute,
                 "association_compute": self.timing.association_compute,
-                "exchange": {
-                    part.kind: seconds for part, seconds in zip(self.traffic, self.exchange_seconds, strict=True)
+                "communication": {
+                    part.kind: seconds for part, seconds in zip(self.traffic, self.communication_seconds, strict=True)
                 },
-                "exposed_exchange": self.timing.exposed_exchange,
+                "exposed_communication": self.timing.exposed_communication,
                 "loader": self.timing.loader,
                 "step": self.timing.step,
             },
@@ -146,7 +146,7 @@ def predict(
         height, width = config.data.crop
         ranked = ranks if config.objective.lovasz.scope == "world" else 1
         terms["lovasz"] = lovasz.memory(images[0] * height * width, network.logits[0], ranked)
-    exchanges = traffic(config, network, pools, stage=stage, ranks=ranks, source_images=images[0], device=device)
+    sent = traffic(config, network, pools, stage=stage, ranks=ranks, source_images=images[0], device=device)
     flops = sum(association.flops(settings, pool, assumptions, device) for pool in pools.values())
     micro_batches = config.training.accumulation
     return Prediction(
@@ -155,14 +155,14 @@ def predict(
         stage=stage,
         images=images,
         steps=steps,
-        exchange={level: association.exchange(settings, pool) for level, pool in pools.items()},
+        communication={level: association.communication(settings, pool) for level, pool in pools.items()},
         memory=memory(config, network, terms, stage=stage, ranks=ranks, device=device),
         usable=cluster.gpu.memory * (1 - assumptions.reserve) / cluster.ranks_per_device,
-        traffic=exchanges,
-        exchange_seconds=[exchange_seconds(part, cluster, assumptions) for part in exchanges],
+        traffic=sent,
+        communication_seconds=[communication_seconds(part, cluster, assumptions) for part in sent],
         network_flops=micro_batches * (network.convolution_flops + network.product_flops),
         association_flops=micro_batches * flops,
-        timing=timing(config, network, exchanges, flops, cluster, assumptions, images),
+        timing=timing(config, network, sent, flops, cluster, assumptions, images),
     )
 
 
@@ -214,7 +214,7 @@ def level_pools(
     for level in settings.levels:
         # Both levels are associated on the features' grid.
         channels, height, width = network.features
-        positions = min(height * width, settings.position_budget or height * width)
+        positions = min(height * width, settings.pixel_budget or height * width)
         source, target = (count * positions for count in images)
         pools = images[0] if settings.scope == "pair" else 1
         classes = network.logits[0]

@@ -45,8 +45,8 @@ def memory_table(prediction: Prediction) -> Table:
 def traffic_table(prediction: Prediction) -> Table:
     """What a GPU sends in an update, and how long that takes alone."""
     table = _table("sent by each GPU in an update", "", "bytes", "alone")
-    for part, seconds in zip(prediction.traffic, prediction.exchange_seconds, strict=True):
-        how = prediction.exchange.get(part.kind.removeprefix("association "))
+    for part, seconds in zip(prediction.traffic, prediction.communication_seconds, strict=True):
+        how = prediction.communication.get(part.kind.removeprefix("association "))
         beside = " beside backward" if part.overlaps else ""
         table.add_row(part.kind + (f" ({how})" if how else ""), size(part.bytes), duration(seconds) + beside)
     if not prediction.traffic:
@@ -62,7 +62,7 @@ def time_table(prediction: Prediction) -> Table:
     table.add_row(
         "association", duration(timing.association_compute), f"{prediction.association_flops / 1e12:,.2f} TFLOP"
     )
-    table.add_row("exchange that is waited for", duration(timing.exposed_exchange))
+    table.add_row("communication that is waited for", duration(timing.exposed_communication))
     table.add_row("loader", duration(timing.loader))
     table.add_row("[bold]step[/]", f"[bold]{duration(timing.step)}[/]", f"bound by {timing.bound}")
     table.add_row(f"{prediction.steps:,} steps", f"{prediction.hours:,.2f} h", f"{prediction.gpu_hours:,.1f} GPU-hours")
@@ -100,7 +100,7 @@ def advice(prediction: Prediction, best: Prediction | None) -> str:
     gain = f"{duration(best.timing.step)} per step, {size(best.memory.peak)} per GPU"
     return (
         f"Take {' '.join(as_overrides(best))}: {gain}; as configured {duration(prediction.timing.step)}, "
-        f"{size(prediction.memory.peak)}. The widest pool of what fits and is at most {SLOWER} times as slow as the "
+        f"{size(prediction.memory.peak)}. The widest scope of what fits and is at most {SLOWER} times as slow as the "
         "fastest."
     )
 

@@ -18,8 +18,8 @@ class Timing(NamedTuple):
     network_compute: float
     """Seconds of computing for the student, and for its teacher if there is one."""
     association_compute: float
-    exposed_exchange: float
-    """Exchange that nothing is computed beside."""
+    exposed_communication: float
+    """Communication that nothing is computed beside."""
     loader: float
     """To read and decode the update's images, beside the computation where there are loader processes."""
     step: float
@@ -29,7 +29,7 @@ class Timing(NamedTuple):
 def timing(
     config: RunConfig,
     network: NetworkStep,
-    exchanges: list[Traffic],
+    sent: list[Traffic],
     association_flops: float,
     cluster: Cluster,
     assumptions: Assumptions,
@@ -40,7 +40,7 @@ def timing(
     Args:
         config: The run.
         network: Its network's step.
-        exchanges: What is sent in an update.
+        sent: What is sent in an update.
         association_flops: Operations of the association in one micro-batch.
         cluster: GPUs.
         assumptions: What they reach.
@@ -56,7 +56,7 @@ def timing(
     rate = gpu.bf16 if config.objective.association.dtype == "bf16" else gpu.fp32
     association_compute = turns * association_flops / (rate * assumptions.association_efficiency)
 
-    seconds = [(part, exchange_seconds(part, cluster, assumptions)) for part in exchanges]
+    seconds = [(part, communication_seconds(part, cluster, assumptions)) for part in sent]
     hidden = sum(time for part, time in seconds if part.overlaps)
     exposed = sum(time for part, time in seconds if not part.overlaps)
     # Gradients are exchanged during the backward pass.
@@ -75,8 +75,8 @@ def timing(
     return Timing(network_compute, association_compute, exposed, loader, step, bound)
 
 
-def exchange_seconds(part: Traffic, cluster: Cluster, assumptions: Assumptions) -> float:
-    """Time of one kind of exchange, if nothing else is under way."""
+def communication_seconds(part: Traffic, cluster: Cluster, assumptions: Assumptions) -> float:
+    """Time of one kind of communication, if nothing else is under way."""
     gpu, crosses = cluster.gpu, part.nodes and cluster.nodes > 1
     bandwidth = gpu.link
     if crosses:

@@ -15,7 +15,7 @@ Pattern = Literal["ring", "neighbour"]
 
 
 class Traffic(NamedTuple):
-    """One kind of exchange."""
+    """One kind of communication."""
 
     kind: str
     bytes: float
@@ -39,7 +39,7 @@ def traffic(
     source_images: int,
     device: str,
 ) -> list[Traffic]:
-    """All kinds of exchange of one update; none on a single rank.
+    """All kinds of communication of one update; none on a single rank.
 
     Args:
         config: The run.
@@ -69,7 +69,7 @@ def traffic(
     for level, pool in pools.items():
         settings = config.objective.association
         sent = association.sent_bytes(settings, pool, device)
-        ring = association.exchange(settings, pool) == "ring"
+        ring = association.communication(settings, pool) == "ring"
         calls = 10 if not ring else 10 + 5 * (pool.ranks - 1)
         if pool.ranks > 1:
             found.append(

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dist_pca.config.aliases import rename_metrics
 from dist_pca.evaluation.report import Scores
 from dist_pca.files import write_whole
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
@@ -164,7 +165,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text().splitlines():
             # The last line of a killed run can be cut short.
             with suppress(ValueError):
-                lines.append(dict(json.loads(line)))
+                lines.append(rename_metrics(json.loads(line)))
     return lines
 
 

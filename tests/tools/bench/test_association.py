@@ -14,7 +14,7 @@ PLAN = Plan(
     channels=16,
     dtypes=("fp32", "bf16"),
     world_size=1,
-    exchanges=(),
+    communications=(),
     implementations=("dense", "blockwise", "matmul"),
     similarity="cosine",
     data="clustered",
@@ -25,7 +25,7 @@ PLAN = Plan(
 
 
 def told(plan: Plan) -> list[tuple[str, str, str | None, int]]:
-    return [(case.implementation, case.dtype, case.exchange, case.n) for case in cases(plan)]
+    return [(case.implementation, case.dtype, case.communication, case.n) for case in cases(plan)]
 
 
 def ignore(_done: int, _what: str) -> None:
@@ -47,7 +47,7 @@ def test_every_size_is_measured_once_and_dense_in_fp32_alone() -> None:
     torch.cuda.is_available(),
     reason="on GPUs a plan for two ranks is refused where there is one GPU",
 )
-def test_between_ranks_both_exchanges_are_measured_where_there_is_a_choice() -> None:
+def test_between_ranks_both_ways_to_communicate_are_measured_where_there_is_a_choice() -> None:
     assert told(dataclasses.replace(PLAN, world_size=2, dtypes=("fp32",))) == [
         ("dense", "fp32", "gather", 64),
         ("blockwise", "fp32", "gather", 64),
@@ -56,9 +56,9 @@ def test_between_ranks_both_exchanges_are_measured_where_there_is_a_choice() -> 
     ]
 
 
-def test_an_exchange_without_ranks_is_refused() -> None:
+def test_communication_without_ranks_is_refused() -> None:
     with pytest.raises(UserError, match="--world 2 or more"):
-        cases(dataclasses.replace(PLAN, exchanges=("ring",)))
+        cases(dataclasses.replace(PLAN, communications=("ring",)))
 
 
 def test_triton_is_never_measured_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,17 +89,19 @@ def test_memory_that_runs_out_underway_is_a_record_that_says_so(monkeypatch: pyt
     torch.cuda.is_available() and torch.cuda.device_count() < 2,
     reason="two ranks need two GPUs or none",
 )
-def test_ranks_are_exact_with_both_exchanges_and_tell_what_they_exchanged() -> None:
+def test_ranks_are_exact_with_both_ways_to_communicate_and_report_what_they_sent() -> None:
     plan = dataclasses.replace(PLAN, world_size=2, dtypes=("fp32",))
     dense, gather, ring, product = run(cases(plan), ignore)
     for record in (dense, gather, ring):
         assert record["note"] is None
         assert record["loss_error"] < 1e-6  # type: ignore[operator]
         assert record["gradient_error"] < 1e-5  # type: ignore[operator]
-        assert record["exchanged_bytes"] > 0  # type: ignore[operator]
+        assert record["communication_bytes"] > 0  # type: ignore[operator]
     assert gather["kept_ratio"] == ring["kept_ratio"] == dense["kept_ratio"]
     assert product["seconds"] > 0  # type: ignore[operator]
-    assert [product[name] for name in ("loss_error", "gradient_error", "kept_ratio", "exchanged_bytes")] == [None] * 4
+    assert [product[name] for name in ("loss_error", "gradient_error", "kept_ratio", "communication_bytes")] == [
+        None
+    ] * 4
 
 
 @pytest.mark.slow

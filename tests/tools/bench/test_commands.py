@@ -7,7 +7,7 @@ import pytest
 from dist_pca.cli import main
 
 FIELDS = {
-    *("implementation", "exchange", "world_size", "dtype", "n_source", "n_target", "channels"),
+    *("implementation", "communication", "world_size", "dtype", "n_source", "n_target", "channels"),
     *("seconds", "peak_bytes", "loss_error", "gradient_error"),
 }
 
@@ -32,7 +32,7 @@ def test_json_is_one_object_with_the_device_versions_and_records(
     (blockwise,) = printed["records"]
     assert set(blockwise) >= FIELDS
     assert blockwise["implementation"] == "blockwise"
-    assert blockwise["exchange"] is None
+    assert blockwise["communication"] is None
     assert (blockwise["world_size"], blockwise["dtype"]) == (1, "fp32")
     assert (blockwise["n_source"], blockwise["n_target"], blockwise["channels"]) == (64, 64, 16)
     assert blockwise["seconds"] > 0
@@ -67,8 +67,10 @@ def test_a_sweep_ends_with_tables_of_ratios_and_growth_and_a_picture(
     [
         (("--dtype", "fp8"), ("--dtype", "fp32", "bf16")),
         (("--implementation", "fast"), ("--implementation", "blockwise", "triton")),
-        (("--exchange", "pigeon"), ("--exchange", "gather", "ring")),
-        (("--exchange", "ring"), ("--exchange", "--world 2")),
+        (("--communication", "pigeon"), ("--communication", "gather", "ring")),
+        (("--communication", "ring"), ("--communication", "--world 2")),
+        (("--exchange", "ring"), ("--communication", "--world 2")),
+        (("--exchange", "ring", "--communication", "ring"), ("--exchange is the old name of --communication",)),
         (("--sweep", "1024,many"), ("--sweep 1024,many", "1024,2048,4096")),
         (("--n", "0"), ("Invalid value for", "--n")),
     ],

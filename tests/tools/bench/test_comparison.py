@@ -9,7 +9,7 @@ from dist_pca.tools.bench.report import Record
 def record(implementation: str, **fields: str | int | float | None) -> Record:
     made: Record = {
         "implementation": implementation,
-        "exchange": None,
+        "communication": None,
         "world_size": 1,
         "dtype": "fp32",
         "n_source": 1000,
@@ -26,7 +26,7 @@ def record(implementation: str, **fields: str | int | float | None) -> Record:
         "repeats": 5,
         "kept_ratio": 0.7,
         "cover_ratio": 0.6,
-        "exchanged_bytes": None,
+        "communication_bytes": None,
         "note": None,
     }
     return made | fields
@@ -74,7 +74,7 @@ def test_readme_tables_are_one_for_each_device_and_leave_out_what_nothing_fills(
     text = readme_tables(saved)
     assert text.count("| implementation | dtype |") == 2
     assert "CPU, 2 threads, PyTorch 2.9: C = 256, cosine, clustered data" in text
-    assert "exchange" not in text
+    assert "communication" not in text
     assert text.splitlines()[4] == "| dense | fp32 | 1,000 | 1 s | 1 MiB | 0.70 | 0.60 |"
 
 

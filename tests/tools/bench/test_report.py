@@ -42,6 +42,21 @@ def test_saved_numbers_come_back_exactly(tmp_path: Path) -> None:
     assert record.items() <= load_results(tmp_path / "new" / "results.csv", "any")[0].items()
 
 
+def test_a_table_with_the_old_columns_is_read_and_continued_with_the_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "results.csv"
+    file.write_text(
+        "bench,device,exchange,n,exchanged_bytes\nassociation,ours,ring,8,100\nassociation,ours,gather,8,7\n"
+    )
+    on(monkeypatch, "ours")
+    record: Record = {"communication": "ring", "n": 8, "communication_bytes": 90}
+    save_results(file, "association", [record], ("communication", "n"))
+    rows = load_results(file, "association")
+    assert [(row["communication"], row["communication_bytes"]) for row in rows] == [("ring", 90), ("gather", 7)]
+    assert "exchange" not in file.read_text()
+
+
 def test_a_file_that_is_no_table_of_results_is_refused_and_left_alone(tmp_path: Path) -> None:
     file = tmp_path / "mine.csv"
     file.write_text("a,b\n1,2\n")

@@ -27,16 +27,16 @@ def counted_with_guide(rank: int, world_size: int, configs: list[AssociationConf
                 target.requires_grad_(),
                 torch.arange(300) % CLASSES,
                 num_classes=CLASSES,
-                exchange=config.exchange,
+                communication=config.communication,
                 guide=(guide[0], guide[1]),
                 guide_keys=config.teacher_keys,
-            ).exchanged_bytes
+            ).communication_bytes
         )
         for config in configs
     ]
 
 
-def measured_association(rank: int, world_size: int, level: Level, exchange: str) -> list[int]:
+def measured_association(rank: int, world_size: int, level: Level, communication: str) -> list[int]:
     """Bytes at the peaks of forward and backward, and between them, beyond what is given in and comes out."""
     torch.manual_seed(rank)
     channels = CHANNELS if level == "features" else CLASSES
@@ -58,7 +58,7 @@ def measured_association(rank: int, world_size: int, level: Level, exchange: str
             labels,
             similarity="cosine" if level == "features" else "kl",
             num_classes=CLASSES,
-            exchange=exchange,  # type: ignore[arg-type]
+            communication=communication,  # type: ignore[arg-type]
         ).loss
         saved = live.bytes - given
         live.begin("backward")
@@ -80,10 +80,10 @@ def measured_lovasz(rank: int, world_size: int, pixels: int) -> list[int]:
     return [live.peaks["forward"], saved, live.peaks["backward"] - 4 * pixels * CLASSES]
 
 
-def predicted_association(level: Level, exchange: str, world_size: int) -> list[float]:
+def predicted_association(level: Level, communication: str, world_size: int) -> list[float]:
     channels = CHANNELS if level == "features" else CLASSES
     pool = Pool(SOURCE, TARGET, channels, CLASSES, world_size, 1)
-    config = AssociationConfig(exchange="gather" if exchange == "gather" else "ring")
+    config = AssociationConfig(communication="gather" if communication == "gather" else "ring")
     return list(association.memory(config, level, pool, "cpu")[1:2])
 
 
@@ -95,20 +95,20 @@ def test_the_association_of_one_rank_takes_at_most_what_is_predicted(level: Leve
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", ["ring", pytest.param("gather", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("communication", ["ring", pytest.param("gather", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("level", ["features", pytest.param("predictions", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_the_association_over_ranks_takes_what_is_predicted(
-    level: Level, exchange: str, world_size: int, tmp_path: Path
+    level: Level, communication: str, world_size: int, tmp_path: Path
 ) -> None:
-    peak, _, _ = run_on_ranks(measured_association, world_size, tmp_path, level, exchange)[0]
-    assert predicted_association(level, exchange, world_size) == [pytest.approx(peak, rel=0.15)]
+    peak, _, _ = run_on_ranks(measured_association, world_size, tmp_path, level, communication)[0]
+    assert predicted_association(level, communication, world_size) == [pytest.approx(peak, rel=0.15)]
 
 
 @pytest.mark.slow
 def test_bytes_sent_where_a_teacher_chooses_matches_are_those_counted(tmp_path: Path) -> None:
     configs = [
-        AssociationConfig(exchange="gather" if gathers else "ring", teacher_matches=True, teacher_keys=keys)
+        AssociationConfig(communication="gather" if gathers else "ring", teacher_matches=True, teacher_keys=keys)
         for gathers in (True, False)
         for keys in (True, False)
     ]

@@ -82,7 +82,7 @@ def exhaustive(*values: object) -> Any:
         exhaustive(2, 3, ("training.precision=bf16",)),
         exhaustive(2, 1, ("training.accumulation=2", "optimizer.name=sgd")),
         exhaustive(2, 3, ("training.accumulation=2",)),
-        exhaustive(2, 2, ("objective.association.exchange=ring",)),
+        exhaustive(2, 2, ("objective.association.communication=ring",)),
         (2, 2, (*TEACHER, "objective.self_training.weight=1")),
         exhaustive(2, 1, TEACHER),
         exhaustive(2, 3, TEACHER),
@@ -111,7 +111,7 @@ def test_memory_and_bytes_are_within_15_percent_of_a_real_run(
     sent = {part.kind: part.bytes for part in plan.traffic}
     assert sum(sent.values()) == pytest.approx(real["sent"], rel=0.15)
     for level in ("features", "predictions"):
-        told = real["metrics"][f"exchanged_bytes_{level}"]
+        told = real["metrics"][f"communication_bytes_{level}"]
         assert sent.get(f"association {level}", 0) == pytest.approx(told, rel=0.15)
 
 

@@ -147,28 +147,28 @@ def test_both_levels_are_associated_on_the_grid_of_the_features() -> None:
     assert step.logits[1:] != step.features[1:]
 
 
-def test_one_gpu_exchanges_nothing() -> None:
+def test_one_gpu_sends_nothing() -> None:
     alone = plan(per_node=1)
     assert alone.traffic == []
-    assert alone.timing.exposed_exchange == 0
+    assert alone.timing.exposed_communication == 0
 
 
 @given(
-    exchange=st.sampled_from(["gather", "ring"]),
+    communication=st.sampled_from(["gather", "ring"]),
     ranks=st.integers(2, 64),
     rows=st.integers(1, 5000),
     channels=st.integers(1, 512),
 )
 def test_a_ring_takes_the_same_memory_on_any_number_of_ranks_and_gathering_more(
-    exchange: str, ranks: int, rows: int, channels: int
+    communication: str, ranks: int, rows: int, channels: int
 ) -> None:
-    config = AssociationConfig(exchange=exchange)  # type: ignore[arg-type]
+    config = AssociationConfig(communication=communication)  # type: ignore[arg-type]
     few, many = (
         association.memory(config, "features", Pool(rows, rows, channels, 10, n, 1), "h100").forward
         for n in (ranks, 2 * ranks)
     )
     numbers = 8 * ranks * 6 * rows
-    assert many - few == numbers if exchange == "ring" else many - few >= numbers
+    assert many - few == numbers if communication == "ring" else many - few >= numbers
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
