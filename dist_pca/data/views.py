@@ -115,7 +115,8 @@ def _change(view: torch.Tensor, config: PhotometricConfig, chance: Uniform) -> t
         sigma = low + (high - low) * float(chance[11])
         # Three standard deviations to each side contain all but 0.3 % of a Gaussian.
         radius = min(max(1, math.ceil(3 * sigma)), min(view.shape[-2:]) - 1)
-        view = tv.gaussian_blur(view, [2 * radius + 1, 2 * radius + 1], [sigma, sigma])
+        # Rounded, the weights of a blur may sum to slightly more than 1.
+        view = tv.gaussian_blur(view, [2 * radius + 1, 2 * radius + 1], [sigma, sigma]).clamp(max=1)
     return view
 
 

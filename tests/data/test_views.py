@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dist_pca.config import PhotometricConfig
@@ -47,6 +47,7 @@ def test_images_that_nothing_changes_stay_bytes(config: PhotometricConfig) -> No
 
 @settings(max_examples=30)
 @given(index=st.integers(0, 10**9), seed=st.integers(0, 1000))
+@example(index=66787, seed=387)
 def test_views_stay_in_the_range_of_colours(index: int, seed: int) -> None:
     view = photometric_view(images(1), [index], STRONG, seed=seed, domain="source")
     assert view.dtype == torch.float32

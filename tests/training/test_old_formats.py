@@ -13,20 +13,19 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from dist_pca.shards.samples import read_sample
-from dist_pca.training.launch_log import log_launch, read_launch_log
-from dist_pca.training.resume import config_differences
-from dist_pca.training.run import load_run
 from PIL import Image
 from safetensors.torch import load_file
 
 from dist_pca.cli import main
 from dist_pca.config import load_config
 from dist_pca.config.aliases import KEY_ALIASES, METRIC_ALIASES, rename_metrics
+from dist_pca.evaluation.load import load_run
 from dist_pca.shards.manifest import load_manifest
+from dist_pca.shards.sample import read_sample
 from dist_pca.shards.verify import verify
 from dist_pca.tools.cluster.status import read_status
 from dist_pca.training.checkpoint import Weights
+from dist_pca.training.run_folder import config_differences, log_launch, read_launch_log
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHECKPOINT = Path("runs/old/checkpoints/step-00000003")
