@@ -118,7 +118,7 @@ def test_old_names_of_options_and_results_work_for_one_version() -> None:
         cast("Any", cycle_association),
     )
     found = cycle_association(*pixels, num_classes=CLASSES, communication="local", comm_dtype="bf16")
-    with pytest.warns(DeprecationWarning) as warned:
+    with pytest.warns(DeprecationWarning, match=" is now ") as warned:
         same = old(*pixels, num_classes=CLASSES, exchange="local", wire_dtype="bf16")
     assert [str(warning.message).partition(";")[0] for warning in warned] == [
         *("exchange is now communication", "wire_dtype is now comm_dtype")
