@@ -113,7 +113,10 @@ def _acquire(path: Path, own: Owner, wait: float) -> Iterator[bool | str]:
         if stale:
             if not local:
                 _log.warning("%s: of %s, untouched for %.0f s; taking it over", path, who, age)
-            write_json(path, own._asdict())
+            try:
+                write_json(path, own._asdict())
+            except OSError as error:
+                yield f"{path}: cannot be taken over ({error}); fix that and start the run again"
             time.sleep(_SETTLE_SECONDS)
             if _read(path) == own:
                 yield True
