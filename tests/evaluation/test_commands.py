@@ -170,14 +170,9 @@ def test_a_stopped_rank_ends_a_distributed_evaluation(tmp_path: Path, rank: int)
     config = load_config(run / "config.yaml")
     training = config.training.model_copy(update={"stall_timeout": 6.0})
     save_config(config.model_copy(update={"training": training}), run / "config.yaml")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        resource("launch", "accelerate/cpu"),
-    ]
-    command += ["-m", "tests.evaluation.slow_evaluate", tmp_path, "evaluate", run, "--shards", tmp_path / "labelled"]
+    command: list[str | Path] = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", resource("launch", "accelerate/cpu"), "-m", "tests.evaluation.slow_evaluate"]
+    command += [tmp_path, "evaluate", run, "--shards", tmp_path / "labelled"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     pid_file = tmp_path / f"rank{rank}.pid"
     while not (pid_file.is_file() and pid_file.read_text()):
