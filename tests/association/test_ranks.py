@@ -14,7 +14,7 @@ from dist_pca.association import Association, cycle_association, cycle_associati
 from dist_pca.association.options import ExchangeChoice, Implementation, Precision, Similarity
 from dist_pca.config import Scope
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 SIZES = [(11, 7), (5, 9), (8, 4), (3, 12)]
 """Source and target pixels of each rank: uneven on purpose."""

@@ -22,7 +22,7 @@ from dist_pca.data.reader import ShardReader
 from dist_pca.errors import CorruptSample, UserError
 from dist_pca.shards.manifest import Manifest, Shard
 from tests.data.servers import FolderServer, serving, serving_process
-from tests.data.shards import CLASSES, index_shard, make_shards, sample_members, with_keys
+from tests.support.shards import CLASSES, index_shard, make_shards, sample_members, with_keys
 
 
 def read(manifest: Manifest, shard: int, sample: int) -> dict[str, object]:

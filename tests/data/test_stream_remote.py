@@ -19,7 +19,7 @@ from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.data.stream import evaluation_stream, stream
 from dist_pca.shards.manifest import Manifest
 from tests.data.servers import serving, serving_process
-from tests.data.shards import CLASSES, data_config, make_shards
+from tests.support.shards import CLASSES, data_config, make_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

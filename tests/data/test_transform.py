@@ -16,7 +16,7 @@ from dist_pca.data.transform import (
     resized_size,
 )
 from dist_pca.errors import UserError
-from tests.data.shards import data_config, make_shards
+from tests.support.shards import data_config, make_shards
 
 SIZE = (60, 100)
 

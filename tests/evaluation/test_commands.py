@@ -18,9 +18,9 @@ from dist_pca.config import load_config, save_config
 from dist_pca.evaluation import commands
 from dist_pca.model.exported import load_exported
 from dist_pca.resources import resource
-from tests.data.shards import make_shards
-from tests.evaluation.networks import segmenter, write_run
-from tests.training.runs import build_streets, launch
+from tests.support.networks import segmenter, write_run
+from tests.support.runs import build_streets, launch
+from tests.support.shards import make_shards
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

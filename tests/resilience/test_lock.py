@@ -20,7 +20,7 @@ import torch.distributed as dist
 from dist_pca.errors import UserError
 from dist_pca.resilience import lock
 from dist_pca.resilience.lock import run_lock
-from tests.disk import small_disk
+from tests.support.disk import small_disk
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from dist_pca.training.checkpoint_parts import restore
 from dist_pca.training.prepare import prepare_run
 from dist_pca.training.trainer import Trainer
 from tests.support.files_run import files_run, recorded_files
-from tests.training.runs import build_streets, overrides
+from tests.support.runs import build_streets, overrides
 
 SETTINGS = (
     *("training.ema_decay=0.9", "training.steps=4", "training.log_every=4", "training.checkpoint_every=4"),

@@ -16,7 +16,7 @@ from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.training.loggers import Trackers, check_trackers
-from tests.disk import small_disk
+from tests.support.disk import small_disk
 
 
 @pytest.fixture(autouse=True)

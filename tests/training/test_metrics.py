@@ -20,7 +20,7 @@ from dist_pca.resources import resource
 from dist_pca.training import metrics as module
 from dist_pca.training.metrics import METRICS, TIMING, MetricsLogger, Window
 from dist_pca.training.profiling import PhaseClock
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from tests.training.alone import alone
 from tests.training.test_profiling import Watched
 

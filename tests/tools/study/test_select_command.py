@@ -10,8 +10,8 @@ from dist_pca.cli import app
 from dist_pca.data.stream import evaluation_stream
 from dist_pca.shards.manifest import Manifest
 from dist_pca.tools.study import select_command, selection
-from tests.data.shards import make_shards, sample_members, write_shards
-from tests.evaluation.networks import CLASSES, segmenter, write_run
+from tests.support.networks import CLASSES, segmenter, write_run
+from tests.support.shards import make_shards, sample_members, write_shards
 from tests.tools.study.test_selection import shaken
 
 

@@ -18,8 +18,8 @@ from dist_pca.cli import app
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import ExitCode, write_exit_status
 from dist_pca.tools.study import commands, training
+from tests.support.runs import build_streets, overrides
 from tests.tools.study.studies import STEPS, scores_of, small_study, write_finished, write_started
-from tests.training.runs import build_streets, overrides
 
 
 def words(folder: Path, *more: str) -> list[str]:
