@@ -164,7 +164,8 @@ def test_rows_wider_than_one_block_of_channels_match_and_backward(dtype: torch.d
 def test_rows_shared_out_among_many_programs_match_and_backward(
     dtype: torch.dtype, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: 64)
+    for waves in ("MATCH_WAVES", "BACKWARD_WAVES"):
+        monkeypatch.setattr(triton_launch, waves, 64)
     query, key = rows(200, 19, dtype, 0, scale=5), rows(300, 19, dtype, 1)
     assert triton_launch._chunks(200, 300, DEVICE, triton_launch.BACKWARD_WAVES) == (128, 3)
     assert_matches(TritonKernels().match(query, key, logsumexp=True), query, key, 1e-5)
@@ -172,9 +173,10 @@ def test_rows_shared_out_among_many_programs_match_and_backward(
 
 
 @on_device
-@pytest.mark.parametrize("processors", [1, 64])
-def test_ties_go_to_the_lowest_index(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: processors)
+@pytest.mark.parametrize("waves", [0, 64])
+def test_ties_go_to_the_lowest_index(waves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # All keys by one program, or shared out among three.
+    monkeypatch.setattr(triton_launch, "MATCH_WAVES", waves)
     key = torch.zeros(300, 12, device=DEVICE)
     key[[7, 9, 100, 250], 0] = 1.0
     key[[280, 299], 1] = 1.0

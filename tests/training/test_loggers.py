@@ -124,7 +124,8 @@ def test_a_tracker_that_fails_later_is_dropped_and_the_others_go_on(
 ) -> None:
     config = demo(tmp_path, "telemetry.trackers=[wandb,tensorboard]")
     trackers = Trackers(config, 0)
-    trackers._open[0].run.log = None
+    # Its stand-in finds nowhere to put a line.
+    del wandb["logged"]
     with caplog.at_level(logging.WARNING, logger="dist_pca.training"):
         for step in (1, 2):
             trackers.log({"loss": 1.0}, step)
