@@ -212,8 +212,8 @@ def test_a_study_of_the_old_names_is_that_of_the_new_ones(tmp_path: Path) -> Non
         # What the version before has started under these names goes on.
         run.folder.mkdir(parents=True)
         save_config(config, run.folder / "config.yaml")
-        saved = OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml"))
-        saved["objective"]["association"]["exchange"] = saved["objective"]["association"].pop("communication")  # type: ignore[index, call-overload]
+        saved: Any = OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml"))
+        saved["objective"]["association"]["exchange"] = saved["objective"]["association"].pop("communication")
         (run.folder / "config.yaml").write_text(yaml.safe_dump(saved))
     refuse_changed_settings(old)
 

@@ -9,7 +9,7 @@ import pytest
 
 import dist_pca
 from dist_pca.cli import main
-from tests.shards.trees import make_folder
+from tests.support.raw_data import make_folder
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

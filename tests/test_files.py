@@ -4,7 +4,7 @@ import pytest
 
 from dist_pca.errors import UserError
 from dist_pca.files import new_folder
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 
 def write_on_rank(rank: int, world_size: int, out: Path) -> int:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from dist_pca.cli import app
 from dist_pca.shards.build import build_shards
-from tests.readme_lines import README, in_checkout, printed
+from tests.support.readme_lines import README, in_checkout, printed
 
 COMMANDS = {
     *("shards", "build", "merge", "verify", "index", "inspect"),

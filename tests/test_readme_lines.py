@@ -1,7 +1,7 @@
 """Whoever types what is printed gets what it says.
 
 The README's lines are typed in the order in which they stand, in one folder, as one reader would; those of a file's
-head each in a folder of its own. `SMALLER` in tests/readme_folder.py is all that is typed otherwise than it is
+head each in a folder of its own. `SMALLER` in tests/support/readme_folder.py is all that is typed otherwise than it is
 printed. tests/tools/cluster/test_scripts.py types what needs a cluster.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from tests.readme_folder import SMALLER, assert_left, link_what_heads_name, make_folder, type_line
-from tests.readme_lines import (
+from tests.support.readme_folder import SMALLER, assert_left, link_what_heads_name, make_folder, type_line
+from tests.support.readme_lines import (
     HEADS,
     MARK,
     README,

@@ -10,7 +10,7 @@ from dist_pca.config import EvaluationConfig, RunConfig
 from dist_pca.errors import UserError
 from dist_pca.evaluation.views import view_logits
 
-_BAND_ELEMENTS = 2**24
+BAND_ELEMENTS = 2**24
 """Number of logits that are upsampled at once; for large images all of them would not fit into memory."""
 _LONGEST_ASPECT = 16
 """Largest aspect ratio; more elongated images are resized to the area of an image with this ratio."""
@@ -76,7 +76,7 @@ def proportional_input_size(config: RunConfig, height: int, width: int) -> tuple
 def _label_bands(views: Sequence[torch.Tensor], output_size: tuple[int, int]) -> Iterator[torch.Tensor]:
     batch, classes = views[0].shape[:2]
     height, width = output_size
-    rows = max(1, _BAND_ELEMENTS // (batch * classes * width))
+    rows = max(1, BAND_ELEMENTS // (batch * classes * width))
     for top in range(0, height, rows):
         bands = (_upsampled_rows(logits, top, min(top + rows, height), output_size) for logits in views)
         scores = next(bands) if len(views) == 1 else sum(band.softmax(dim=1) for band in bands)

@@ -29,7 +29,7 @@ from dist_pca.resilience.exit_status import ExitCode, exit_process, print_error
 _log = logging.getLogger("dist_pca.training")
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
-_UNREADABLE_SECONDS = 5.0
+UNREADABLE_SECONDS = 5.0
 _SETTLE_SECONDS = 0.5
 """Time after which, of several processes that take over a stale lock at once, the last has written it."""
 
@@ -107,7 +107,7 @@ def _acquire(path: Path, own: Owner, wait: float) -> Iterator[bool | str]:
         first_touch = first_touch or touched
         local = owner is not None and owner[:2] == own[:2]
         # A lock is written whole, so one that cannot be read is damaged; perhaps a file system without links delays it.
-        limit = _UNREADABLE_SECONDS if owner is None else STALE_SECONDS
+        limit = UNREADABLE_SECONDS if owner is None else STALE_SECONDS
         stale = not _is_alive(owner) if local and owner is not None else age > limit
         who = f"process {owner.pid} on {owner.host}" if owner else "a process that cannot be read from it"
         if stale:

@@ -4,12 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_pca.association import diffuse
+from dist_pca.association.options import Similarity
 
 
-def dense(x: torch.Tensor, alpha: float, similarity: str, detach: bool) -> torch.Tensor:
+def dense(x: torch.Tensor, alpha: float, similarity: Similarity, detach: bool) -> torch.Tensor:
     """Section 3.2 with its n x n matrix, the mean and the entropy left in."""
     if similarity == "cosine":
-        unit = x / x.norm(dim=-1, keepdim=True)
+        unit: torch.Tensor = x / x.norm(dim=-1, keepdim=True)
         d = unit @ unit.mT
         z = d.detach() if detach else d
         d = (d - z.mean(dim=-1, keepdim=True)) / (z.std(dim=-1, keepdim=True) + 1e-10)
@@ -23,14 +24,16 @@ def dense(x: torch.Tensor, alpha: float, similarity: str, detach: bool) -> torch
 @given(
     similarity=st.sampled_from(["cosine", "kl"]), n=st.integers(2, 20), detach=st.booleans(), seed=st.integers(0, 1000)
 )
-def test_value_and_gradient_are_those_of_the_dense_formula(similarity: str, n: int, detach: bool, seed: int) -> None:
+def test_value_and_gradient_are_those_of_the_dense_formula(
+    similarity: Similarity, n: int, detach: bool, seed: int
+) -> None:
     x = torch.randn(2, n, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = x.softmax(dim=-1) if similarity == "kl" else x
     gradients = []
     for result in (
         lambda r: diffuse(r, 0.5, similarity, detach_statistics=detach),
         lambda r: dense(r, 0.5, similarity, detach),
-    ):  # type: ignore[arg-type]
+    ):
         rows = x.clone().requires_grad_()
         value = result(rows)
         (value**2 * torch.arange(5)).sum().backward()
@@ -49,6 +52,6 @@ def test_images_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "kl"])
-def test_alpha_zero_changes_nothing(similarity: str) -> None:
+def test_alpha_zero_changes_nothing(similarity: Similarity) -> None:
     x = torch.randn(1, 6, 3).softmax(dim=-1)
-    assert torch.equal(diffuse(x, 0.0, similarity), x)  # type: ignore[arg-type]
+    assert torch.equal(diffuse(x, 0.0, similarity), x)

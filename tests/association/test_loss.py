@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_pca.association import Association, cycle_association, cycle_association_pairs, diffuse
-from dist_pca.association.options import Similarity
+from dist_pca.association.options import Implementation, Similarity
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
 
 IMPLEMENTATIONS = ["reference", "blockwise"]
@@ -71,12 +71,12 @@ def literal(
 
 @both_similarities
 @every_implementation
-def test_loss_is_the_papers_formula_taken_literally(similarity: Similarity, implementation: str) -> None:
+def test_loss_is_the_papers_formula_taken_literally(similarity: Similarity, implementation: Implementation) -> None:
     source, target = domain(23, 7, similarity, 0), domain(17, 7, similarity, 1)
     labels = labels_of(23, 0)
     found = cycle_association(
         source, target, labels, similarity=similarity, num_classes=3, implementation=implementation
-    )  # type: ignore[arg-type]
+    )
     loss, kept = literal(source, target, labels.tolist(), similarity)
     assert int(found.kept) == kept > 0
     assert float(found.loss) == pytest.approx(loss, rel=1e-9)
@@ -87,7 +87,7 @@ def test_loss_is_the_papers_formula_taken_literally(similarity: Similarity, impl
 @pytest.mark.parametrize("class_balanced", [False, True])
 @pytest.mark.parametrize("guide_keys", [None, False, True])
 def test_refined_loss_is_its_formula_taken_literally(
-    similarity: Similarity, implementation: str, class_balanced: bool, guide_keys: bool | None
+    similarity: Similarity, implementation: Implementation, class_balanced: bool, guide_keys: bool | None
 ) -> None:
     source, target = domain(40, 7, similarity, 0), domain(30, 7, similarity, 1)
     options = refinements(40, 30, 7, similarity, 2, weights=True, guide=guide_keys is not None)
@@ -97,7 +97,7 @@ def test_refined_loss_is_its_formula_taken_literally(
     loss, kept = literal(source, target, labels.tolist(), similarity, **options)
     found = cycle_association(
         source, target, labels, similarity=similarity, num_classes=3, implementation=implementation, **options
-    )  # type: ignore[arg-type]
+    )
     assert int(found.kept) == kept > 2
     assert found.kept_per_class[:2].all()
     assert float(found.loss) == pytest.approx(loss, rel=1e-9)
@@ -154,10 +154,11 @@ def test_more_of_one_class_does_not_move_the_class_balanced_mean(seed: int, simi
 
 @both_similarities
 @every_implementation
-def test_keys_of_a_guide_take_no_gradient(similarity: Similarity, implementation: str) -> None:
+def test_keys_of_a_guide_take_no_gradient(similarity: Similarity, implementation: Implementation) -> None:
     source, target, labels = domain(30, 6, similarity, 0), domain(20, 6, similarity, 1), labels_of(30, 0)
     guide_source, guide_target = (x.clone().requires_grad_() for x in (source, target))
-    options = {"similarity": similarity, "implementation": implementation, "target_labels": torch.arange(20) % CLASSES}
+    options: dict[str, Any] = {"similarity": similarity, "implementation": implementation}
+    options["target_labels"] = torch.arange(20) % CLASSES
     _, keys_too, _ = gradients(source, target, labels, **options)
     source.requires_grad_()
     target.requires_grad_()
@@ -231,7 +232,9 @@ def test_a_constant_added_to_every_row_of_log_probabilities_changes_nothing(seed
 
 @both_similarities
 @every_implementation
-def test_labels_that_are_all_ignored_give_zero_with_a_graph(similarity: Similarity, implementation: str) -> None:
+def test_labels_that_are_all_ignored_give_zero_with_a_graph(
+    similarity: Similarity, implementation: Implementation
+) -> None:
     source, target = (domain(n, 4, similarity, n).requires_grad_() for n in (6, 5))
     found = cycle_association(
         source,
@@ -239,7 +242,7 @@ def test_labels_that_are_all_ignored_give_zero_with_a_graph(similarity: Similari
         torch.full((6,), 255),
         similarity=similarity,
         num_classes=2,
-        implementation=implementation,  # type: ignore[arg-type]
+        implementation=implementation,
     )
     found.loss.backward()
     assert float(found.loss.detach()) == 0
@@ -279,7 +282,7 @@ def test_diagnostics_count_what_they_say() -> None:
 
 
 @every_implementation
-def test_a_teachers_class_and_weight_decide_which_cycles_count(implementation: str) -> None:
+def test_a_teachers_class_and_weight_decide_which_cycles_count(implementation: Implementation) -> None:
     # Sources 0 and 1 match target 0, source 2 matches target 1, each back to itself or to source 0.
     source = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.0, 0.1], [0.0, 1.0, 0.0]])
     target = torch.tensor([[1.0, 0.0, 0.01], [0.0, 1.0, 0.01], [0.1, 0.1, 1.0]])
@@ -293,7 +296,7 @@ def test_a_teachers_class_and_weight_decide_which_cycles_count(implementation: s
             target_labels=torch.tensor([0, 0, 0]),
             target_classes=torch.tensor(classes),
             target_weights=torch.tensor(weights),
-            implementation=implementation,  # type: ignore[arg-type]
+            implementation=implementation,
         )
 
     both, first, unsure = found([0, 1, 0], [1, 1, 1]), found([0, 0, 0], [1, 1, 1]), found([255, 1, 0], [1, 1, 1])
@@ -361,10 +364,10 @@ def test_gradients_have_the_type_of_what_was_given(given_dtype: torch.dtype) -> 
         ({"guide_keys": True}, "guide_keys needs a guide"),
     ],
 )
-def test_what_does_not_fit_is_named(change: dict[str, torch.Tensor], message: str) -> None:
-    fitting = {"source": torch.ones(3, 4), "target": torch.ones(3, 4), "labels": torch.zeros(3)}
+def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
+    fitting: dict[str, Any] = {"source": torch.ones(3, 4), "target": torch.ones(3, 4), "labels": torch.zeros(3)}
     with pytest.raises(ValueError, match=message):
-        cycle_association(**(fitting | change), num_classes=2)  # type: ignore[arg-type]
+        cycle_association(**(fitting | change), num_classes=2)
 
 
 def test_pairs_that_do_not_fit_are_named() -> None:

@@ -5,7 +5,9 @@ import os
 import pydoc
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 import dist_pca
-from dist_pca.association import CycleAssociationLoss, associate, associate_pairs, cycle_association
+from dist_pca.association import Association, CycleAssociationLoss, associate, associate_pairs, cycle_association
 from dist_pca.association.loss import cycle_association_pairs
 from dist_pca.association.options import Options
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
@@ -102,7 +104,9 @@ def test_the_module_is_the_function_bit_for_bit(options: dict[str, Any]) -> None
     inputs["target_labels"] = labels_of(20, 9)
     criterion = CycleAssociationLoss(CLASSES, **options)
     results = []
-    for compute in (criterion, lambda *args, **kw: cycle_association(*args, num_classes=CLASSES, **options, **kw)):
+    function = partial(cycle_association, num_classes=CLASSES, **options)
+    forms: tuple[Callable[..., Association], ...] = (criterion, function)
+    for compute in forms:
         source, target = (domain(n, 6, similarity, n).float().requires_grad_() for n in (30, 20))
         found = compute(source, target, labels_of(30, 0), **inputs)
         found.loss.backward()

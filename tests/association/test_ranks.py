@@ -1,5 +1,7 @@
 """Any number of ranks is one process."""
 
+from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,19 @@ import torch
 import torch.distributed as dist
 
 from dist_pca.association import Association, cycle_association, cycle_association_pairs
-from dist_pca.association.options import Similarity
+from dist_pca.association.options import Communication, Implementation, Precision, Similarity
+from dist_pca.config import Scope
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 SIZES = [(11, 7), (5, 9), (8, 4), (3, 12)]
 """Source and target pixels of each rank: uneven on purpose."""
 CHANNELS = 6
-Case = tuple[Similarity, str, str, str, bool, str]
+COMMUNICATIONS: tuple[Communication, ...] = ("gather", "ring")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+Case = tuple[Similarity, Scope, Communication, Implementation, bool, str]
 """Similarity, scope, communication, implementation, detach_statistics, refinement."""
-REFINEMENTS: dict[str, dict[str, bool]] = {
+REFINEMENTS: dict[str, dict[str, Any]] = {
     "": {},
     "classes": {"classes": True},
     "weights": {"weights": True},
@@ -29,15 +34,29 @@ REFINEMENTS: dict[str, dict[str, bool]] = {
     "all, keys": {"classes": True, "weights": True, "class_balanced": True, "guide": True, "guide_keys": True},
 }
 REFINED = list(REFINEMENTS)[1:]
-CASES: list[Case] = [
-    *product(("cosine", "kl"), ("node", "world"), ("gather", "ring"), ("blockwise",), (True, False), ("",)),
-    *product(("cosine", "kl"), ("node", "world"), ("gather",), ("reference",), (True,), ("",)),
-    *product(("cosine", "kl"), ("rank",), ("local",), ("blockwise", "reference"), (True,), ("",)),
-    *product(("cosine",), ("world",), ("gather", "ring"), ("blockwise",), (False,), REFINED),
-    *product(("kl",), ("node",), ("gather", "ring"), ("blockwise", "online_softmax"), (False,), ("all", "all, keys")),
-    *product(("cosine",), ("world",), ("gather",), ("reference", "online_softmax"), (True,), ("all", "all, keys")),
-    *product(("cosine",), ("rank",), ("local",), ("blockwise", "reference"), (True,), REFINED),
-]  # type: ignore[assignment]
+
+
+def cases(
+    similarities: Sequence[Similarity],
+    scopes: Sequence[Scope],
+    communications: Sequence[Communication],
+    implementations: Sequence[Implementation],
+    detached: Sequence[bool],
+    refinement_names: Sequence[str],
+) -> list[Case]:
+    """Every combination."""
+    return list(product(similarities, scopes, communications, implementations, detached, refinement_names))
+
+
+CASES = [
+    *cases(("cosine", "kl"), ("node", "world"), COMMUNICATIONS, ("blockwise",), (True, False), ("",)),
+    *cases(("cosine", "kl"), ("node", "world"), ("gather",), ("reference",), (True,), ("",)),
+    *cases(("cosine", "kl"), ("rank",), ("local",), ("blockwise", "reference"), (True,), ("",)),
+    *cases(("cosine",), ("world",), COMMUNICATIONS, ("blockwise",), (False,), REFINED),
+    *cases(("kl",), ("node",), COMMUNICATIONS, ("blockwise", "online_softmax"), (False,), ("all", "all, keys")),
+    *cases(("cosine",), ("world",), ("gather",), ("reference", "online_softmax"), (True,), ("all", "all, keys")),
+    *cases(("cosine",), ("rank",), ("local",), ("blockwise", "reference"), (True,), REFINED),
+]
 
 
 def pixels(similarity: Similarity, ranks: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
@@ -71,16 +90,18 @@ def numbers(found: Association) -> torch.Tensor:
     return torch.tensor([float(value) for value in ratios] + found.kept_per_class.tolist(), dtype=torch.float64)
 
 
-def refined(case: Case, rank: int) -> tuple[dict[str, Any], dict[str, bool]]:
+def refined(case: Case, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Optional inputs of a rank, and switches that are the same on all."""
     chosen = dict(REFINEMENTS[case[-1]])
-    switches = {name: chosen.pop(name) for name in ("class_balanced", "guide_keys") if name in chosen}
+    switches: dict[str, Any] = {name: chosen.pop(name) for name in ("class_balanced", "guide_keys") if name in chosen}
     return refinements(*SIZES[rank], CHANNELS, case[0], 20 + rank, **chosen), switches
 
 
 def all_cases(rank: int, ranks: int) -> list[dict[str, Any]]:
     groups = [dist.new_group(members) for members in nodes(ranks)]
-    return [one_rank(rank, ranks, groups[rank // 2], case) for case in CASES]
+    node = groups[rank // 2]
+    assert isinstance(node, dist.ProcessGroup)
+    return [one_rank(rank, ranks, node, case) for case in CASES]
 
 
 def one_rank(rank: int, ranks: int, node: dist.ProcessGroup, case: Case) -> dict[str, Any]:
@@ -96,9 +117,9 @@ def one_rank(rank: int, ranks: int, node: dist.ProcessGroup, case: Case) -> dict
         num_classes=CLASSES,
         target_labels=labels_of(len(targets[rank]), rank),
         group=node if scope == "node" else None,
-        communication=communication,  # type: ignore[arg-type]
+        communication=communication,
         detach_statistics=detach,
-        implementation=implementation,  # type: ignore[arg-type]
+        implementation=implementation,
         **own,
         **switches,
     )
@@ -154,7 +175,7 @@ def test_ranks_equal_one_process_in_every_scope_and_exchange(tmp_path: Path, ran
             expected = one_process(ranks, case)
             for name, value in expected.items():
                 torch.testing.assert_close(
-                    result[name], value, rtol=1e-9, atol=1e-11, equal_nan=True, msg=lambda m, c=case: f"{c}: {m}"
+                    result[name], value, rtol=1e-9, atol=1e-11, equal_nan=True, msg=partial("{}: {}".format, case)
                 )
             alone = ranks == 1 or case[1] == "rank"
             assert (result["sent"] == 0) == alone
@@ -163,16 +184,16 @@ def test_ranks_equal_one_process_in_every_scope_and_exchange(tmp_path: Path, ran
 def in_several_types(rank: int, ranks: int) -> dict[str, Any]:
     sources, targets, labels = pixels("cosine", ranks)
     results: dict[str, Any] = {}
-    for communication, dtype, comm_dtype in product(("gather", "ring"), ("fp32", "bf16"), ("fp32", "bf16")):
+    for communication, dtype, comm_dtype in product(COMMUNICATIONS, PRECISIONS, PRECISIONS):
         source = sources[rank].float().requires_grad_()
         found = cycle_association(
             source,
             targets[rank].float(),
             labels[rank],
             num_classes=CLASSES,
-            communication=communication,  # type: ignore[arg-type]
-            dtype=dtype,  # type: ignore[arg-type]
-            comm_dtype=comm_dtype,  # type: ignore[arg-type]
+            communication=communication,
+            dtype=dtype,
+            comm_dtype=comm_dtype,
         )
         found.loss.backward()
         loss = found.loss.detach().clone()
@@ -192,7 +213,7 @@ def test_matmul_and_comm_dtypes_of_either_kind_find_the_same_loss(tmp_path: Path
         tolerance = 2e-2 if "bf16" in name else 1e-5
         torch.testing.assert_close(result["loss"], expected, rtol=tolerance, atol=0, check_dtype=False, msg=name)
         assert result["grad"].isfinite().all()
-    for communication in ("gather", "ring"):
+    for communication in COMMUNICATIONS:
         assert found[f"{communication} fp32 bf16"]["sent"] < found[f"{communication} fp32 fp32"]["sent"]
 
 
@@ -311,7 +332,7 @@ def test_a_wrong_refinement_on_one_rank_is_an_error_on_all_that_names_rank_and_t
 def without_a_kept_cycle(rank: int, ranks: int) -> list[torch.Tensor]:
     sources, targets, labels = pixels("cosine", ranks)
     results = []
-    for weight, seen, communication in product((0.0, 1.0), (255, None), ("gather", "ring")):
+    for weight, seen, communication in product((0.0, 1.0), (255, None), COMMUNICATIONS):
         source, target = sources[rank].clone().requires_grad_(), targets[rank].clone().requires_grad_()
         found = cycle_association(
             source,
@@ -322,7 +343,7 @@ def without_a_kept_cycle(rank: int, ranks: int) -> list[torch.Tensor]:
             target_classes=None if seen is None else torch.full((len(target),), seen),
             class_balanced=True,
             guide=(source.roll(1, dims=1), target),
-            communication=communication,  # type: ignore[arg-type]
+            communication=communication,
         )
         found.loss.backward()
         assert source.grad is not None

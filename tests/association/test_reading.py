@@ -7,8 +7,8 @@ import pytest
 
 from dist_pca.association import CycleAssociationLoss
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
-from tests.ranks import run_on_ranks
 from tests.support.files_run import files_run
+from tests.support.ranks import run_on_ranks
 
 MOST, MOST_ON_RANKS = 10, 11
 

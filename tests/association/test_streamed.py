@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,27 +10,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_pca.association import Association, cycle_association, cycle_association_pairs, tiles
-from dist_pca.association.options import Similarity
+from dist_pca.association.options import Implementation, Similarity
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
 
 
-def value_and_gradients(
-    source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, **options: object
-) -> tuple[Association, torch.Tensor, torch.Tensor]:
+class Outcome(NamedTuple):
+    """A loss with its diagnostics, and the gradients of what it was given."""
+
+    association: Association
+    gradients: list[torch.Tensor]
+
+
+def value_and_gradients(source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, **options: Any) -> Outcome:
     source, target = source.clone().requires_grad_(), target.clone().requires_grad_()
-    found = cycle_association(source, target, labels, num_classes=CLASSES, **options)  # type: ignore[arg-type]
+    found = cycle_association(source, target, labels, num_classes=CLASSES, **options)
     found.loss.backward()
-    assert source.grad is not None
-    assert target.grad is not None
-    return found, source.grad, target.grad
+    return Outcome(found, [gradient_of(x) for x in (source, target)])
 
 
-def assert_equal(found: tuple[Association, ...], expected: tuple[Association, ...], tolerance: float) -> None:
-    assert int(found[0].kept) == int(expected[0].kept)
-    assert torch.equal(found[0].kept_per_class, expected[0].kept_per_class)
-    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=tolerance, atol=tolerance, check_dtype=False)
-    for gradient, expected_gradient in zip(found[1:], expected[1:], strict=True):
-        scale = expected_gradient.abs().max().clamp(min=1e-30)  # type: ignore[attr-defined]
+def gradient_of(x: torch.Tensor) -> torch.Tensor:
+    assert x.grad is not None
+    return x.grad
+
+
+def assert_equal(found: Outcome, expected: Outcome, tolerance: float) -> None:
+    assert int(found.association.kept) == int(expected.association.kept)
+    assert torch.equal(found.association.kept_per_class, expected.association.kept_per_class)
+    losses = found.association.loss, expected.association.loss
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=tolerance, check_dtype=False)
+    for gradient, expected_gradient in zip(found.gradients, expected.gradients, strict=True):
+        scale = expected_gradient.abs().max().clamp(min=1e-30)
         torch.testing.assert_close(
             gradient / scale, expected_gradient / scale, rtol=0, atol=10 * tolerance, check_dtype=False
         )
@@ -80,7 +89,7 @@ def test_streamed_equals_reference_whatever_the_tiles(
         assert_equal(found, expected, 1e-8)
     else:
         # With one or two candidates a deviation is zero or rounding, and so are the scores it divides.
-        assert int(found[0].kept) == int(expected[0].kept)
+        assert int(found.association.kept) == int(expected.association.kept)
 
 
 @settings(max_examples=80)
@@ -129,29 +138,30 @@ def test_refinements_streamed_equal_those_of_the_reference(
     options |= {"similarity": similarity, "detach_statistics": detach, "class_balanced": balanced}
     options |= {"guide_keys": guide == "keys", "target_labels": [labels_of(t, seed + 5) for _, t in sizes]}
 
-    def outcome(implementation: str) -> tuple[Any, ...]:
+    def outcome(implementation: Implementation) -> Outcome:
         sources, targets = ([x.clone().requires_grad_() for x in rows] for rows in zip(*pairs, strict=True))
         found = cycle_association_pairs(
             sources, targets, labels, num_classes=CLASSES, implementation=implementation, **options
-        )  # type: ignore[arg-type]
+        )
         found.loss.backward()
-        return found, *(x.grad for x in (*sources, *targets))
+        return Outcome(found, [gradient_of(x) for x in (*sources, *targets)])
 
     expected = outcome("reference")
     with tiles_of(height, group):
         found = outcome("online_softmax" if online else "blockwise")
     assert_equal(found, expected, 1e-8)
     for name in ("confusion", "kept_confusion"):
-        assert torch.equal(getattr(found[0], name), getattr(expected[0], name))
+        assert torch.equal(getattr(found.association, name), getattr(expected.association, name))
     for name in ("kept_correct_ratio", "mutual_information_bound"):
-        torch.testing.assert_close(getattr(found[0], name), getattr(expected[0], name), equal_nan=True)
+        ratios = getattr(found.association, name), getattr(expected.association, name)
+        torch.testing.assert_close(*ratios, equal_nan=True)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "kl"])
 @pytest.mark.parametrize("implementation", ["reference", "blockwise", "online_softmax"])
 @pytest.mark.parametrize("guide_keys", [False, True])
 def test_gradient_with_refinements_is_that_of_finite_differences(
-    similarity: Similarity, implementation: str, guide_keys: bool
+    similarity: Similarity, implementation: Implementation, guide_keys: bool
 ) -> None:
     source, target = domain(9, 5, similarity, 3), domain(8, 5, similarity, 4)
     labels = labels_of(9, 3)
@@ -167,7 +177,7 @@ def test_gradient_with_refinements_is_that_of_finite_differences(
             detach_statistics=False,
             class_balanced=True,
             guide_keys=guide_keys,
-            implementation=implementation,  # type: ignore[arg-type]
+            implementation=implementation,
             **drawn,
         )
         assert int(found.kept) > 0
@@ -178,7 +188,7 @@ def test_gradient_with_refinements_is_that_of_finite_differences(
 
 @pytest.mark.parametrize("similarity", ["cosine", "kl"])
 @pytest.mark.parametrize("implementation", ["reference", "blockwise", "online_softmax"])
-def test_gradient_is_that_of_finite_differences(similarity: Similarity, implementation: str) -> None:
+def test_gradient_is_that_of_finite_differences(similarity: Similarity, implementation: Implementation) -> None:
     source, target = domain(9, 5, similarity, 3), domain(8, 5, similarity, 4)
     labels = labels_of(9, 3)
 
@@ -190,7 +200,7 @@ def test_gradient_is_that_of_finite_differences(similarity: Similarity, implemen
             similarity=similarity,
             num_classes=CLASSES,
             detach_statistics=False,
-            implementation=implementation,  # type: ignore[arg-type]
+            implementation=implementation,
         ).loss
 
     assert torch.autograd.gradcheck(loss, (source.requires_grad_(), target.requires_grad_()))
@@ -207,7 +217,7 @@ def clustered(n: int, channels: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("similarity", ["cosine", "kl"])
 @pytest.mark.parametrize("implementation", ["blockwise", "online_softmax"])
 @pytest.mark.parametrize("channels", [11, 64, 300])
-def test_fp32_is_fp64_to_rounding(similarity: Similarity, implementation: str, channels: int) -> None:
+def test_fp32_is_fp64_to_rounding(similarity: Similarity, implementation: Implementation, channels: int) -> None:
     (source, labels), (target, _) = clustered(700, channels, 0), clustered(500, channels, 1)
     if similarity == "kl":
         source, target = source.softmax(dim=1), target.softmax(dim=1)
@@ -219,19 +229,19 @@ def test_fp32_is_fp64_to_rounding(similarity: Similarity, implementation: str, c
 
 
 @pytest.mark.parametrize("implementation", ["blockwise", "online_softmax"])
-def test_bf16_matmuls_move_the_loss_by_less_than_a_hundredth(implementation: str) -> None:
+def test_bf16_matmuls_move_the_loss_by_less_than_a_hundredth(implementation: Implementation) -> None:
     (source, labels), (target, _) = clustered(700, 64, 0), clustered(500, 64, 1)
     expected = value_and_gradients(source, target, labels, implementation="reference")
     found = value_and_gradients(source.float(), target.float(), labels, implementation=implementation, dtype="bf16")
-    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-2, atol=0, check_dtype=False)
-    for gradient, expected_gradient in zip(found[1:], expected[1:], strict=True):
+    torch.testing.assert_close(found.association.loss, expected.association.loss, rtol=1e-2, atol=0, check_dtype=False)
+    for gradient, expected_gradient in zip(found.gradients, expected.gradients, strict=True):
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected_gradient.flatten(), dim=0) > 0.97
 
 
 @pytest.mark.parametrize("implementation", ["blockwise", "online_softmax"])
 @pytest.mark.parametrize("guide_keys", [False, True])
 def test_a_guide_with_bf16_matmuls_moves_the_loss_by_less_than_a_hundredth(
-    implementation: str, guide_keys: bool
+    implementation: Implementation, guide_keys: bool
 ) -> None:
     (source, labels), (target, _) = clustered(700, 64, 0), clustered(500, 64, 1)
     guide = clustered(700, 64, 0)[0] + source, target.roll(1, dims=1)
@@ -240,22 +250,22 @@ def test_a_guide_with_bf16_matmuls_moves_the_loss_by_less_than_a_hundredth(
     found = value_and_gradients(
         source.float(), target.float(), labels, implementation=implementation, dtype="bf16", **options
     )
-    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-2, atol=0, check_dtype=False)
-    for gradient, expected_gradient in zip(found[1:], expected[1:], strict=True):
+    torch.testing.assert_close(found.association.loss, expected.association.loss, rtol=1e-2, atol=0, check_dtype=False)
+    for gradient, expected_gradient in zip(found.gradients, expected.gradients, strict=True):
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected_gradient.flatten(), dim=0) > 0.97
 
 
 @pytest.mark.parametrize("implementation", ["blockwise", "online_softmax"])
 @pytest.mark.parametrize("guided", [False, True])
-def test_fp64_inputs_may_have_bf16_matmuls(implementation: str, guided: bool) -> None:
+def test_fp64_inputs_may_have_bf16_matmuls(implementation: Implementation, guided: bool) -> None:
     (source, labels), (target, _) = clustered(90, 16, 0), clustered(70, 16, 1)
     options: dict[str, Any] = {"implementation": implementation, "dtype": "bf16"}
     if guided:
         options["guide"] = source, target
     found = value_and_gradients(source, target, labels, **options)
     expected = value_and_gradients(source.float(), target.float(), labels, **options)
-    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-2, atol=0, check_dtype=False)
-    assert found[1].dtype == found[2].dtype == torch.float64
+    torch.testing.assert_close(found.association.loss, expected.association.loss, rtol=1e-2, atol=0, check_dtype=False)
+    assert [gradient.dtype for gradient in found.gradients] == [torch.float64, torch.float64]
 
 
 def test_the_grouped_maximum_is_the_first_of_equals() -> None:

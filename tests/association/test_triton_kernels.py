@@ -4,6 +4,7 @@ On a GPU they run compiled. Elsewhere Triton interprets them, which it must know
 time: so one test runs this file again in a process of its own.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -54,7 +55,7 @@ def test_kernels_are_the_formulas_when_interpreted() -> None:
 
 def rows(n: int, channels: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
     x = torch.randn(n, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (scale * x / channels**0.5).to(dtype).to(DEVICE)
+    return (scale * x / math.sqrt(channels)).to(dtype).to(DEVICE)
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor | float) -> None:
@@ -163,7 +164,8 @@ def test_rows_wider_than_one_block_of_channels_match_and_backward(dtype: torch.d
 def test_rows_shared_out_among_many_programs_match_and_backward(
     dtype: torch.dtype, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: 64)
+    for waves in ("MATCH_WAVES", "BACKWARD_WAVES"):
+        monkeypatch.setattr(triton_launch, waves, 64)
     query, key = rows(200, 19, dtype, 0, scale=5), rows(300, 19, dtype, 1)
     assert triton_launch._chunks(200, 300, DEVICE, triton_launch.BACKWARD_WAVES) == (128, 3)
     assert_matches(TritonKernels().match(query, key, logsumexp=True), query, key, 1e-5)
@@ -171,9 +173,10 @@ def test_rows_shared_out_among_many_programs_match_and_backward(
 
 
 @on_device
-@pytest.mark.parametrize("processors", [1, 64])
-def test_ties_go_to_the_lowest_index(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: processors)
+@pytest.mark.parametrize("waves", [0, 64])
+def test_ties_go_to_the_lowest_index(waves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # All keys by one program, or shared out among three.
+    monkeypatch.setattr(triton_launch, "MATCH_WAVES", waves)
     key = torch.zeros(300, 12, device=DEVICE)
     key[[7, 9, 100, 250], 0] = 1.0
     key[[280, 299], 1] = 1.0
@@ -268,6 +271,8 @@ def test_association_through_the_kernels_is_the_definition(similarity: Any, dtyp
         options: dict[str, Any] = {"similarity": similarity, "implementation": implementation, "dtype": products}
         found = cycle_association(source, target, labels, num_classes=3, detach_statistics=False, **options)
         found.loss.backward()
+        assert source.grad is not None
+        assert target.grad is not None
         results.append((found.loss.detach(), source.grad, target.grad))
     tolerance = 1e-5 if dtype == "fp32" else 2e-2
     torch.testing.assert_close(results[1][0], results[0][0], rtol=tolerance, atol=0)
@@ -302,6 +307,8 @@ def test_refinements_through_the_kernels_are_the_definition(similarity: Any, gui
         )
         assert int(found.kept) > 0
         found.loss.backward()
+        assert source.grad is not None
+        assert target.grad is not None
         results.append((found.loss.detach(), source.grad, target.grad))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
     for gradient, expected in zip(results[1][1:], results[0][1:], strict=True):

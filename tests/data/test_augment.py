@@ -16,7 +16,7 @@ from dist_pca.data.augment import (
 )
 from dist_pca.data.decode import resized_size
 from dist_pca.errors import UserError
-from tests.data.shards import data_config, make_shards
+from tests.support.shards import data_config, make_shards
 
 SIZE = (60, 100)
 

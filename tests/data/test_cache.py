@@ -17,7 +17,7 @@ from dist_pca.data.cache import CacheSettings, default_folder, open_manifest, op
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest, load_manifest, save_manifest
 from tests.data.servers import FolderServer, serving
-from tests.data.shards import make_shards, sample_members, write_shards
+from tests.support.shards import make_shards, sample_members, write_shards
 
 # Loader workers are forked too, from a process that may have connections open.
 FORK = multiprocessing.get_context("fork")

@@ -8,7 +8,7 @@ from dist_pca.classes import CITYSCAPES_CLASSES, LABEL_SETS, ClassInfo
 from dist_pca.data.class_table import class_table, lookup_table
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest
-from tests.data.shards import data_config
+from tests.support.shards import data_config
 
 SOURCE = Manifest(Path("simulator"), "r", 1, "all", True, CITYSCAPES_CLASSES, ())
 

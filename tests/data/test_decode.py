@@ -11,7 +11,7 @@ from PIL import Image
 
 from dist_pca.data.decode import decode_sample
 from dist_pca.errors import UserError
-from tests.data.shards import png, sample_members
+from tests.support.shards import png, sample_members
 
 
 def sample(**members: bytes) -> dict[str, Any]:

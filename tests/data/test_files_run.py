@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dist_pca.data.stream import stream
-from tests.data.shards import data_config, make_shards
 from tests.support.files_run import files_run
+from tests.support.shards import data_config, make_shards
 
 RARE = {"source": "rare_class", "min_pixels": 1, "min_crop_pixels": 1}
 

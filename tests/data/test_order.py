@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from dist_pca.data.randomness import Domain
 from dist_pca.data.source import Order, micro_batch_indices, micro_batch_size
 from dist_pca.errors import UserError
 
@@ -44,7 +45,8 @@ def test_reads_stay_inside_one_window_of_shards_at_a_time(order: Order, epoch: i
 
 
 def test_epochs_seeds_and_domains_are_shuffled_differently() -> None:
-    orders = [Order((50, 50), seed, domain, 2) for seed, domain in ((0, "source"), (1, "source"), (0, "target"))]
+    streams: list[tuple[int, Domain]] = [(0, "source"), (1, "source"), (0, "target")]
+    orders = [Order((50, 50), seed, domain, 2) for seed, domain in streams]
     sequences = [[order.locate(offset) for offset in range(100)] for order in orders]
     sequences.append([orders[0].locate(100 + offset) for offset in range(100)])
     sequences.append(sorted(sequences[0]))

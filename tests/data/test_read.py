@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -22,7 +23,7 @@ from dist_pca.data.read import ShardReader
 from dist_pca.errors import CorruptSample, UserError
 from dist_pca.shards.manifest import Manifest, Shard
 from tests.data.servers import FolderServer, serving, serving_process
-from tests.data.shards import CLASSES, index_shard, make_shards, sample_members, with_keys
+from tests.support.shards import CLASSES, index_shard, make_shards, sample_members, with_keys
 
 
 def read(manifest: Manifest, shard: int, sample: int) -> dict[str, object]:
@@ -195,7 +196,7 @@ def altered(content: bytes, place: int, text: bytes) -> bytes:
     return bytes(changed)
 
 
-def plain_member(name: str, content: bytes, kind: bytes = tarfile.REGTYPE, form: int = tarfile.USTAR_FORMAT) -> bytes:
+def plain_member(name: str, content: bytes, kind: bytes = tarfile.REGTYPE, form: Any = tarfile.USTAR_FORMAT) -> bytes:
     info = tarfile.TarInfo(name)
     info.type, info.size = kind, len(content)
     return info.tobuf(form) + content + bytes(-len(content) % 512)

@@ -9,7 +9,7 @@ import pytest
 from dist_pca.data.collate import Batch
 from dist_pca.data.stream import stream
 from dist_pca.shards.manifest import Manifest
-from tests.data.shards import data_config, make_shards
+from tests.support.shards import data_config, make_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 BATCH, STEPS, SEED = 12, 20, 11

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dist_pca.data.source import Sampler, build_sampler
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest, Shard
-from tests.data.shards import CLASSES, data_config
+from tests.support.shards import CLASSES, data_config
 
 COUNTS = [[900, 90, 0], [800, 0, 10], [700, 0, 0], [500, 100, 0], [1000, 0, 0], [900, 0, 0]]
 

@@ -20,7 +20,7 @@ from dist_pca.data.collate import Batch
 from dist_pca.data.stream import EvaluationSample, evaluation_stream, stream
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest
-from tests.data.shards import CLASSES, data_config, make_shards, png, sample_members, write_shards
+from tests.support.shards import CLASSES, data_config, make_shards, png, sample_members, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -227,7 +227,7 @@ LEAVING = """
 import multiprocessing, os, signal, sys, time
 from dist_pca.data.stream import stream
 from dist_pca.shards.manifest import load_manifest
-from tests.data.shards import data_config
+from tests.support.shards import data_config
 
 def train():
     global batches

@@ -16,7 +16,7 @@ from dist_pca.data.collate import Batch
 from dist_pca.data.stream import stream
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest
-from tests.data.shards import data_config, make_shards, sample_members, write_shards
+from tests.support.shards import data_config, make_shards, sample_members, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

@@ -3,7 +3,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -19,12 +19,14 @@ from dist_pca.data.collate import Batch
 from dist_pca.data.stream import evaluation_stream, stream
 from dist_pca.shards.manifest import Manifest
 from tests.data.servers import serving, serving_process
-from tests.data.shards import CLASSES, data_config, make_shards
+from tests.support.shards import CLASSES, data_config, make_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
-def take(manifest: Manifest, cache: dict[str, object], count: int, first: threading.Event | None = None) -> list[Batch]:
+def take(
+    manifest: Manifest, cache: Mapping[str, object], count: int, first: threading.Event | None = None
+) -> list[Batch]:
     config = data_config(workers=2, shuffle_window=1, cache=cache)
     batches = stream(
         config, [manifest], "source", seed=0, rank=0, world_size=1, global_batch=3, accumulation=1, start_step=0

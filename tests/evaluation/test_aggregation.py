@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from dist_pca.association import diffuse
 from dist_pca.evaluation.aggregation import aggregated_logits
 from dist_pca.model.segmenter import Segmenter
-from tests.evaluation.networks import segmenter
+from tests.support.networks import segmenter
 
 NETWORKS = {
     "classifier": segmenter(association_features="head"),

@@ -15,8 +15,8 @@ from dist_pca.evaluation.inference import predict
 from dist_pca.evaluation.report import Scores, score
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.shards.manifest import Manifest, load_manifest
-from tests.data.shards import CLASSES, HEIGHT, WIDTH, sample_members, write_shards
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.shards import CLASSES, HEIGHT, WIDTH, sample_members, write_shards
 
 
 def run(**evaluation: object) -> RunConfig:

@@ -12,7 +12,7 @@ from dist_pca.evaluation import onnx_file
 from dist_pca.evaluation.export import export
 from dist_pca.evaluation.onnx_file import require_onnx, write_onnx
 from dist_pca.model.exported import load_exported
-from tests.evaluation.networks import CLASSES, run_config, segmenter
+from tests.support.networks import CLASSES, run_config, segmenter
 
 needs_onnx = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")), reason="needs the extra `export`"

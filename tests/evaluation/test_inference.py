@@ -101,7 +101,7 @@ def test_labels_made_in_bands_are_those_of_whole_maps(band: int, monkeypatch: py
 
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     whole = nn.functional.interpolate(Random()(images).logits, (37, 41), mode="bilinear", align_corners=False)
-    monkeypatch.setattr(inference, "_BAND_ELEMENTS", band * 5 * 41)
+    monkeypatch.setattr(inference, "BAND_ELEMENTS", band * 5 * 41)
     assert torch.equal(predict(Random(), images, (8, 8), (37, 41)), whole.argmax(1).to(torch.uint8))
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from dist_pca.classes import CITYSCAPES_CLASSES, ClassInfo, label_set
 from dist_pca.evaluation.label_files import cityscapes_ids, overlay, prediction_names, save_label, save_whole
-from tests.data.shards import make_shards, with_keys
+from tests.support.shards import make_shards, with_keys
 
 CLASSES = (ClassInfo("road", (128, 64, 128)), ClassInfo("sky", (70, 130, 180)))
 LABEL = np.array([[0, 1, 1], [1, 0, 255]], np.uint8)

@@ -10,7 +10,7 @@ from PIL import Image
 from dist_pca.errors import UserError
 from dist_pca.evaluation.inference import predict
 from dist_pca.evaluation.predict_images import Predicted, predict_images
-from tests.evaluation.networks import CLASSES, run_config, segmenter
+from tests.support.networks import CLASSES, run_config, segmenter
 
 NETWORK = segmenter()
 

@@ -9,7 +9,7 @@ from torch import nn
 from dist_pca.config import EvaluationConfig
 from dist_pca.evaluation.inference import predict
 from dist_pca.evaluation.views import view_logits, window_starts
-from tests.evaluation.networks import segmenter
+from tests.support.networks import segmenter
 
 NETWORK = segmenter()
 edges = st.integers(33, 80)

@@ -11,7 +11,7 @@ from torch import nn
 from dist_pca.config import ModelConfig
 from dist_pca.model.batch_norm import average_over_ranks, kept_statistics, running_statistics, synchronise
 from dist_pca.model.segmenter import build_segmenter
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 SHARES = (3, 2)
 """Images of each rank: ranks need not hold equally many."""

@@ -53,7 +53,7 @@ def test_a_family_that_cannot_checkpoint_is_refused(monkeypatch: pytest.MonkeyPa
     def refuse(*_: object) -> None:
         raise AssertionError("gradient checkpointing not supported")
 
-    monkeypatch.setattr("timm.models._features.FeatureDictNet.set_grad_checkpointing", refuse)
+    monkeypatch.setattr("timm.models.FeatureDictNet.set_grad_checkpointing", refuse)
     with pytest.raises(UserError, match=r"model\.activation_checkpointing: timm cannot checkpoint test_resnet"):
         build("test_resnet", activation_checkpointing=True)
 

@@ -11,7 +11,7 @@ from dist_pca.config import FeatureDistanceConfig, ObjectiveConfig
 from dist_pca.errors import UserError
 from dist_pca.objective import Domain, objective
 from dist_pca.objective.feature_distance import THINGS, feature_distance, thing_classes
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 THING_IDS = (1, 3)
 

@@ -15,7 +15,7 @@ from dist_pca.errors import UserError
 from dist_pca.objective import Domain, objective
 from dist_pca.objective.cycle_association import association_weight
 from dist_pca.objective.smoothness import smoothness
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 CLASSES = 4
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_pca.objective.self_training import pseudo_label_loss, pseudo_labels, world_confidence
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 
 def view(count: int, seed: int) -> tuple[torch.Tensor, ...]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_pca.objective.source_contrast import source_contrast
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 CLASSES, GRID = 4, (5, 6)
 SEEDS: Sequence[int] = (11, 12, 13, 14)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from dist_pca.errors import UserError
 from dist_pca.resilience import lock
 from dist_pca.resilience.lock import run_lock
-from tests.disk import small_disk
+from tests.support.disk import small_disk
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +39,9 @@ def other() -> Iterator["subprocess.Popen[bytes]"]:
 
 
 def held_by(folder: Path, host: str, pid: int, started: float, processes: str | None = None) -> Path:
-    folder.mkdir(exist_ok=True)
-    owner = lock._this_process()._asdict() | {"host": host, "pid": pid, "started": started}
+    with run_lock(folder):
+        owner = json.loads((folder / "lock.json").read_text())
+    owner |= {"host": host, "pid": pid, "started": started}
     (folder / "lock.json").write_text(json.dumps(owner | ({"processes": processes} if processes else {})))
     return folder / "lock.json"
 
@@ -121,7 +122,7 @@ def test_a_start_with_patience_waits_for_a_job_that_is_leaving(
 def test_a_lock_that_names_no_process_is_taken_over_soon_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, content: str
 ) -> None:
-    monkeypatch.setattr(lock, "_UNREADABLE_SECONDS", 0.5)
+    monkeypatch.setattr(lock, "UNREADABLE_SECONDS", 0.5)
     path = tmp_path / "lock.json"
     path.write_text(content)
     with run_lock(tmp_path):

@@ -15,8 +15,8 @@ from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.resilience.preemption import SLURM_MARGIN, StopRequest
 from dist_pca.resources import resource
-from tests.ranks import run_on_ranks
-from tests.training.runs import build_streets, overrides
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import build_streets, overrides
 
 
 def leave_together(rank: int, world_size: int, number: int) -> tuple[int, str, int]:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
-from tests.training.runs import build_streets, overrides
+from tests.support.runs import build_streets, overrides
 
 TIMEOUT = 4.0
 RANK = """

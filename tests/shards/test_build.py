@@ -16,7 +16,15 @@ from dist_pca.classes import LABEL_SETS
 from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import Manifest, load_manifest
-from tests.shards.trees import make_camvid, make_cityscapes, make_folder, make_gta5, make_synthia, random_image, save
+from tests.support.raw_data import (
+    make_camvid,
+    make_cityscapes,
+    make_folder,
+    make_gta5,
+    make_synthia,
+    random_image,
+    save,
+)
 
 CITYSCAPES_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13}
 CITYSCAPES_IDS |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}

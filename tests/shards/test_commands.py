@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dist_pca.cli import main
-from tests.shards.foreign import sample, write
-from tests.shards.trees import make_folder
+from tests.support.foreign_shards import sample, write
+from tests.support.raw_data import make_folder
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(raw: Path
     # 20 kB a file: enough for the small shards, not for the large last one.
     from PIL import Image
 
-    from tests.shards.trees import random_image, save
+    from tests.support.raw_data import random_image, save
 
     save(random_image(0, 100, 100), raw / "images/005.png")
     save(Image.new("L", (100, 100)), raw / "labels/005.png")

@@ -9,7 +9,7 @@ from PIL import Image
 from dist_pca.errors import UserError
 from dist_pca.shards.images import Encoding, encode_image, open_header, open_image
 from dist_pca.shards.sample import as_rgb
-from tests.shards.trees import png_header, random_image, save
+from tests.support.raw_data import png_header, random_image, save
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp"])

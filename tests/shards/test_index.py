@@ -12,8 +12,8 @@ from dist_pca.shards.build import build_shards
 from dist_pca.shards.index import class_table, index_shards
 from dist_pca.shards.manifest import load_manifest
 from dist_pca.shards.verify import verify
-from tests.shards.foreign import label, sample, write
-from tests.shards.trees import make_folder
+from tests.support.foreign_shards import label, sample, write
+from tests.support.raw_data import make_folder
 
 CLASSES = tuple(ClassInfo(name, (0, 0, index)) for index, name in enumerate("abc"))
 

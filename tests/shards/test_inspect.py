@@ -10,7 +10,7 @@ from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.inspect import grid, render, save_grid, summarise
 from dist_pca.shards.sample import read_sample
-from tests.shards.trees import make_folder, random_image, save
+from tests.support.raw_data import make_folder, random_image, save
 
 
 def _printed(folder_summary: object) -> str:

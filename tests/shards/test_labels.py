@@ -12,7 +12,7 @@ from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.shards.labels import TrainIds, encode_label, lookup_table, read_label
 from dist_pca.shards.recipe import Coding
-from tests.shards.trees import palette_image, png16
+from tests.support.raw_data import palette_image, png16
 
 CLASSES = (ClassInfo("road", (0, 0, 0)), ClassInfo("sky", (1, 1, 1)))
 IDS = np.array([[7, 8, 9], [7, 7, 200]])

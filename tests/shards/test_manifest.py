@@ -10,7 +10,7 @@ from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import Manifest, Shard, load_manifest, save_manifest
-from tests.shards.trees import make_folder
+from tests.support.raw_data import make_folder
 
 
 @pytest.fixture

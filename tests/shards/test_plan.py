@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dist_pca.errors import UserError
 from dist_pca.shards.plan import Plan, make_plan, parse_bytes
-from tests.shards.trees import make_folder, random_image, save
+from tests.support.raw_data import make_folder, random_image, save
 
 
 def _sizes(root: Path, plan: Plan) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import load_manifest
-from tests.shards.trees import random_image, save
+from tests.support.raw_data import random_image, save
 
 REPOSITORY = Path(__file__).parents[2]
 SECONDS = 60

@@ -9,7 +9,7 @@ from PIL import Image
 from dist_pca.errors import UserError
 from dist_pca.shards.recipe import Recipe, load_recipe
 from dist_pca.shards.scan import RawSample, scan, unique_keys
-from tests.shards.trees import make_camvid, make_cityscapes, make_folder, random_image, save
+from tests.support.raw_data import make_camvid, make_cityscapes, make_folder, random_image, save
 
 LABEL = np.zeros((4, 6), np.uint8)
 

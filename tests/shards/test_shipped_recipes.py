@@ -16,7 +16,7 @@ from dist_pca.errors import UserError
 from dist_pca.resources import names, resource
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.recipe import load_recipe
-from tests.shards.trees import Ids, make_gta5, palette_image, random_image, save
+from tests.support.raw_data import Ids, make_gta5, palette_image, random_image, save
 
 CLASSES = LABEL_SETS["cityscapes_19"]
 TRAIN_IDS = np.array([[*range(10)], [*range(10, 19), 255]], np.uint8)

@@ -18,7 +18,7 @@ import pytest
 from dist_pca.errors import UserError
 from dist_pca.shards.build import build_part, build_shards, merge_parts
 from dist_pca.shards.manifest import load_manifest
-from tests.shards.trees import make_folder
+from tests.support.raw_data import make_folder
 
 SHARDS = 12
 

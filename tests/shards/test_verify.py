@@ -14,7 +14,7 @@ from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import Manifest, load_manifest, save_manifest
 from dist_pca.shards.verify import Problem, verify
 from dist_pca.shards.walk import walk
-from tests.shards.trees import make_folder
+from tests.support.raw_data import make_folder
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from webdataset.tariterators import base_plus_ext
 
 from dist_pca.errors import UserError
 from dist_pca.shards.walk import walk
-from tests.shards.foreign import write_tar
+from tests.support.foreign_shards import write_tar
 
 OWN = ("__key__", "__url__", "__local_path__")
 NAMES = st.lists(

@@ -18,7 +18,7 @@ def observe(_rank: int, port: int, folder: Path) -> None:
     from dist_pca.training.deepspeed_config import deepspeed_config
     from dist_pca.training.environment import init_distributed
     from dist_pca.training.optimizer import build_optimizer
-    from tests.ranks import leave_group
+    from tests.support.ranks import leave_group
     from tests.training.zero_runs import micro_batches, network, run_config
 
     facts: dict[str, dict[str, Any]] = {}

@@ -14,7 +14,7 @@ from dist_pca.training.checkpoint_parts import restore
 from dist_pca.training.prepare import prepare_run
 from dist_pca.training.trainer import Trainer
 from tests.support.files_run import files_run, recorded_files
-from tests.training.runs import build_streets, overrides
+from tests.support.runs import build_streets, overrides
 
 SETTINGS = (
     *("training.ema_decay=0.9", "training.steps=4", "training.log_every=4", "training.checkpoint_every=4"),
@@ -23,18 +23,17 @@ SETTINGS = (
 
 
 class RecordedStop(StopRequest):
-    """Records the files from the end of the second step to the end of the third."""
+    """Records the files from the end of each step to the end of the next, and after the last until told."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._recording = ExitStack()
+        self.files: dict[int, set[str]] = {}
+        self.recording = ExitStack()
 
     def any_rank(self, step: int, device: torch.device) -> bool:
         stopping = super().any_rank(step, device)
-        if step == 2:
-            self.files = self._recording.enter_context(recorded_files())
-        if step == 3:
-            self._recording.close()
+        self.recording.close()
+        self.files[step] = self.recording.enter_context(recorded_files())
         return stopping
 
 
@@ -44,16 +43,13 @@ def main(folder: Path) -> None:
     run, stop = resolve_config("demo", overrides(folder, "run", *SETTINGS)), RecordedStop()
     with Trainer(prepare_run(run, world_size=1, resume=None), stop, validate) as trainer:
         trainer.train()
-        files = {"step": stop.files, "save": files_run(lambda: save(trainer))}
+        with trainer.checkpoints:
+            pass  # Leaving its context waits for the last checkpoint.
+        stop.recording.close()
+        files = {"step": stop.files[2], "save": stop.files[4]}
         checkpoint = run.folder / "checkpoints" / "step-00000004"
         files["restore"] = files_run(lambda: restore(trainer.parts, checkpoint))
     print(json.dumps({name: sorted(found) for name, found in files.items()}))
-
-
-def save(trainer: Trainer) -> None:
-    """Save a checkpoint and wait until it is written."""
-    trainer._save(4, None)
-    trainer.checkpoints._finish()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 
 from dist_pca.config import RunConfig
 from dist_pca.training.optimizer import build_optimizer
-from tests.ranks import leave_group
+from tests.support.ranks import leave_group
 from tests.training.zero_runs import batch, micro_batches, network
 
 

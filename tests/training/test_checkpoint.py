@@ -31,7 +31,7 @@ from dist_pca.training.checkpoint import (
     read_state,
 )
 from dist_pca.training.checkpoint_parts import OptimizerPart, checkpoint_parts
-from tests.disk import small_disk
+from tests.support.disk import small_disk
 
 CONFIG = resolve_config("demo", ["training.keep_checkpoints=2", "training.time_limit=1:00:00"])
 

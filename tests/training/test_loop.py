@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dist_pca.resilience.exit_status import ExitCode
 from dist_pca.training.metrics import TIMING
-from tests.training.runs import build_streets, overrides
+from tests.support.runs import build_streets, overrides
 
 SETTINGS = (
     *("training.steps=24", "training.log_every=10", "training.checkpoint_every=24"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.training.runs import build_streets, overrides
+from tests.support.runs import build_streets, overrides
 
 STEPS, SETTLED, LOG_EVERY = 2000, 200, 10
 SHARE = 0.01

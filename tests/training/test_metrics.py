@@ -20,7 +20,7 @@ from dist_pca.resources import resource
 from dist_pca.training import metrics as module
 from dist_pca.training.metrics import METRICS, TIMING, MetricsLogger, Window
 from dist_pca.training.profiling import PhaseClock
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from tests.training.alone import alone
 from tests.training.test_profiling import Watched
 
@@ -28,14 +28,24 @@ CPU = torch.device("cpu")
 CLASSES = (ClassInfo("road", (0, 0, 0)), ClassInfo("sky", (1, 1, 1)))
 
 
-def started(folder: Path, *overrides: str, start_step: int = 0, windows: Sequence[Window] = ()) -> MetricsLogger:
+def clock() -> PhaseClock:
+    return PhaseClock(Watched(), CPU)  # type: ignore[arg-type]
+
+
+def started(
+    folder: Path,
+    *overrides: str,
+    start_step: int = 0,
+    windows: Sequence[Window] = (),
+    phases: PhaseClock | None = None,
+) -> MetricsLogger:
     batches = ("training.source_batch=8", "training.target_batch=8", "objective.self_training.weight=0")
     # Two passes of the network for each pair of images.
     plain = (*batches, *(f"objective.association.teacher_{part}=false" for part in ("check", "weight", "matches")))
     config = load_config(resource("configs", "demo"), [f"output={folder}", "telemetry.trackers=[]", *plain, *overrides])
     config.folder.mkdir(exist_ok=True)
-    clock = PhaseClock(Watched(), CPU)  # type: ignore[arg-type]
-    return MetricsLogger(config, CLASSES, clock, device=CPU, start_step=start_step, flops=1000, saved=list(windows))
+    phases = phases or clock()
+    return MetricsLogger(config, CLASSES, phases, device=CPU, start_step=start_step, flops=1000, saved=list(windows))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -133,11 +143,12 @@ def test_a_window_saved_on_another_number_of_ranks_counts_each_step_alike(tmp_pa
 
 
 def test_time_is_split_and_rates_follow_from_it(tmp_path: Path) -> None:
-    with alone(), started(tmp_path, "training.steps=4", "training.log_every=4") as run:
+    phases = clock()
+    with alone(), started(tmp_path, "training.steps=4", "training.log_every=4", phases=phases) as run:
         for step in range(1, 5):
-            run._clock.enter("data", step)
+            phases.enter("data", step)
             torch.rand(1000, 1000).sum()
-            run._clock.enter("log")
+            phases.enter("log")
             run.log(step, {}, skipped=False)
     (line,) = lines(tmp_path)
     assert set(line["seconds"]) == set(module.PHASES)

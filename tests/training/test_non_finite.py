@@ -12,7 +12,7 @@ from dist_pca.objective import Domain
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.shards.manifest import load_manifest
 from dist_pca.training.non_finite import NonFiniteSteps, zero_non_finite
-from tests.training.runs import build_streets, launch
+from tests.support.runs import build_streets, launch
 
 
 def domain(logits: torch.Tensor) -> Domain:

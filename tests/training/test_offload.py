@@ -11,7 +11,7 @@ from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.training.checkpoint import latest_checkpoint, read_state
 from dist_pca.training.deepspeed_config import deepspeed_config, reconcile_launcher
-from tests.training.runs import build_streets, launch
+from tests.support.runs import build_streets, launch
 from tests.training.zero_runs import assert_equal, plain, run_config, through_deepspeed
 
 

@@ -40,7 +40,7 @@ def test_phases_add_up_to_the_time_that_passed_and_the_watchdog_knows_each() -> 
         clock.enter("forward")
         with phase("association"):
             time.sleep(0.01)
-            with phase("exchange"):
+            with phase("communication"):
                 time.sleep(0.03)
         time.sleep(0.02)
         clock.enter("backward")

@@ -12,7 +12,7 @@ import pytest
 
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.resources import resource
-from tests.training.runs import build_streets, overrides
+from tests.support.runs import build_streets, overrides
 
 STEPS = 12
 IN_TIME = 60

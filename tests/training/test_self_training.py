@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.runs import build_streets, launch
+from tests.support.runs import build_streets, launch
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.runs import build_streets, launch
+from tests.support.runs import build_streets, launch
 
 # Several starts of two processes each.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dist_pca.resources import resource
 from dist_pca.training.metrics import TIMING
-from tests.training.runs import build_streets, launch
+from tests.support.runs import build_streets, launch
 from tests.training.test_metrics import documented
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dist_pca.resilience.exit_status import ExitCode
 from dist_pca.resources import resource
-from tests.training.runs import build_streets, overrides
+from tests.support.runs import build_streets, overrides
 
 HOSTS = ("dist-pca-a", "dist-pca-b")
 LINKS = ("pca-a", "pca-b")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.runs import build_streets, launch
+from tests.support.runs import build_streets, launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 

@@ -17,7 +17,7 @@ from dist_pca.resources import resource
 from dist_pca.training.accumulation import MicroBatch, grad_cache, separate_losses
 from dist_pca.training.checkpoint import latest_checkpoint
 from dist_pca.training.optimizer import build_optimizer
-from tests.ranks import leave_group
+from tests.support.ranks import leave_group
 
 STEPS, CLASSES = 3, 5
 Trained = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]

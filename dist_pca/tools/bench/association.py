@@ -28,7 +28,7 @@ MOST_REFERENCE_POSITIONS = 12_000
 
 OUT_OF_MEMORY = "out of memory"
 
-_DENSE_MATRICES = 6.0
+DENSE_MATRICES = 6.0
 """Matrices of n x n that dense autograd holds at its peak; measured, rounded up."""
 
 
@@ -222,7 +222,7 @@ def _needed_bytes(case: Case) -> float:
 
 
 def _dense_bytes(case: Case) -> float:
-    return _DENSE_MATRICES * 4 * case.positions**2
+    return DENSE_MATRICES * 4 * case.positions**2
 
 
 def _fits(needed: float) -> bool:

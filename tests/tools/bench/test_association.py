@@ -114,5 +114,5 @@ def test_dense_needs_no_more_than_is_foretold_and_blockwise_less() -> None:
     plan = dataclasses.replace(PLAN, sizes=(2500,), implementations=("dense", "blockwise"), dtypes=("fp32",))
     dense, blockwise = run(cases(plan), ignore)
     matrix = 4 * 2500**2
-    assert 3 * matrix < int(dense["peak_bytes"] or 0) < association._DENSE_MATRICES * matrix
+    assert 3 * matrix < int(dense["peak_bytes"] or 0) < association.DENSE_MATRICES * matrix
     assert int(blockwise["peak_bytes"] or 0) < int(dense["peak_bytes"] or 0) / 2

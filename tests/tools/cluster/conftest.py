@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.cluster.slurm import Cluster, missing_programs, running_cluster
-from tests.training.runs import build_streets
+from tests.support.runs import build_streets
+from tests.support.slurm import Cluster, missing_programs, running_cluster
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ from dist_pca.cli import app
 from dist_pca.resources import names, resource
 from dist_pca.tools.cluster.job import app as job_app
 from dist_pca.train import main as train_main
-from tests.readme_folder import assert_left, link_what_heads_name, make_folder, type_line
-from tests.readme_lines import in_checkout, lines
-from tests.tools.cluster.slurm import Cluster, wait_until
+from tests.support.readme_folder import assert_left, link_what_heads_name, make_folder, type_line
+from tests.support.readme_lines import in_checkout, lines
+from tests.support.slurm import Cluster, wait_until
 
 SCRIPTS = [resource("launch", name, ".sbatch") for name in names("launch", ".sbatch")]
 LINES = [line.text for line in lines("launch/slurm/")]

@@ -20,10 +20,10 @@ from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.tools.cluster.status import read_status, saved_step
 from dist_pca.training.run_folder import read_launch_log
-from tests.shards.trees import make_folder
-from tests.tools.cluster.slurm import Cluster, wait_until
+from tests.support.raw_data import make_folder
+from tests.support.runs import overrides
+from tests.support.slurm import Cluster, wait_until
 from tests.tools.cluster.test_scripts import LINES
-from tests.training.runs import overrides
 
 STEPS = 12
 TRAIN = resource("launch", "slurm/train", ".sbatch")

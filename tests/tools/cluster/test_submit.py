@@ -1,6 +1,5 @@
 """What is handed to SLURM, and what is refused before."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,9 @@ from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.tools.cluster.submit import LEAST_SECONDS, parse_time, render, train_directives
-from tests.shards.trees import make_folder
-from tests.training.runs import overrides
+from tests.support.raw_data import make_folder
+from tests.support.runs import overrides
+from tests.support.slurm import fake_sbatch
 
 SCRIPT = resource("launch", "slurm/train", ".sbatch").read_text()
 SIZE = ("--nodes", "2", "--gpus-per-node", "2", "--time", "12:00:00")
@@ -31,13 +31,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("day", "dusk"):
         build_shards("folder", folder / "raw", folder / name, workers=1)
     return folder
-
-
-def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    (folder / "bin").mkdir()
-    (folder / "bin/sbatch").write_text(f"#!/bin/sh\n{body}\n")
-    (folder / "bin/sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
 
 
 def submit(shards: Path, output: Path, *words: str) -> Result:

@@ -16,7 +16,7 @@ def run(folder: Path, *more: str) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.training.runs import build_streets
+    from tests.support.runs import build_streets
 
     folder = tmp_path_factory.mktemp("streets")
     build_streets(folder)

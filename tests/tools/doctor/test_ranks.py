@@ -14,8 +14,8 @@ import pytest
 from dist_pca.resources import resource
 from dist_pca.tools.doctor import ranks as meeting
 from dist_pca.tools.doctor.ranks import Ranks
-from tests.disk import small_disk
-from tests.ranks import run_on_ranks
+from tests.support.disk import small_disk
+from tests.support.ranks import run_on_ranks
 
 
 def one_sees_another_folder(rank: int, world_size: int, folder: Path) -> list[str]:

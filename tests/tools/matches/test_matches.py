@@ -13,9 +13,9 @@ from dist_pca.classes import ClassInfo
 from dist_pca.cli import app
 from dist_pca.config import load_config, save_config
 from dist_pca.errors import UserError
-from tests.data.shards import make_shards, sample_members, write_shards
-from tests.evaluation.networks import CLASSES, segmenter, write_run
-from tests.training.runs import build_streets, launch
+from tests.support.networks import CLASSES, segmenter, write_run
+from tests.support.runs import build_streets, launch
+from tests.support.shards import make_shards, sample_members, write_shards
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ class Measured(LiveBytes):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
-            name = function._schema.name.removeprefix("c10d::").rstrip("_")
+            name = function.name().removeprefix("c10d::").rstrip("_")
             self.sent[self.phase][name] += ring_bytes(name, args)
         return super().__torch_dispatch__(function, types, args, kwargs)
 

@@ -11,7 +11,7 @@ from dist_pca.objective.lovasz import lovasz_softmax
 from dist_pca.tools.planning import association, lovasz
 from dist_pca.tools.planning.association import Pool
 from dist_pca.tools.planning.live import LiveBytes
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 CLASSES = 7
 SOURCE, TARGET, CHANNELS = 3000, 2600, 96

@@ -11,8 +11,8 @@ from dist_pca.tools.planning.network import run_network
 from dist_pca.tools.planning.predict import Prediction, images_per_rank, predict
 from dist_pca.train import resolve_config
 from dist_pca.training.deepspeed_config import BUCKET_ELEMENTS
+from tests.support.runs import build_streets, launch, overrides
 from tests.tools.planning.recipe import PLAIN, TEACHER
-from tests.training.runs import build_streets, launch, overrides
 
 pytestmark = pytest.mark.slow
 

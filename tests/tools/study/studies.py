@@ -10,7 +10,7 @@ from dist_pca.evaluation.report import Scores
 from dist_pca.shards.manifest import load_manifest
 from dist_pca.tools.study.design import PlannedRun, Study, Variant, build_study
 from dist_pca.tools.study.scoring import remember_scores
-from tests.data.shards import CLASSES, make_shards
+from tests.support.shards import CLASSES, make_shards
 
 STEPS = 4
 

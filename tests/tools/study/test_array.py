@@ -14,11 +14,10 @@ from dist_pca.resources import resource
 from dist_pca.tools.study.array import array_script, pending_runs, scoring_script
 from dist_pca.tools.study.design import Variant
 from dist_pca.training.run_folder import read_launch_log
-from tests.tools.cluster.slurm import Cluster, missing_programs, running_cluster, wait_until
-from tests.tools.cluster.test_submit import fake_sbatch
+from tests.support.runs import build_streets
+from tests.support.slurm import Cluster, fake_sbatch, missing_programs, running_cluster, wait_until
 from tests.tools.study.studies import scores_of, small_study, write_finished
 from tests.tools.study.test_study import lines, study_line
-from tests.training.runs import build_streets
 
 SCRIPT = resource("launch", "slurm/train", ".sbatch").read_text()
 DIRECTIVES = {"job-name": "mine", "nodes": "2", "time": "60", "gpus-per-node": None}

@@ -12,7 +12,7 @@ from dist_pca.tools.study.results import collect, summarise, to_json, write_resu
 from dist_pca.tools.study.scoring import cached_scores
 from dist_pca.tools.study.tables import notes, tables, write_markdown
 from dist_pca.tools.study.training import open_tests, refuse_changed_settings
-from tests.data.shards import make_shards
+from tests.support.shards import make_shards
 from tests.tools.study.studies import STEPS, scores_of, small_study, write_finished, write_started
 
 PLAIN = {0: (0.30, 0.6, 0.0), 1: (0.30, 0.6, 0.0), 2: (0.30, 0.6, 0.0)}

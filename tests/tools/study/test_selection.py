@@ -31,8 +31,8 @@ from dist_pca.tools.study.selection import (
     soft_neighbourhood_density,
     spread,
 )
-from tests.data.shards import CLASSES, make_shards
-from tests.evaluation.networks import segmenter, write_run
+from tests.support.networks import segmenter, write_run
+from tests.support.shards import CLASSES, make_shards
 
 
 def shaken(amount: float, seed: int) -> Segmenter:

@@ -17,9 +17,9 @@ from typer.testing import CliRunner, Result
 from dist_pca.cli import app
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import ExitCode, write_exit_status
-from dist_pca.tools.study import commands, training
+from dist_pca.tools.study import training
+from tests.support.runs import build_streets, overrides
 from tests.tools.study.studies import STEPS, scores_of, small_study, write_finished, write_started
-from tests.training.runs import build_streets, overrides
 
 
 def words(folder: Path, *more: str) -> list[str]:
@@ -172,10 +172,11 @@ def test_without_matplotlib_all_but_the_picture_is_made(
 
 def test_examples_use_options_that_there_are() -> None:
     shown = CliRunner().invoke(app, ["study", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
-    options = {word for word in commands._STUDY_EXAMPLES.split() if word.startswith("--")}
+    listed, _, examples = shown.partition("Examples")
+    options = {word for word in examples.split() if word.startswith("--")}
     assert options
     for option in options:
-        assert f" {option} " in shown.partition("Examples")[0], option
+        assert f" {option} " in listed, option
 
 
 def study_line(folder: Path, out: str) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from tests.shards.trees import Ids, random_image
+from tests.support.raw_data import Ids, random_image
 
 Sample = Mapping[str, bytes | str]
 

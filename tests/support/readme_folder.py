@@ -15,11 +15,11 @@ import yaml
 from PIL import Image
 
 from dist_pca.cli import main
-from tests.data.shards import make_shards
-from tests.evaluation.networks import segmenter, write_run
-from tests.readme_lines import README, ROOT
-from tests.shards import foreign
-from tests.shards.trees import Ids, make_cityscapes, make_gta5, make_synthia, random_image, save
+from tests.support import foreign_shards
+from tests.support.networks import segmenter, write_run
+from tests.support.raw_data import Ids, make_cityscapes, make_gta5, make_synthia, random_image, save
+from tests.support.readme_lines import README, ROOT
+from tests.support.shards import make_shards
 
 SIZE = (64, 96)
 KEYS = (
@@ -77,7 +77,7 @@ def make_folder(folder: Path) -> None:
     for split in yaml.safe_load(recipe[1])["splits"]:
         save(random_image(1, *SIZE), folder / f"harbour/frames/{split}/pier/0001.jpg")
         save(Image.fromarray(ids(1, 4)[0].astype(np.uint8)), folder / f"harbour/masks/{split}/pier/0001_id.png")
-    foreign.write(folder / "data/theirs", [foreign.sample(str(number), "seg.png") for number in range(3)])
+    foreign_shards.write(folder / "data/theirs", [foreign_shards.sample(str(number), "seg.png") for number in range(3)])
     make_shards(folder / "data/test", [2])
     for name in ("drive/2024/1", "more/tunnels/north/1"):
         save(random_image(2, *SIZE), folder / f"{name}.png")

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+import pytest
 
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 INSTALL = "DIST_PCA_INSTALL_SLURM"
 """Environment variable that consents to `apt-get install`."""
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 # Debian puts daemons where users need not look.
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
@@ -84,6 +85,14 @@ class Cluster(NamedTuple):
                 for member in (process, process.parent()):
                     if member is not None and (member is process or member.name().startswith("slurmstepd")):
                         member.kill()
+
+
+def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """Put an `sbatch` before all others that is these lines of shell."""
+    (folder / "bin").mkdir()
+    (folder / "bin/sbatch").write_text(f"#!/bin/sh\n{body}\n")
+    (folder / "bin/sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
 
 
 def wait_until(true: Callable[[], bool], seconds: float, shown: Callable[[], str] = str) -> None:

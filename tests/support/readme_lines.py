@@ -20,7 +20,7 @@ import typer
 from dist_pca.cli import app
 from dist_pca.resources import resource
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 SHIPPED = resource("configs", "demo").parents[1]
 in_checkout = pytest.mark.skipif(not README.is_file(), reason="the README is beside the tests in a checkout only")
