@@ -16,6 +16,12 @@ class UserError(Exception):
     EXIT_CODE = 2
 
 
+class LostProcess(UserError):
+    """A process of the run has died or does not respond; the run can be started again."""
+
+    EXIT_CODE = 69
+
+
 class CorruptSample(UserError):
     """One unusable sample in an otherwise usable shard; the message names the shard and the sample's key."""
 

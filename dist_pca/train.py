@@ -79,6 +79,7 @@ def main(
         # A wrong key should be reported before these slow imports.
         import torch.distributed as dist
 
+        from dist_pca.data.stream import LOST_LOADER
         from dist_pca.evaluation.validation import validate
         from dist_pca.training.prepare import prepare_run
         from dist_pca.training.run_folder import is_finished
@@ -109,8 +110,7 @@ def main(
         # PyTorch raises this wherever the main thread is when a loader process dies.
         if "DataLoader worker" not in str(error):
             raise
-        reason = "a loader process was killed, most likely because memory ran out"
-        _fail(run.folder, ExitCode.LOST_RANK, f"rank {rank}: {reason}; lower data.workers and start the run again")
+        _fail(run.folder, ExitCode.LOST_RANK, f"rank {rank}: {LOST_LOADER}")
     if rank == 0:
         saved = f"{run.folder}: saved after step {stop.step} of {run.training.steps}"
         message = saved if code == ExitCode.DONE else f"{stop.reason}: {saved}; run the same command again to resume"

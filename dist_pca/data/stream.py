@@ -33,10 +33,13 @@ from dist_pca.data.source import (
     micro_batch_size,
     ordered_samples,
 )
-from dist_pca.errors import UserError
+from dist_pca.errors import LostProcess, UserError
 from dist_pca.shards.manifest import Manifest
 
 _log = logging.getLogger("dist_pca.data")
+LOST_LOADER = (
+    "a loader process was killed, most likely because memory ran out; lower data.workers and start the run again"
+)
 
 
 class EvaluationSample(NamedTuple):
@@ -205,9 +208,7 @@ def _load(*stages: Callable[..., Any], workers: int) -> Generator[Any, None, Non
             yield item
     except (RuntimeError, OSError) as error:
         if _any_died(own()):
-            raise UserError(
-                "a loader process was killed, most likely because memory ran out; lower data.workers"
-            ) from error
+            raise LostProcess(LOST_LOADER) from error
         raise
     finally:
         at_child_exit.cancel()

@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 import psutil
 from rich.console import Console
 
-from dist_pca.errors import UserError
+from dist_pca.errors import LostProcess, UserError
 from dist_pca.files import write_json
 
 SUPERVISED = "DIST_PCA_SUPERVISED"
@@ -32,18 +32,12 @@ class ExitCode(IntEnum):
     """An error that the user can fix; the last line names it."""
     DIVERGED = 65
     """Too many steps in a row without a finite loss and gradient; see non_finite_step.json."""
-    LOST_RANK = 69
-    """Another rank died or stalled; start the run again."""
+    LOST_RANK = LostProcess.EXIT_CODE
+    """A rank or one of its loader processes died or stalled; start the run again."""
     SAVED = 75
     """Stopped by a signal or the time limit, and saved; start the run again."""
     INTERRUPTED = 130
     """Ctrl-C, and saved."""
-
-
-class LostRank(UserError):
-    """Another rank died or does not respond."""
-
-    EXIT_CODE = ExitCode.LOST_RANK
 
 
 class ExitStatus(NamedTuple):

@@ -13,8 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dist_pca.config import RunConfig
 from dist_pca.cores import usable_cores
-from dist_pca.errors import UserError
-from dist_pca.resilience.exit_status import LostRank
+from dist_pca.errors import LostProcess, UserError
 from dist_pca.resilience.watchdog import Watchdog
 from dist_pca.training.deepspeed import deepspeed_plugin, disable_cpu_reduction_kernel
 from dist_pca.training.deepspeed_config import LAUNCHER_FIELDS, deepspeed_config
@@ -43,7 +42,7 @@ def init_distributed(config: RunConfig) -> DistributedEnvironment:
 
     Raises:
         UserError: the processes that came up are not those that were launched.
-        LostRank: not all of them have joined in time.
+        LostProcess: not all of them have joined in time.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -84,7 +83,7 @@ def init_distributed(config: RunConfig) -> DistributedEnvironment:
         # PyTorch has no type of its own for ranks that do not join in time.
         if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
             raise
-        raise LostRank(
+        raise LostProcess(
             f"not all {launched} ranks have joined within {timeout.total_seconds():.0f} s; find one that is stopped "
             "or cannot be reached, and start the run again"
         ) from error
