@@ -75,7 +75,7 @@ def test_time_is_up_on_all_ranks_together(tmp_path: Path, slurm: bool) -> None:
 def test_a_second_signal_ends_a_process_that_waits_in_native_code() -> None:
     # A sleep stands for a collective that does not end: Python's own handlers would not run meanwhile.
     code = (
-        "import ctypes; from dist_pca.resilience import preemption; preemption.ECHO_SECONDS = 0.5; "
+        "import ctypes; from dist_pca.resilience import preemption; preemption.ECHO_SECONDS = 2.0; "
         "stop = preemption.StopRequest(); print('ready', flush=True); [ctypes.CDLL(None).sleep(60) for _ in range(3)]"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -84,7 +84,7 @@ def test_a_second_signal_ends_a_process_that_waits_in_native_code() -> None:
     # The same request, as a launcher passes it on.
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
-    time.sleep(0.7)
+    time.sleep(2.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
