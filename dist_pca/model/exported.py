@@ -94,6 +94,8 @@ def load_exported(folder: str | Path) -> Exported:
     """
     folder = Path(folder)
     description = _read_json(folder / "config.json")
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder}: has no model.safetensors; export the run again")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise UserError(f"{folder}: not an exported network; make one with `dist-pca export`")
     if description.get("version") not in (1, VERSION):
@@ -115,9 +117,9 @@ def load_exported(folder: str | Path) -> Exported:
 
 
 def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; make the folder with `dist-pca export`")
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; make the folder with `dist-pca export`") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); export the run again") from error

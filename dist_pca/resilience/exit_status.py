@@ -61,6 +61,8 @@ def write_exit_status(folder: Path, code: int, message: str) -> None:
 def read_exit_status(folder: Path) -> ExitStatus | None:
     """Exit status of the last launch; None if it ended without writing one."""
     try:
+        if not (folder / "exit.json").is_file():
+            return None
         values = json.loads((folder / "exit.json").read_text())
         return ExitStatus(int(values["code"]), str(values["message"]))
     except (OSError, ValueError, KeyError, TypeError):

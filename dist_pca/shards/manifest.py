@@ -99,7 +99,7 @@ def load_manifest(folder: str | Path, *, location: str | None = None, check_file
         )
     try:
         raw = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); build the shards again with --force") from error
     _check_format(path, raw)
     try:

@@ -114,6 +114,9 @@ def decode_header(source: Path | IO[bytes], formats: tuple[str, ...] = FILE_FORM
         ImageTooLarge: it has more than `MAX_PIXELS`.
         ValueError: it is not an image of one of the formats.
     """
+    # A named pipe would be waited for.
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise ValueError("not a regular file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

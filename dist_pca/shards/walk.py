@@ -38,6 +38,8 @@ def walk(path: Path) -> list[SampleSlice]:
         UserError: the tar is compressed, damaged or truncated, or a member is not a regular file, has a path outside
             its folder or occurs twice in its sample; the message names shard and member.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file; remove it")
     try:
         with path.open("rb") as file:
             _check_uncompressed(path, file.read(8))

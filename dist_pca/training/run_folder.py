@@ -275,10 +275,9 @@ def log_launch(folder: Path, step: int, world_size: int, environment: Mapping[st
 
 def read_launch_log(folder: Path) -> list[Launch]:
     """Read all launches of a run, oldest first, without lines that a full disk has truncated."""
-    try:
-        lines = (folder / "starts.jsonl").read_text().splitlines()
-    except OSError:
+    if not (folder / "starts.jsonl").is_file():
         return []
+    lines = (folder / "starts.jsonl").read_text().splitlines()
     launches = []
     for line in lines:
         try:
