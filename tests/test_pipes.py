@@ -13,6 +13,7 @@ from dist_pca.model.exported import load_exported
 from dist_pca.model.weights import load_weights
 from dist_pca.resilience.exit_status import read_exit_status
 from dist_pca.shards.build import build_shards
+from dist_pca.shards.images import open_image
 from dist_pca.shards.index import index_shards
 from dist_pca.shards.manifest import load_manifest
 from dist_pca.shards.recipe import load_recipe
@@ -28,6 +29,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "weights.pth": lambda folder: load_weights(torch.nn.Linear(1, 1), "test_resnet", str(folder / "weights.pth")),
     "images.tar": lambda folder: index_shards(folder, classes=None, workers=1),
     "raw/labels/001.png": lambda folder: build_shards("folder", folder / "raw", folder / "out", workers=1),
+    "one.png": lambda folder: open_image(folder / "one.png"),
     "raw/classes.yaml": lambda folder: build_shards("folder", folder / "raw", folder / "out", workers=1),
 }
 
