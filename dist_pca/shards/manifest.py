@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from dist_pca.files import write_whole
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dist-pca-shards"
 VERSION = 1
+_LONGEST_NAME = 255
+"""Bytes that file systems allow in a name."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def _check_format(path: Path, raw: Any) -> None:
         raise UserError(f"{path}: not a manifest of dist-pca shards; create one with `dist-pca shards build`")
     if raw.get("version") != VERSION:
         raise UserError(
-            f"{path}: has format version {raw.get('version')!r}, but this dist-pca reads version {VERSION}; "
+            f"{path}: has format version {str(raw.get('version'))[:40]!r}, but this dist-pca reads version {VERSION}; "
             "build the shards again with --force or install the dist-pca version that built them"
         )
 
@@ -151,7 +154,12 @@ def _check_file(manifest: Manifest, shard: Shard) -> None:
 
 def _check_columns(manifest: Manifest, shard: Shard) -> None:
     if Path(shard.name).name != shard.name:
-        raise UserError(f"{manifest.folder / MANIFEST_NAME}: shard name {shard.name!r} is outside the folder")
+        raise UserError(f"{manifest.folder / MANIFEST_NAME}: shard name {shard.name[:80]!r} is outside the folder")
+    if not shard.name.isprintable() or len(os.fsencode(shard.name)) > _LONGEST_NAME:
+        raise UserError(
+            f"{manifest.folder / MANIFEST_NAME}: shard name {shard.name[:80]!r} is not the name of a file; build the "
+            "shards again with --force"
+        )
     samples = len(shard.keys)
     columns = [shard.offsets, shard.lengths, shard.heights, shard.widths]
     if manifest.labelled:
