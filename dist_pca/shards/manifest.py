@@ -136,8 +136,8 @@ def _check_format(path: Path, raw: Any) -> None:
         raise UserError(f"{path}: not a manifest of dist-pca shards; create one with `dist-pca shards build`")
     if raw.get("version") != VERSION:
         raise UserError(
-            f"{path}: has format version {json.dumps(raw.get('version'))[:40]}, but this dist-pca reads version {VERSION}; "
-            "build the shards again with --force or install the dist-pca version that built them"
+            f"{path}: has format version {json.dumps(raw.get('version'))[:40]}, but this dist-pca reads version "
+            f"{VERSION}; build the shards again with --force or install the dist-pca version that built them"
         )
 
 
