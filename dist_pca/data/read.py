@@ -14,7 +14,7 @@ from dist_pca.data.cache import CacheSettings, Prefetcher, cache_settings, open_
 from dist_pca.data.source import Selection
 from dist_pca.errors import CorruptSample, UserError
 from dist_pca.shards.manifest import Manifest
-from dist_pca.shards.sample import members_of, read_slice
+from dist_pca.shards.sample import HEADER_ERRORS, members_of, read_slice
 
 _AHEAD = 128
 """Number of samples that each loader process looks ahead to prefetch their shards."""
@@ -73,7 +73,7 @@ class ShardReader:
             raise UserError(f"{path}: ends inside sample {key!r}; {remedy}") from None
         try:
             members = members_of(content, key)
-        except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
+        except (OSError, tarfile.TarError, *HEADER_ERRORS) as error:
             raise CorruptSample(f"{where} is unreadable ({error}); {remedy}") from error
         size = (shard.heights[sample_index], shard.widths[sample_index])
         return {"__key__": key, "__url__": str(path), "__size__": size, **members}

@@ -30,6 +30,8 @@ LABEL_FORMATS = ("PNG",)
 FILE_FORMATS = (*IMAGE_FORMATS, "BMP", "TIFF", "PPM")
 """Formats of raw image files."""
 
+HEADER_ERRORS = (ValueError, OverflowError, RecursionError)
+"""What tarfile raises for numbers in headers that are none or too large, and for headers nested too deeply."""
 _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 _PLAIN_HEADER = re.compile(
     rb"([\0 -~]{100})"  # name

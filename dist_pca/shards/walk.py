@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from dist_pca.errors import UserError
+from dist_pca.shards.sample import HEADER_ERRORS
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
@@ -49,8 +50,8 @@ def walk(path: Path) -> list[SampleSlice]:
                 if set(archive.pax_headers) - {"comment"}:
                     raise UserError(f"{path}: has global headers, which single samples lack; write the shard again")
             _check_end(path, file, end)
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{path}: not a readable tar ({error}); copy it again") from error
+    except (OSError, tarfile.TarError, *HEADER_ERRORS) as error:
+        raise UserError(f"{path}: not a readable tar ({' '.join(str(error).split())}); copy it again") from error
     return slices
 
 

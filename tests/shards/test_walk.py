@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
@@ -143,3 +143,69 @@ def test_a_member_of_negative_size_ends_with_one_line_and_not_never(tmp_path: Pa
     path.write_bytes(bytes(content))
     with pytest.raises(UserError, match=r"\A[^\n]*a\.tar: [^\n]*\Z"):
         walk(path)
+
+
+FIELDS = {"name": 0, "size": 124, "time": 136, "type": 156, "link": 157}
+VALUES = (
+    *(b"\x80" + b"\xff" * 11, b"\xff" * 12, b"77777777777\0", b"-1\0", b"0000000-001\0", b"abc", b"\0" * 12),
+    *(b"x", b"g", b"L", b"S", b"K", b"V", b"2", b"../../../etc/passwd\0"),
+)
+RECORDS = (
+    *(b"30 size=99999999999999999999999", b"30 GNU.sparse.map=1,2,3,4,5,6\n", b"30 GNU.sparse.size=xx\n"),
+    *(b"99 path=\n", b"30 GNU.sparse.major=1\n30 GNU.sp"),
+)
+
+
+def seal(tar: bytearray, start: int) -> None:
+    """Make the checksum of a header that of its bytes."""
+    tar[start + 148 : start + 156] = b" " * 8
+    tar[start + 148 : start + 156] = b"%06o\0 " % sum(tar[start : start + 512])
+
+
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from(sorted(FIELDS)), st.sampled_from(VALUES)), min_size=1, max_size=4
+    ),
+    record=st.none() | st.sampled_from(RECORDS),
+    cut=st.none() | st.integers(0, 6000),
+)
+@settings(max_examples=300)
+def test_whatever_headers_say_the_tar_is_read_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory,
+    changes: list[tuple[int, str, bytes]],
+    record: bytes | None,
+    cut: int | None,
+) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name in ("a.jpg", "a.label.png", "b.jpg", "c.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 512
+            archive.addfile(info, io.BytesIO(bytes(512)))
+    tar = bytearray(buffer.getvalue())
+    for member, field, value in changes:
+        place = 1024 * member + FIELDS[field]
+        tar[place : place + len(value)] = value
+        seal(tar, 1024 * member)
+    if record is not None:
+        tar[1024 + 124 : 1024 + 136], tar[1024 + 156 : 1024 + 157] = b"%011o\0" % len(record), b"x"
+        tar[1536 : 1536 + len(record)] = record
+        seal(tar, 1024)
+    path = tmp_path_factory.mktemp("tar") / "a.tar"
+    path.write_bytes(tar[:cut])
+    message = ""
+    try:
+        walk(path)
+    except UserError as error:
+        message = str(error)
+    assert "\n" not in message
+
+
+def test_headers_nested_a_thousand_times_are_refused_in_one_line(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT)
+    nested = bytearray(header[:156] + b"x" + header[157:])
+    seal(nested, 0)
+    (tmp_path / "a.tar").write_bytes(bytes(nested) * 2000)
+    with pytest.raises(UserError, match="not a readable tar") as refused:
+        walk(tmp_path / "a.tar")
+    assert "\n" not in str(refused.value)
