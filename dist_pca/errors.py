@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+_LONGEST = 80
+"""Characters of a key or value that a message repeats."""
+
 
 class UserError(Exception):
     """An error that the caller can fix: a wrong path, key or value.
@@ -28,7 +31,7 @@ class CorruptSample(UserError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the known name that is spelled most like `name`, for a message that suggests it."""
-    return difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(name[:_LONGEST], sorted(known), n=1, cutoff=0.0)[0]
 
 
 def explain(detail: Mapping[str, Any], known: Iterable[str]) -> str:
@@ -38,14 +41,19 @@ def explain(detail: Mapping[str, Any], known: Iterable[str]) -> str:
         detail: One of `ValidationError.errors()`.
         known: All keys, written with dots, among which the nearest to an unknown one is named.
     """
-    key = ".".join(str(part) for part in detail["loc"])
+    key = ".".join(str(part) for part in detail["loc"])[:_LONGEST]
     if detail["type"] == "extra_forbidden":
         return f"{key}: unknown key; the nearest is {nearest(key, known)}"
     if detail["type"] == "missing":
         return f"{key}: required and missing"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] != "value_error":
-        return f"{key}: {message}, got {detail['input']!r}"
+        return f"{key}: {message}, got {_shortened(detail['input'])}"
     # A section's own validator names the key inside the section.
     inner = re.match(r"[a-z_.]+: ", message)
     return f"{key}{'.' if inner else ': '}{message}" if key else message
+
+
+def _shortened(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."

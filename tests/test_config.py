@@ -1,10 +1,14 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dist_pca.config import RunConfig, load_config, save_config
 from dist_pca.errors import UserError
 from dist_pca.resources import names, resource
+from tests.support.nasty import NASTY, replaced
 
 DEMO = resource("configs", "demo")
 
@@ -91,3 +95,31 @@ def test_every_key_documents_itself() -> None:
         return own + [name for nested in inner for name in undocumented(nested)]
 
     assert undocumented(RunConfig) == []
+
+
+@settings(max_examples=30)
+@given(steps=st.lists(st.integers(0, 40), max_size=5), value=NASTY)
+def test_whatever_a_file_holds_is_a_run_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object
+) -> None:
+    file = tmp_path_factory.mktemp("config") / "run.yaml"
+    whole = load_config(resource("configs", "demo")).model_dump(mode="json")
+    file.write_text(yaml.safe_dump(replaced(whole, steps, value)))
+    message = ""
+    try:
+        load_config(file)
+    except UserError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 3000
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\0", b"[", b"a: &a [*a]", b"a: " + b"[" * 50_000, b"\0", b"a: b: c", b"- 1", b"1", b"1:2:3"]
+)
+def test_bytes_that_are_no_config_are_refused_in_one_short_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        load_config(tmp_path / "run.yaml")
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 500

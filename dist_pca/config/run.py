@@ -101,8 +101,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         renamed = [rename_keys(OmegaConf.to_container(part), origin) for origin, part in parts.items()]
         tree = OmegaConf.merge(*renamed)
         values = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise UserError(f"config {path}: {' '.join(str(error).split())}") from error
+    except AssertionError:
+        raise UserError(f"config {path}: not a table of keys and values") from None
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError, RecursionError) as error:
+        raise UserError(f"config {path}: {' '.join(str(error).split())[:300]}") from error
     return validate_config(values, f"config {path}")
 
 

@@ -17,7 +17,7 @@ def _seconds(value: object) -> object:
         return value
     parts = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", value)
     if parts is None:
-        raise ValueError(f"write seconds or [D-]HH:MM:SS, got {value!r}")
+        raise ValueError(f"write seconds or [D-]HH:MM:SS, got {value[:80]!r}")
     days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
     return ((24 * days + hours) * 60 + minutes) * 60 + seconds
 

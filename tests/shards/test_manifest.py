@@ -12,6 +12,7 @@ from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import Manifest, Shard, load_manifest, save_manifest
+from tests.support.nasty import NASTY, replaced
 from tests.support.raw_data import make_folder
 from tests.support.shards import make_shards
 
@@ -136,25 +137,6 @@ def test_a_truncated_shard_is_named_with_both_sizes(built: Manifest) -> None:
 def _edit(manifest: Manifest, **fields: object) -> None:
     path = manifest.folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-NASTY: st.SearchStrategy[object] = st.sampled_from(
-    [
-        *(None, True, -1, 0, 2**63, 2**64, 10**400, -(2**70), 1.5, float("nan")),
-        *("", "x" * 5000, "../../etc/passwd", "/absolute", "a\nb", "\0", [], {}, [[]], [0] * 10, {"a": 1}),
-    ]
-)
-
-
-def replaced(value: Any, steps: list[int], new: object) -> Any:
-    """Replace what lies some steps into nested lists and dictionaries; None as `new` leaves it out."""
-    if not steps or not isinstance(value, dict | list) or not value:
-        return new
-    items = list(value.items() if isinstance(value, dict) else enumerate(value))
-    place, rest = steps[0] % len(items), steps[1:]
-    inner = replaced(items[place][1], rest, new)
-    items[place : place + 1] = [] if inner is None else [(items[place][0], inner)]
-    return dict(items) if isinstance(value, dict) else [item for _, item in items]
 
 
 @given(steps=st.lists(st.integers(0, 40), max_size=5), value=NASTY)
