@@ -162,7 +162,7 @@ def test_examples_use_options_that_there_are(command: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_stopped_rank_ends_a_distributed_evaluation(tmp_path: Path, rank: int) -> None:
     make_shards(tmp_path / "labelled", [40])
     run = write_run(tmp_path, segmenter())

@@ -53,10 +53,15 @@ def test_a_graph_of_one_size_gives_the_networks_logits_at_the_images_resolution(
     "keys",
     [
         {},
-        {"head": "deeplab_v2", "output_stride": 8},
-        {"backbone": "test_vit"},
-        {"head": "daformer", "association_features": "projection", "association_stride": 8},
-        {"head": "mlp", "association_stride": 16},
+        *(
+            pytest.param(keys, marks=pytest.mark.exhaustive)
+            for keys in (
+                {"head": "deeplab_v2", "output_stride": 8},
+                {"backbone": "test_vit"},
+                {"head": "daformer", "association_features": "projection", "association_stride": 8},
+                {"head": "mlp", "association_stride": 16},
+            )
+        ),
     ],
 )
 def test_a_graph_takes_images_of_any_size(tmp_path: Path, keys: dict[str, Any]) -> None:

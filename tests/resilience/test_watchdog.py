@@ -132,7 +132,7 @@ def test_ranks_that_end_one_after_the_other_accuse_nobody(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("name", ["SIGSTOP", pytest.param("SIGKILL", marks=pytest.mark.exhaustive)])
 def test_a_run_that_loses_a_rank_exits_with_the_code_for_it(tmp_path: Path, name: str) -> None:
     build_streets(tmp_path)
     run = tmp_path / "runs" / "lost"

@@ -108,6 +108,7 @@ def test_a_job_that_runs_out_of_time_saves_is_requeued_and_finishes(
     assert_equal_end(run, unbroken)
 
 
+@pytest.mark.exhaustive
 def test_a_job_that_is_requeued_in_mid_run_loses_no_step(cluster: Cluster, streets: Path, unbroken: Path) -> None:
     run = streets / "runs" / "requeued"
     size = ("--nodes", "2", "--gpus-per-node", "0", "--cpus-per-node", "1", "--time", "30")

@@ -74,9 +74,9 @@ def exhaustive(*values: object) -> Any:
 @pytest.mark.parametrize(
     ("ranks", "stage", "more"),
     [
-        (1, 2, ()),
+        exhaustive(1, 2, ()),
         (2, 2, ()),
-        (4, 2, ()),
+        exhaustive(4, 2, ()),
         exhaustive(2, 3, ()),
         exhaustive(2, 2, ("training.precision=bf16",)),
         exhaustive(2, 3, ("training.precision=bf16",)),
