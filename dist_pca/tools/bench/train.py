@@ -31,6 +31,13 @@ from dist_pca.training.prepare import PreparedRun, prepare_run
 from dist_pca.training.trainer import Trainer
 
 MODULE = "dist_pca.tools.bench.train"
+SETTINGS = {
+    **dict.fromkeys(("objective.self_training.weight", "data.photometric.probability", "training.ema_decay"), 0),
+    **{f"objective.association.teacher_{what}": False for what in ("check", "weight", "matches")},
+    "model.joint_batch": True,
+    "model.running_statistics": "all",
+}
+"""What a bare loop computes: the paper's terms, without a teacher, on both domains in one pass."""
 WARM_UP = 3
 """Steps of each loop that do not count."""
 
@@ -47,7 +54,7 @@ def measure_train(folder: Path, repeats: int) -> list[Record]:
     """
     last = repeats + WARM_UP
     # Every step logged is the most that telemetry can cost.
-    run = train_demonstration(folder, MODULE, steps=last, log_every=1, checkpoint_every=last)
+    run = train_demonstration(folder, MODULE, SETTINGS, steps=last, log_every=1, checkpoint_every=last)
     pairs = json.loads((run / "steps.json").read_text())[WARM_UP:]
     ours, bare = zip(*pairs, strict=True)
     ratio = statistics.median(one / other for one, other in pairs)
