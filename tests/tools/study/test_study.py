@@ -204,6 +204,7 @@ def lines(path: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.exhaustive
 def test_a_study_that_is_interrupted_and_killed_goes_on_to_the_results_of_one_that_was_not(tmp_path: Path) -> None:
     build_streets(tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
