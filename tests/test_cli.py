@@ -66,7 +66,7 @@ def test_a_user_error_is_one_line_on_stderr_and_exits_2(
     assert printed.err == f"error: root {root}: no such folder; give the folder that holds the raw data set\n"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_disk_full_under_the_output_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "dist_pca.cli", "shards", "recipes"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -80,6 +81,14 @@ def lines_after(ranks: list["subprocess.Popen[str]"], folder: Path, *, lost: int
     return said
 
 
+def wait_for_two_steps(process: "subprocess.Popen[Any]", run: Path) -> None:
+    """Wait until a run has logged two steps."""
+    metrics = run / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_text().count("\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(("name", "lost"), [("SIGKILL", 1), ("SIGSTOP", 0)])
 def test_a_killed_or_stopped_rank_ends_the_other(tmp_path: Path, name: str, lost: int) -> None:
     _store, ranks = start(tmp_path, 2, "signal", wait_for=2)
@@ -139,9 +148,7 @@ def test_a_run_that_loses_a_rank_exits_with_the_code_for_it(tmp_path: Path, name
     settings = overrides(tmp_path, "lost", "training.steps=100000", "training.stall_timeout=10")
     command = [sys.executable, "-m", "dist_pca.cli", "train", "demo", *settings, "training.checkpoint_every=100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 2:
-            assert process.poll() is None
-            time.sleep(0.1)
+        wait_for_two_steps(process, run)
         (launcher,) = psutil.Process(process.pid).children()
         (rank,) = [child for child in launcher.children() if child.environ().get("RANK") == "1"]
         rank.send_signal(getattr(signal, name))
@@ -186,9 +193,7 @@ def test_a_killed_loader_process_ends_the_run_with_one_line_and_a_code(tmp_path:
     settings = overrides(tmp_path, "loader", "training.steps=100000", "training.checkpoint_every=100000")
     command = [sys.executable, "-m", "dist_pca.cli", "train", "demo", *settings]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 2:
-            assert process.poll() is None
-            time.sleep(0.1)
+        wait_for_two_steps(process, run)
         (launcher,) = psutil.Process(process.pid).children()
         (rank,) = [child for child in launcher.children() if child.environ().get("RANK") == "1"]
         rank.children()[-1].kill()
@@ -207,9 +212,7 @@ def test_ranks_save_and_leave_if_the_command_that_started_them_is_killed(tmp_pat
     settings = overrides(tmp_path, "orphaned", "training.steps=100000", "training.checkpoint_every=100000")
     command = [sys.executable, "-m", "dist_pca.cli", "train", "demo", *settings]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 2:
-            assert process.poll() is None
-            time.sleep(0.1)
+        wait_for_two_steps(process, run)
         left = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     _gone, left = psutil.wait_procs(left, timeout=60)
@@ -224,9 +227,7 @@ def test_ranks_whose_launcher_is_killed_save_and_leave(tmp_path: Path) -> None:
     settings = overrides(tmp_path, "orphaned", "training.steps=100000", "training.checkpoint_every=100000")
     command = [sys.executable, "-m", "dist_pca.cli", "train", "demo", *settings]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 2:
-            assert process.poll() is None
-            time.sleep(0.1)
+        wait_for_two_steps(process, run)
         (launcher,) = psutil.Process(process.pid).children()
         ranks = [child for child in launcher.children() if "RANK" in child.environ()]
         launcher.kill()
