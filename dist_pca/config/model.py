@@ -36,7 +36,8 @@ class ModelConfig(Section):
     and `objective.source_contrast` train the projection."""
     association_stride: Literal[4, 8, 16, 32] | None = None
     """Stride of the associated features: the map is average-pooled to a coarser stride or upsampled bilinearly to a
-    finer one. None keeps the map's own stride; for the projection it is that of the deepest map."""
+    finer one. None keeps the map's own stride; for the projection it is that of the deepest map. Upsampling by more
+    than two repeats pixels at the image's border, and rounding decides which of those is matched."""
     projection_channels: Positive = 256
     """Output channels of the projection."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
