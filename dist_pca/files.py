@@ -4,14 +4,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
-from dist_pca.errors import UserError
+from pydantic import TypeAdapter, ValidationError
 
+from dist_pca.errors import UserError, explain
+
+T = TypeVar("T")
+FORMAT = 2
+"""Version of the JSON objects in a run folder. Those of release 0.1 carry none and are of the first."""
 PART = ".part"
 """Ending of a file that is being written; a killed process leaves one behind."""
 
@@ -46,16 +51,47 @@ def write_json(path: Path, value: object) -> None:
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def write_record(path: Path, record: Mapping[str, object]) -> None:
+    """Write a JSON object atomically and durably, with the version of its format."""
+    write_json(path, {"version": FORMAT, **record})
+
+
+def read_record(path: Path, shape: TypeAdapter[T], remedy: str) -> T:
+    """Read a file that `write_record` wrote, now or in an earlier release.
+
+    Args:
+        path: The file.
+        shape: What it must hold; fields that it does not know are left out.
+        remedy: How to continue without the file.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing, damaged, or of a newer format; a field that is missing or of another type is named.
     """
     try:
-        return json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes())
+        version = record.pop("version", 1) if isinstance(record, dict) else 1
+        if isinstance(version, int) and version > FORMAT:
+            reason = f"a newer dist-pca wrote it, in format {version}, and this one reads up to {FORMAT}"
+            raise UserError(f"{path}: cannot be read ({reason}); update dist-pca")
+        return shape.validate_python(record)
+    except ValidationError as error:
+        raise UserError(f"{path}: cannot be read ({explain(error.errors()[0], ())}); {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore or remove it") from None
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a file of JSON objects, as text and as values; nothing if there is no such file.
+
+    Lines that are none are left out: a killed run leaves its last line incomplete, a full disk one in the middle.
+    """
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with suppress(ValueError, RecursionError):
+                if isinstance(values := json.loads(line), dict):
+                    yield line, values
 
 
 def sync(path: Path) -> None:
@@ -156,12 +192,7 @@ def append_line(file: Path, line: str) -> None:
 
 def last_step(file: Path) -> int:
     """Highest `step` in a file of JSON lines; 0 if there is none."""
-    steps = [0]
-    if file.is_file():
-        for line in file.read_text().splitlines():
-            with suppress(ValueError, TypeError, KeyError):
-                steps.append(int(json.loads(line)["step"]))
-    return max(steps)
+    return max((step for _, values in read_lines(file) if isinstance(step := values.get("step"), int)), default=0)
 
 
 def drop_lines_after(file: Path, step: int) -> None:
@@ -172,14 +203,7 @@ def drop_lines_after(file: Path, step: int) -> None:
     """
     if not file.is_file():
         return
-    kept = []
-    for line in file.read_text().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            # A killed run can leave its last line incomplete.
-            continue
+    kept = [line for line, values in read_lines(file) if isinstance(at := values.get("step"), int) and at <= step]
     try:
         write_whole(file, "".join(kept))
     except OSError as error:

@@ -4,19 +4,20 @@ Launchers turn every exit code of a rank into 1. The rank that finds why the run
 folder; `dist-pca train` exits with that code, and batch scripts can read the file.
 """
 
-import json
 import os
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import psutil
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from dist_pca.errors import LostProcess, UserError
-from dist_pca.files import write_json
+from dist_pca.files import read_record, write_record
 
 SUPERVISED = "DIST_PCA_SUPERVISED"
 """Environment variable of ranks whose parent reads `exit.json`: they exit with 0, so that the launcher between them
@@ -40,11 +41,15 @@ class ExitCode(IntEnum):
     """Ctrl-C, and saved."""
 
 
-class ExitStatus(NamedTuple):
+@dataclass(frozen=True)
+class ExitStatus:
     """Content of `exit.json`."""
 
     code: int
     message: str
+
+
+_STATUS = TypeAdapter(ExitStatus)
 
 
 def clear_exit_status(folder: Path) -> None:
@@ -55,18 +60,15 @@ def clear_exit_status(folder: Path) -> None:
 def write_exit_status(folder: Path, code: int, message: str) -> None:
     """Write `exit.json` atomically; without a run folder, or on a full disk, there is only the exit code."""
     with suppress(OSError):
-        write_json(folder / "exit.json", {"code": int(code), "message": message})
+        write_record(folder / "exit.json", {"code": int(code), "message": message})
 
 
 def read_exit_status(folder: Path) -> ExitStatus | None:
     """Exit status of the last launch; None if it ended without writing one."""
-    try:
-        if not (folder / "exit.json").is_file():
-            return None
-        values = json.loads((folder / "exit.json").read_text())
-        return ExitStatus(int(values["code"]), str(values["message"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    if (folder / "exit.json").is_file():
+        with suppress(UserError):
+            return read_record(folder / "exit.json", _STATUS, "remove it")
+    return None
 
 
 def exit_process(folder: Path | None, code: int) -> NoReturn:

@@ -7,7 +7,6 @@ if it cannot be read.
 All times are the file system's, so that clocks may differ.
 """
 
-import json
 import logging
 import os
 import socket
@@ -15,15 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from dist_pca.errors import UserError
-from dist_pca.files import PART, sync, write_json
+from dist_pca.files import PART, read_record, write_record
 from dist_pca.resilience.exit_status import ExitCode, exit_process, print_error
 
 _log = logging.getLogger("dist_pca.training")
@@ -34,7 +34,8 @@ _SETTLE_SECONDS = 0.5
 """Time after which, of several processes that take over a stale lock at once, the last has written it."""
 
 
-class Owner(NamedTuple):
+@dataclass(frozen=True)
+class Owner:
     """The process that holds the lock."""
 
     host: str
@@ -43,6 +44,9 @@ class Owner(NamedTuple):
     pid: int
     started: float
     """Create time of the process, in seconds of its machine's clock, since process ids are reused."""
+
+
+_OWNER = TypeAdapter(Owner)
 
 
 @contextmanager
@@ -105,7 +109,7 @@ def _acquire(path: Path, own: Owner, wait: float) -> Iterator[bool | str]:
             yield f"{path}: cannot be written ({error}); make room there and start the run again"
             continue
         first_touch = first_touch or touched
-        local = owner is not None and owner[:2] == own[:2]
+        local = owner is not None and (owner.host, owner.processes) == (own.host, own.processes)
         # A lock is written whole, so one that cannot be read is damaged; perhaps a file system without links delays it.
         limit = UNREADABLE_SECONDS if owner is None else STALE_SECONDS
         stale = not _is_alive(owner) if local and owner is not None else age > limit
@@ -114,7 +118,7 @@ def _acquire(path: Path, own: Owner, wait: float) -> Iterator[bool | str]:
             if not local:
                 _log.warning("%s: of %s, untouched for %.0f s; taking it over", path, who, age)
             try:
-                write_json(path, own._asdict())
+                write_record(path, asdict(own))
             except OSError as error:
                 yield f"{path}: cannot be taken over ({error}); fix that and start the run again"
             time.sleep(_SETTLE_SECONDS)
@@ -136,8 +140,7 @@ def _create(path: Path, own: Owner) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{own.host}.{own.pid}{PART}")
     try:
-        part.write_text(json.dumps(own._asdict()) + "\n")
-        sync(part)
+        write_record(part, asdict(own))
         try:
             # Unlike a rename, a link fails where there is a file already.
             path.hardlink_to(part)
@@ -177,10 +180,9 @@ def _age(path: Path) -> float:
 
 def _read(path: Path) -> Owner | None:
     """Read the lock's owner; None if the file is gone or not yet written."""
-    try:
-        return Owner(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+    with suppress(UserError):
+        return read_record(path, _OWNER, "remove it")
+    return None
 
 
 def _this_process() -> Owner:

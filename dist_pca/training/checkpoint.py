@@ -21,7 +21,6 @@ A checkpoint is copied to rank 0's memory at once, and written to disk by a thre
 """
 
 import hashlib
-import json
 import math
 import re
 import shutil
@@ -32,19 +31,20 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from typing_extensions import Self
+from typing_extensions import Required, Self, TypedDict
 
 import dist_pca
 from dist_pca.config import RunConfig
 from dist_pca.distributed import raise_on_all_ranks
 from dist_pca.errors import UserError
-from dist_pca.files import remove_folder, sync, write_json, write_whole
+from dist_pca.files import read_record, remove_folder, sync, write_record, write_whole
 from dist_pca.training.deepspeed import persistent_buffers
 
 Pointer = Literal["latest", "best"]
@@ -107,32 +107,47 @@ def pointed_at(folder: Path, pointer: Pointer) -> Path | None:
     file = folder / pointer
     if not file.is_file():
         return None
-    checkpoint = folder / file.read_text().strip()
-    if not _is_whole(checkpoint):
+    name = file.read_text(encoding="utf-8", errors="replace").strip()
+    if not _is_name(name) or not _is_whole(folder / name):
         raise UserError(
-            f"{file}: names {checkpoint.name!r}, which is not a checkpoint; write another step-* name into it, or "
+            f"{file}: names {name[:40]!r}, which is not a checkpoint; write another step-* name into it, or "
             "remove it to resume from the newest"
         )
-    return checkpoint
+    return folder / name
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+class State(TypedDict, total=False):
+    """What a checkpoint's `state.json` holds beside its format's version."""
+
+    step: Required[Annotated[int, Field(ge=0)]]
+    """Number of steps trained before."""
+    world_size: int
+    code: str
+    """`code_version` of the package that wrote it."""
+    config: dict[str, Any]
+    mean_iou: float | None
+    """The validation's at this step, in 0..1, if there was one."""
+    windows: list[dict[str, tuple[float, float]]]
+    """Sum and count of every metric since its last line, of each rank."""
+    loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    loss_scale_steps: int
+
+
+_STATE = TypeAdapter(State)
+
+
+def read_state(checkpoint: Path) -> State:
     """Read a checkpoint's `state.json`.
 
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-        state["step"] = int(state["step"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{checkpoint}: cannot be read ({error}); point checkpoints/latest at another step-*") from None
-    return state
+    return read_record(checkpoint / "state.json", _STATE, "point checkpoints/latest at another step-*")
 
 
 def read_step(checkpoint: Path) -> int:
     """Number of steps trained before the checkpoint was written."""
-    return int(read_state(checkpoint)["step"])
+    return read_state(checkpoint)["step"]
 
 
 @cache
@@ -345,7 +360,7 @@ def _write_checkpoint(folder: Path, name: str, tensors: dict[str, Tensors], stat
         partial.mkdir(parents=True)
         for part, values in tensors.items():
             save_file(values, partial / f"{part}.safetensors")
-        write_json(partial / "state.json", state)
+        write_record(partial / "state.json", state)
         for path in (*partial.iterdir(), partial):
             sync(path)
         if target.exists():
@@ -381,7 +396,11 @@ def _point_to_best(folder: Path) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    return re.fullmatch(r"step-\d{8}", path.name) is not None and (path / "state.json").is_file()
+    return _is_name(path.name) and (path / "state.json").is_file()
+
+
+def _is_name(name: str) -> bool:
+    return re.fullmatch(r"step-\d{8}", name) is not None
 
 
 def _set_aside(path: Path) -> Path:

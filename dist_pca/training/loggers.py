@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from dist_pca.config import RunConfig
 from dist_pca.data.collate import Batch
 from dist_pca.errors import UserError
-from dist_pca.files import append_line, drop_lines_after, write_json
+from dist_pca.files import append_line, drop_lines_after, read_record, write_record
 
 _log = logging.getLogger("dist_pca.training")
 _PACKAGES = {"comet_ml": "comet-ml"}
@@ -102,12 +104,16 @@ def _options(tracker: str, config: RunConfig, start_step: int) -> dict[str, Any]
     return {"run_name": config.name} if tracker == "mlflow" else {}
 
 
+class _RunId(TypedDict):
+    id: str
+
+
 def _run_id(folder: Path, tracker: str) -> str:
     """A random id, which every launch of the run reads back from its folder."""
     file = folder / f"{tracker}.json"
     if not file.is_file():
-        write_json(file, {"id": uuid.uuid4().hex[:12]})
-    return str(json.loads(file.read_text())["id"])
+        write_record(file, {"id": uuid.uuid4().hex[:12]})
+    return read_record(file, TypeAdapter(_RunId), "remove it to log into a new run")["id"]
 
 
 class SampleLog:

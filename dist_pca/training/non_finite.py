@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,7 +167,7 @@ def _zeroed(values: torch.Tensor) -> torch.Tensor:
 class LossScale:
     """A power of two that halves when a gradient overflows and doubles after many steps in which none has."""
 
-    def __init__(self, engine: Any, *, enabled: bool, state: dict[str, Any]) -> None:
+    def __init__(self, engine: Any, *, enabled: bool, state: Mapping[str, Any]) -> None:
         """Scale the engine's losses from now on, if enabled.
 
         Args:

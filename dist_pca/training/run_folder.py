@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import zip_longest
@@ -17,12 +18,13 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from dist_pca import __version__
 from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig, load_config, save_config, validate_config
 from dist_pca.errors import UserError
-from dist_pca.files import last_step, read_json, remove_parts, write_json
+from dist_pca.files import last_step, read_lines, read_record, remove_parts, write_json, write_record
 from dist_pca.shards.manifest import Manifest, shards_digest
 from dist_pca.training.checkpoint import (
     code_version,
@@ -53,6 +55,18 @@ _OLD_LAUNCH_FIELDS = {"born": "create_time"}
 PACKAGES = ("torch", "deepspeed", "accelerate", "timm", "webdataset")
 
 
+class ShardsRecord(TypedDict):
+    """The shards of one folder that a run is trained on."""
+
+    folder: str
+    samples: int
+    sha256: str
+    """Digest of the shards' names and contents."""
+
+
+_DATA = TypeAdapter(dict[str, list[ShardsRecord]])
+
+
 class RunData(NamedTuple):
     """What a run is trained on."""
 
@@ -61,8 +75,8 @@ class RunData(NamedTuple):
     targets: tuple[Manifest, ...]
     """Empty where the run does not adapt."""
 
-    def record(self) -> dict[str, list[dict[str, object]]]:
-        """Content of `data.json`: the folder, number of samples and digest of the shards of each domain."""
+    def record(self) -> dict[str, list["ShardsRecord"]]:
+        """Content of `data.json`, by domain."""
         return {
             domain: [
                 {"folder": str(manifest.location), "samples": manifest.samples, "sha256": shards_digest(manifest)}
@@ -84,7 +98,7 @@ def create_run(config: RunConfig, data: RunData, world_size: int, start_step: in
     remove_parts(config.folder)
     save_config(config, config.folder / "config.yaml")
     write_json(config.folder / "classes.json", [asdict(info) for info in data.classes])
-    write_json(config.folder / "data.json", data.record())
+    write_record(config.folder / "data.json", data.record())
     environment = {
         "dist_pca": __version__,
         "python": platform.python_version(),
@@ -93,7 +107,7 @@ def create_run(config: RunConfig, data: RunData, world_size: int, start_step: in
         "world_size": world_size,
         "command": sys.argv,
     }
-    write_json(config.folder / "environment.json", environment)
+    write_record(config.folder / "environment.json", environment)
     for checkpoint in set_aside_after(config.folder / "checkpoints", start_step):
         _log.warning("resuming after step %d; a later checkpoint is now %s", start_step, checkpoint)
     log_launch(config.folder, start_step, world_size, os.environ)
@@ -178,7 +192,7 @@ def _check_classes(folder: Path, classes: Sequence[ClassInfo]) -> None:
         return
     for index, (before, now) in enumerate(zip_longest(read_classes(folder), classes)):
         if before is None or now is None or before.name != now.name:
-            names = [info.name if info else "no class" for info in (before, now)]
+            names = [info.name[:80] if info else "no class" for info in (before, now)]
             raise UserError(
                 f"{folder}: was trained on other classes, first at train id {index}: {names[0]} there, {names[1]} in "
                 "the shards; set data.classes to the run's, or choose another name="
@@ -190,7 +204,8 @@ def _shard_differences(folder: Path, data: RunData) -> list[str]:
     if not (folder / "data.json").is_file():
         # Versions before 0.2 did not write it.
         return []
-    record: dict[str, list[dict[str, Any]]] = read_json(folder / "data.json")
+    remedy = "restore it, or remove it to resume without comparing the shards"
+    record = read_record(folder / "data.json", _DATA, remedy)
     differences = []
     for domain, now in data.record().items():
         for before, after in zip(record.get(domain, []), now, strict=False):
@@ -256,6 +271,9 @@ class Launch(NamedTuple):
     """Number of times SLURM had requeued the job."""
 
 
+_LAUNCH = TypeAdapter(Launch)
+
+
 def log_launch(folder: Path, step: int, world_size: int, environment: Mapping[str, str]) -> None:
     """Append a line to the launch log; to be called on rank 0."""
     process = psutil.Process()
@@ -275,16 +293,11 @@ def log_launch(folder: Path, step: int, world_size: int, environment: Mapping[st
 
 def read_launch_log(folder: Path) -> list[Launch]:
     """Read all launches of a run, oldest first, without lines that a full disk has truncated."""
-    if not (folder / "starts.jsonl").is_file():
-        return []
-    lines = (folder / "starts.jsonl").read_text().splitlines()
     launches = []
-    for line in lines:
-        try:
-            values = json.loads(line)
-            launches.append(Launch(**{_OLD_LAUNCH_FIELDS.get(key, key): value for key, value in values.items()}))
-        except (ValueError, TypeError, AttributeError):
-            continue
+    for _, values in read_lines(folder / "starts.jsonl"):
+        with suppress(ValidationError):
+            renamed = {_OLD_LAUNCH_FIELDS.get(key, key): value for key, value in values.items()}
+            launches.append(_LAUNCH.validate_python(renamed))
     return launches
 
 

@@ -25,7 +25,7 @@ from dist_pca.resilience.preemption import StopRequest
 from dist_pca.resilience.watchdog import Watchdog
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import Loss, MicroBatch, grad_cache, separate_losses
-from dist_pca.training.checkpoint import CheckpointWriter, latest_checkpoint, load_model, read_state
+from dist_pca.training.checkpoint import CheckpointWriter, State, latest_checkpoint, load_model, read_state
 from dist_pca.training.checkpoint_parts import AveragePart, ModelPart, checkpoint_parts, restore
 from dist_pca.training.ema import init_ema, teacher_weights, update_ema
 from dist_pca.training.environment import connect_store, init_distributed
@@ -221,7 +221,7 @@ class Trainer:
                 device=self.device,
                 start_step=self.start_step,
                 flops=flops,
-                saved=state["windows"],
+                saved=state.get("windows", []),
             )
         )
         # Before the schedule's factor.
@@ -243,7 +243,7 @@ class Trainer:
         autocast = AUTOCAST[self.run.config.training.precision]
         return FrozenBackbone(self.run.model, autocast=autocast).to(self.device)
 
-    def _start_engine(self) -> dict[str, Any]:
+    def _start_engine(self) -> State:
         """Build engine, optimiser and moving average, restored from the newest checkpoint; returns its `state.json`."""
         config, model = self.run.config, self.run.model
         checkpoint = latest_checkpoint(config.folder / "checkpoints")
@@ -260,7 +260,7 @@ class Trainer:
         if checkpoint is not None:
             restore(self.parts, checkpoint)
         self.engine.train()
-        return {"step": 0, "windows": []} if checkpoint is None else read_state(checkpoint)
+        return {"step": 0} if checkpoint is None else read_state(checkpoint)
 
     def _stream(
         self, stack: ExitStack, manifests: Sequence[Manifest], domain: DomainName, global_batch: int

@@ -1,6 +1,7 @@
 """What has become of a run, read from its folder alone."""
 
 import json
+import math
 import subprocess
 import time
 from collections.abc import Mapping
@@ -9,11 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from rich.markup import escape
 from rich.table import Column, Table
 
+from dist_pca.config import load_config
 from dist_pca.config.aliases import rename_metrics
+from dist_pca.config.training import TrainingConfig
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.training.run_folder import Launch, is_alive, read_launch_log
@@ -72,7 +74,8 @@ def saved_step(folder: Path) -> int:
 
 def planned_steps(folder: Path) -> int:
     """Steps of the run that a folder holds; 0 where it has not been started yet."""
-    return int(_settings(folder).get("steps", 0))
+    training = _training(folder)
+    return training.steps if isinstance(training, TrainingConfig) else 0
 
 
 def read_status(folder: Path, now: float | None = None) -> Status:
@@ -92,8 +95,8 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     )
     if not (folder / "config.yaml").is_file() and not submitted:
         raise UserError(f"{folder}: not a run folder (no config.yaml); give a folder that training wrote")
-    settings, saved, metrics = _settings(folder), saved_step(folder), _last_metrics(folder / "metrics.jsonl")
-    steps, step = int(settings.get("steps", 0)), max(saved, int(metrics.get("step", 0)))
+    training, saved, metrics = _training(folder), saved_step(folder), _last_metrics(folder / "metrics.jsonl")
+    steps, step = planned_steps(folder), max(saved, int(_number(metrics, "step")))
     job = submitted[-1].stem if submitted else None
     # Unless a later start came from elsewhere.
     if starts and (job is None or starts[-1].time > submitted[-1].stat().st_mtime):
@@ -106,22 +109,24 @@ def read_status(folder: Path, now: float | None = None) -> Status:
         state = _ENDED.get(outcome.code, "failed")
     elif 0 < steps <= saved:
         state = "finished"
-    elif not steps:
+    elif isinstance(training, str):
+        state, message = "failed", training
+    elif training is None:
         state, message = "failed", f"its job never began and is not in the queue; see {folder / 'slurm'}"
-    elif _is_at_work(starts, job_state, silent, settings, metrics):
+    elif _is_at_work(starts, job_state, silent, training, metrics):
         state = "running"
     else:
         state, message = "stale", "no sign of life; restart it, and it resumes from its newest checkpoint"
     if state != "finished" and job_state == "PENDING":
         state, message = "queued", "" if outcome is None else message
-    pace = metrics.get("seconds_per_step")
+    pace = _number(metrics, "seconds_per_step")
     return Status(
         run=str(folder),
         state=state,
         step=step,
         steps=steps,
         saved_step=saved,
-        seconds_left=pace * (steps - step) if state == "running" and isinstance(pace, (int, float)) else None,
+        seconds_left=pace * (steps - step) if state == "running" and pace else None,
         silent=silent,
         starts=len(starts),
         restarts=max(0, len(starts) - 1),
@@ -173,7 +178,7 @@ def _is_at_work(
     starts: list[Launch],
     job_state: str | None,
     silent: float | None,
-    settings: Mapping[str, Any],
+    training: TrainingConfig,
     metrics: Mapping[str, Any],
 ) -> bool:
     """Whether a run that has not said how it ended is still at work, as far as can be seen from here."""
@@ -183,16 +188,24 @@ def _is_at_work(
     if alive is not None:
         return alive
     # From another machine only its writing shows; a rank that does not move ends the run within the stall time-out.
-    line = float(settings.get("log_every", 1)) * float(metrics.get("seconds_per_step") or 0)
-    return silent is not None and silent < float(settings.get("stall_timeout", 0)) + _LATE_LINES * line
+    line = training.log_every * _number(metrics, "seconds_per_step")
+    return silent is not None and silent < training.stall_timeout + _LATE_LINES * line
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """The section `training` of a run folder's config; empty without one."""
+def _training(folder: Path) -> TrainingConfig | str | None:
+    """The section `training` of a run folder's config; a message if it cannot be read, None if there is none."""
+    if not (folder / "config.yaml").is_file():
+        return None
     try:
-        return dict(yaml.safe_load((folder / "config.yaml").read_text())["training"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        return {}
+        return load_config(folder / "config.yaml").training
+    except UserError as error:
+        return str(error)
+
+
+def _number(metrics: Mapping[str, Any], name: str) -> float:
+    """A finite number of a line of metrics; 0 if there is none of that name."""
+    value = metrics.get(name)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
 
 
 def _last_metrics(path: Path) -> dict[str, Any]:
@@ -200,8 +213,9 @@ def _last_metrics(path: Path) -> dict[str, Any]:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         for line in reversed(file.read().splitlines()):
             # A line can be cut short: the last one while it is written, the first one here.
-            with suppress(ValueError):
-                return rename_metrics(json.loads(line))
+            with suppress(ValueError, RecursionError):
+                if isinstance(values := json.loads(line), dict):
+                    return rename_metrics(values)
     return {}
 
 

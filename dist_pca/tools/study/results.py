@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from dist_pca.config.aliases import rename_metrics
 from dist_pca.evaluation.report import Scores
-from dist_pca.files import write_whole
+from dist_pca.files import read_lines, write_whole
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.shards.manifest import Manifest
 from dist_pca.tools.cluster.status import saved_step
@@ -160,13 +160,9 @@ def _read(run: PlannedRun, steps: int, manifests: Mapping[str, Manifest]) -> Run
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    lines = []
     with suppress(OSError):
-        for line in path.read_text().splitlines():
-            # The last line of a killed run can be cut short.
-            with suppress(ValueError):
-                lines.append(rename_metrics(json.loads(line)))
-    return lines
+        return [rename_metrics(values) for _, values in read_lines(path)]
+    return []
 
 
 def _summary(results: Sequence[RunResult], shards: str, baseline: Mapping[int, Scores] | None) -> Summary:
