@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import threading
 import uuid
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
@@ -52,6 +53,8 @@ class Trackers:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         self._open = []
+        self._report = threading.excepthook
+        threading.excepthook = self._report_thread
         for name in config.telemetry.trackers:
             kind = LOGGER_TYPE_TO_CLASS[name]
             project = "tensorboard" if name == "tensorboard" else config.telemetry.project
@@ -74,6 +77,11 @@ class Trackers:
             if name != "tensorboard":
                 tracker.store_init_configuration(config.model_dump(mode="json"))
 
+    def _report_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """Leave out the traceback of a tracker's own thread: the next `log` fails for the same reason and says so."""
+        if type(failure.thread).__module__.split(".")[0] != "tensorboard":
+            self._report(failure)
+
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log the values of a step to all trackers; one that fails is dropped, so that it cannot end the run."""
         for tracker in tuple(self._open):
@@ -85,6 +93,7 @@ class Trackers:
 
     def close(self) -> None:
         """Close all trackers, which write what they have buffered."""
+        threading.excepthook = self._report
         for tracker in self._open:
             try:
                 tracker.finish()

@@ -157,6 +157,9 @@ def check_resume(config: RunConfig, resume: bool | None, data: RunData | None = 
     for name in FILES:
         if (folder / name).exists() and not (folder / name).is_file():
             raise UserError(f"{folder / name}: not a file, which a run needs there; move it away")
+    for path in (folder, folder / "checkpoints", *(folder / name for name in FILES)):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"{path}: cannot be written; make it writable, or choose another name=")
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if (folder / "config.yaml").is_file():
         made = load_config(folder / "config.yaml")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -118,6 +119,23 @@ def truncate(path: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def make_read_only(path: Path) -> None:
+    """Take away the right to write; root, who may write anyway, makes the file immutable where the disk can."""
+    if not path.exists():
+        return
+    if os.geteuid():
+        path.chmod(path.stat().st_mode & ~0o222)
+    else:
+        subprocess.run(["chattr", "+i", str(path)], check=False, capture_output=True)
+
+
+def make_writable(path: Path) -> None:
+    if os.geteuid():
+        path.chmod(path.stat().st_mode | 0o200)
+    else:
+        subprocess.run(["chattr", "-i", str(path)], check=False, capture_output=True)
+
+
 def faults(folder: Path, file: str) -> dict[str, Callable[[Path], None]]:
     """What is done to a file or folder, by name."""
     of_other = folder / "runs" / "other" / file.replace("step-00000006", "step-00000004")
@@ -129,6 +147,7 @@ def faults(folder: Path, file: str) -> dict[str, Callable[[Path], None]]:
         "a pipe": make_pipe,
         "older": partial(replace, other=folder / "older" / file),
         "another run's": partial(replace, other=of_other),
+        "read-only": make_read_only,
     }
 
 
@@ -159,6 +178,8 @@ def outcomes(folder: Path, file: str) -> list[dict[str, Any]]:
         spoil(run / file)
         there, before = models(run), contents(run)
         code, output = start(folder, "case", "training.steps=8")
+        if (run / file).exists():
+            make_writable(run / file)
         found.append(
             {
                 "fault": name,

@@ -106,10 +106,10 @@ def test_a_tracker_that_does_not_start_is_one_line_that_names_it(tmp_path: Path,
 
 
 def test_a_full_disk_under_a_tracker_does_not_keep_the_run_from_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # TensorBoard's own thread ends by the same error.
-    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    # pytest has a hook of its own.
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     config = demo(tmp_path, "telemetry.trackers=[tensorboard]")
     with small_disk(config.folder / "tensorboard", size="64k") as disk:
         with (disk / "ballast").open("wb") as ballast, suppress(OSError):
@@ -120,6 +120,8 @@ def test_a_full_disk_under_a_tracker_does_not_keep_the_run_from_training(
         trackers.close()
     assert "without tensorboard" in caplog.text
     assert len(caplog.records) == 1
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is threading.__excepthook__
 
 
 def test_a_tracker_that_fails_later_is_dropped_and_the_others_go_on(
