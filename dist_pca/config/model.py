@@ -32,8 +32,8 @@ class ModelConfig(Section):
     """Batch-norm statistics: of each rank, over all ranks, or the pretrained ones, kept fixed."""
     association_features: Literal["backbone", "head", "projection"] = "backbone"
     """Which pixel features are associated: the backbone's deepest map, the input of the head's classifier, or a
-    learned projection (all maps on one grid through two 1 x 1 convolutions, as in PiPa and SePiCo). Only association
-    and `objective.source_contrast` train the projection."""
+    learned projection (all maps on one grid through two 1 x 1 convolutions, as in PiPa and SePiCo). Only association,
+    `objective.source_contrast` and `objective.class_statistics` train the projection."""
     association_stride: Literal[4, 8, 16, 32] | None = None
     """Stride of the associated features: the map is average-pooled to a coarser stride or upsampled bilinearly to a
     finer one. None keeps the map's own stride; for the projection it is that of the deepest map. Upsampling by more

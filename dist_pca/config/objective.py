@@ -137,6 +137,20 @@ class SourceContrastConfig(Section):
     """Largest number of pixels of each class, drawn from the images of all ranks."""
 
 
+class ClassStatisticsConfig(Section):
+    """Contrast of source and target pixels with each class's distribution of features (SePiCo, Xie et al. 2023)."""
+
+    weight: Weight = 0.0
+    """Weight of the term, which uses the associated features; needs a teacher, so training.ema_decay > 0. Target pixels
+    take the teacher's class where its probability reaches `objective.self_training.threshold`."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Temperature by which cosine similarities are divided."""
+    decay: Fraction = 0.99
+    """Share of a class's mean and variance that is kept at each micro-batch with pixels of the class."""
+    start_step: NonNegative = 0
+    """First step with the term."""
+
+
 class FeatureDistanceConfig(Section):
     """Distance of the backbone's deepest map to the pretrained backbone's, on source pixels of thing classes
     (DAFormer, 2022)."""
@@ -162,6 +176,7 @@ class ObjectiveConfig(Section):
     self_training: SelfTrainingConfig = SelfTrainingConfig()
     masked_consistency: MaskedConsistencyConfig = MaskedConsistencyConfig()
     source_contrast: SourceContrastConfig = SourceContrastConfig()
+    class_statistics: ClassStatisticsConfig = ClassStatisticsConfig()
     feature_distance: FeatureDistanceConfig = FeatureDistanceConfig()
 
     @property
@@ -172,11 +187,25 @@ class ObjectiveConfig(Section):
     @property
     def uses_teacher(self) -> bool:
         """Whether any term needs the teacher."""
-        return self.trains_on_pseudo_labels or (self.adapt and self.association.uses_teacher)
+        return self.trains_on_pseudo_labels or (self.adapt and (self.association.uses_teacher or self.uses_statistics))
+
+    @property
+    def shows_source_to_teacher(self) -> bool:
+        """Whether the teacher gets the source's images too."""
+        association = self.association
+        return self.uses_statistics or (self.adapt and association.uses_teacher and association.teacher_matches)
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether pixels are contrasted with class statistics."""
+        return self.adapt and self.class_statistics.weight > 0
 
     @property
     def shows_target(self) -> bool:
         """Whether the student gets the target's images themselves, in addition to mixed and masked ones."""
         return self.adapt and (
-            self.association.weight > 0 or self.smoothness.weight > 0 or not self.trains_on_pseudo_labels
+            self.association.weight > 0
+            or self.smoothness.weight > 0
+            or self.class_statistics.weight > 0
+            or not self.trains_on_pseudo_labels
         )

@@ -10,10 +10,11 @@ from dist_pca.association import Association
 from dist_pca.association.candidates import phase
 from dist_pca.config import Level, ObjectiveConfig
 from dist_pca.distributed import world_size
+from dist_pca.objective.class_statistics import ClassStatistics, class_contrast
 from dist_pca.objective.cycle_association import associate_level, association_weight
 from dist_pca.objective.domains import IGNORE_INDEX, Domain
 from dist_pca.objective.feature_distance import feature_distance
-from dist_pca.objective.grid import labels_at
+from dist_pca.objective.grid import labels_at, pixels_at
 from dist_pca.objective.lovasz import lovasz_softmax
 from dist_pca.objective.reduction import world_mean
 from dist_pca.objective.self_training import pseudo_label_loss, world_confidence
@@ -32,6 +33,7 @@ def objective(
     accumulation: int = 1,
     node: dist.ProcessGroup | None = None,
     things: Sequence[int] = (),
+    statistics: ClassStatistics | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Compute the loss of one micro-batch, and its terms for the log.
 
@@ -48,6 +50,7 @@ def objective(
         accumulation: Micro-batches per update, for the released Lovasz convention and the bytes sent.
         node: Process group of this node's ranks, for the association scope `node`.
         things: Train ids of the feature distance's classes.
+        statistics: Moving class statistics, which are updated, if `class_statistics` is on.
     """
     if source.labels is None:
         raise ValueError("the source has no labels")
@@ -93,6 +96,9 @@ def objective(
             terms["smoothness_source"] = smoothness(logits, config.smoothness.threshold)
             terms["smoothness_target"] = smoothness(target.logits.float(), config.smoothness.threshold)
             loss = loss + config.smoothness.weight * (terms["smoothness_source"] + terms["smoothness_target"])
+        if statistics is not None and step >= config.class_statistics.start_step:
+            terms["class_statistics"] = _class_statistics(config, source, target, statistics)
+            loss = loss + config.class_statistics.weight * terms["class_statistics"]
         weight = association_weight(config.association, step)
         if weight > 0:
             for level in config.association.levels:
@@ -129,6 +135,32 @@ def objective(
                 terms[name] = pseudo_label_loss(view.logits, view.labels, confidence, view.trusted)
                 loss = loss + weight * terms[name]
     return loss, {"loss": loss} | terms
+
+
+def _class_statistics(
+    config: ObjectiveConfig, source: Domain, target: Domain, statistics: ClassStatistics
+) -> torch.Tensor:
+    """Update the class statistics by the teacher's source features, and contrast both domains' pixels with them."""
+    grid, num_classes = source.features.shape[-2:], source.logits.shape[1]
+    labels = labels_at(source.labels, grid, num_classes, share=config.association.label_share)
+    assert labels is not None
+    assert source.teacher_features is not None
+    assert target.teacher_logits is not None
+    taught = pixels_at("features", source.teacher_features, source.logits, grid)
+    options = config.class_statistics
+    statistics.update(taught.flatten(0, 1), labels.flatten(), num_classes, decay=options.decay)
+    of_target = pixels_at("predictions", target.features, target.teacher_logits, target.features.shape[-2:])
+    confidence, classes = of_target.max(dim=2)
+    classes = torch.where(confidence >= config.self_training.threshold, classes, IGNORE_INDEX)
+    pixels = [
+        pixels_at("features", x.features, x.logits, x.features.shape[-2:]).flatten(0, 1) for x in (source, target)
+    ]
+    return class_contrast(
+        torch.cat(pixels),
+        torch.cat([labels.flatten(), classes.flatten()]),
+        statistics,
+        temperature=options.temperature,
+    )
 
 
 def _confusions(level: Level, target: Domain, found: Association) -> dict[str, torch.Tensor]:

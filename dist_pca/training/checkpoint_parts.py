@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from dist_pca.errors import UserError
 from dist_pca.model.batch_norm import average_over_ranks, running_statistics
+from dist_pca.objective.class_statistics import ClassStatistics
 from dist_pca.training.checkpoint import CheckpointPart, abbreviate, has_ema, load_tensors
 from dist_pca.training.deepspeed import (
     gather,
@@ -27,10 +28,17 @@ from dist_pca.training.deepspeed import (
 from dist_pca.training.ema import EMAShards
 
 
-def checkpoint_parts(engine: Any, ema: EMAShards | None) -> list[CheckpointPart]:
+def checkpoint_parts(
+    engine: Any, ema: EMAShards | None, statistics: ClassStatistics | None = None
+) -> list[CheckpointPart]:
     """List the parts of a run's checkpoint, in the order in which they are saved and restored."""
-    averages = [] if ema is None else [AveragePart(engine, ema)]
-    return [ModelPart(engine, ema), OptimizerPart(engine), *averages, RankStatisticsPart(engine, ema)]
+    parts: list[CheckpointPart] = [ModelPart(engine, ema), OptimizerPart(engine)]
+    if ema is not None:
+        parts.append(AveragePart(engine, ema))
+    parts.append(RankStatisticsPart(engine, ema))
+    if statistics is not None:
+        parts.append(ClassStatisticsPart(statistics, engine.device))
+    return parts
 
 
 def restore(parts: Iterable[CheckpointPart], checkpoint: Path) -> None:
@@ -148,6 +156,27 @@ class RankStatisticsPart:
             return
         for value, own in zip(statistics, torch.split(ranks[dist.get_rank()], sizes), strict=True):
             value.copy_(own)
+
+
+class ClassStatisticsPart:
+    """Moving class statistics, which are the same on all ranks."""
+
+    file, optional = "classes", True
+
+    def __init__(self, statistics: ClassStatistics, device: torch.device) -> None:
+        self._statistics, self._device = statistics, device
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each statistic once there is one."""
+        if len(self._statistics.seen):
+            yield from vars(self._statistics).items()
+
+    def restore(self, checkpoint: Path) -> None:
+        """Set the statistics; without saved ones, the term begins anew."""
+        path = checkpoint / f"{self.file}.safetensors"
+        if path.is_file():
+            for name, value in load_tensors(path).items():
+                setattr(self._statistics, name, value.to(self._device))
 
 
 def gather_statistics(engine: Any, ema: EMAShards | None) -> torch.Tensor | None:

@@ -35,6 +35,7 @@ METRICS = {
     "ce": "cross-entropy of the source, nats",
     "lovasz": "Lovasz-Softmax of the source",
     "source_contrast": "InfoNCE of the source's pixels, nats",
+    "class_statistics": "InfoNCE of both domains' pixels with the distributions of all classes, nats",
     "feature_distance": "distance of the source's things to the pretrained backbone's features",
     "smoothness_source, smoothness_target": "label smoothness of each domain",
     "self_training": "cross-entropy of mixed images with pseudo labels, weighted by `confident_share`",

@@ -207,7 +207,7 @@ def network_passes(config: RunConfig) -> float:
         return training.source_batch
     views = objective.shows_target + (objective.self_training.weight > 0) + (objective.masked_consistency.weight > 0)
     taught = training.target_batch if objective.uses_teacher else 0
-    if objective.association.uses_teacher and objective.association.teacher_matches:
+    if objective.shows_source_to_teacher:
         taught += training.source_batch
     if config.model.running_statistics == "target" and not objective.shows_target:
         taught += training.target_batch

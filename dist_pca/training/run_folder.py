@@ -186,8 +186,14 @@ def check_resume(config: RunConfig, resume: bool | None, data: RunData | None = 
         return
     if not (checkpoint.parent / "latest").is_file():
         _log.info("%s/latest is missing; resuming from %s, the newest", checkpoint.parent, checkpoint.name)
-    if (before := read_state(checkpoint).get("code")) != code_version():
+    state = read_state(checkpoint)
+    if (before := state.get("code")) != code_version():
         _log.info("resuming with dist-pca %s; %s was saved by %s", code_version(), checkpoint.name, before)
+    if "config" in state:
+        saved = validate_config(state["config"], str(checkpoint / "state.json"))
+        if unlike := config_differences(saved, made):
+            # After a start with --resume too, whose keys are those of config.yaml.
+            _log.warning("%s was saved by a run of another config (%s)", checkpoint.name, "; ".join(unlike))
 
 
 def _check_classes(folder: Path, classes: Sequence[ClassInfo]) -> None:

@@ -19,6 +19,7 @@ from dist_pca.distributed import raise_on_all_ranks
 from dist_pca.model.batch_norm import kept_statistics
 from dist_pca.model.frozen import FrozenBackbone
 from dist_pca.objective import Domains, objective
+from dist_pca.objective.class_statistics import ClassStatistics
 from dist_pca.resilience.exit_status import ExitCode, clear_exit_status
 from dist_pca.resilience.lock import run_lock
 from dist_pca.resilience.preemption import StopRequest
@@ -149,6 +150,7 @@ class Trainer:
                 accumulation=1 if cached else training.accumulation,
                 node=self.environment.node_group,
                 things=self.run.things,
+                statistics=self.class_statistics,
             )
 
         if cached:
@@ -256,7 +258,8 @@ class Trainer:
             model, build_optimizer(config.optimizer, model)
         )
         self.ema = init_ema(self.engine) if config.training.ema_decay > 0 else None
-        self.parts = checkpoint_parts(self.engine, self.ema)
+        self.class_statistics = ClassStatistics() if config.objective.uses_statistics else None
+        self.parts = checkpoint_parts(self.engine, self.ema, self.class_statistics)
         if checkpoint is not None:
             restore(self.parts, checkpoint)
         self.engine.train()

@@ -65,6 +65,7 @@ def student_views(
     objective = config.objective
     association, self_training = objective.association, objective.self_training
     associates = association.uses_teacher and association_weight(association, step) > 0
+    contrasts = objective.uses_statistics and step >= objective.class_statistics.start_step
     labels_target = objective.trains_on_pseudo_labels and step >= self_training.start_step
     change = partial(photometric_view, config=config.data.photometric, seed=config.seed)
     source_images = change(source.images, source.indices, domain="source")
@@ -81,11 +82,11 @@ def student_views(
         change(target.images, target.indices, domain="target") if uses_target or masks_target else target.images
     )
     mixed = masked = None
-    if associates or labels_target:
+    if associates or contrasts or labels_target:
         with as_teacher():
             of_target = network(target.images)
-            of_source = network(source.images) if associates and association.teacher_matches else None
-        if associates:
+            of_source = network(source.images) if contrasts or (associates and association.teacher_matches) else None
+        if associates or contrasts:
             target_view = partial(target_view, teacher_logits=of_target.logits, teacher_features=of_target.features)
         if of_source is not None:
             source_view = partial(source_view, teacher_logits=of_source.logits, teacher_features=of_source.features)

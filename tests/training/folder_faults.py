@@ -67,7 +67,7 @@ def start(folder: Path, name: str, *settings: str) -> tuple[int | None, str]:
 def prepare(folder: Path) -> None:
     """Make a run of six steps that is to have eight, what it was after four, and another run."""
     build_streets(folder)
-    for name, settings in (("case", ()), ("other", ("optimizer.lr=1e-3",))):
+    for name, settings in (("case", ()), ("other", ("optimizer.lr=2e-3",))):
         assert start(folder, name, "training.steps=4", *settings)[0] == 0
     shutil.copytree(folder / "runs" / "case", folder / "older")
     edit(folder / "runs" / "case", 4, 6)

@@ -212,7 +212,7 @@ def _loss(config: RunConfig, domains: Domains, live: LiveBytes) -> torch.Tensor:
     live.begin("objective")
     without = {
         part: getattr(config.objective, part).model_copy(update={"weight": 0.0})
-        for part in ("lovasz", "association", "source_contrast", "feature_distance")
+        for part in ("lovasz", "association", "source_contrast", "class_statistics", "feature_distance")
     }
     # Terms that start late are there from some step on.
     loss, _ = objective(

@@ -118,7 +118,7 @@ def _teacher(config: RunConfig, network: NetworkStep, stage: int, ranks: int) ->
         return _groups(network, ranks), len(network.groups)
     forward, calls = _shared_out(config, network, ranks)
     # It sees the source too where it chooses matches.
-    passes = 1 + (config.objective.association.uses_teacher and config.objective.association.teacher_matches)
+    passes = 1 + config.objective.shows_source_to_teacher
     return passes * forward + 2 * _persistent(network, ranks), passes * calls + 2
 
 
