@@ -108,11 +108,16 @@ def test_bf16_and_accumulation_train(streets: Path) -> None:
     ("override", "message"),
     [
         ("training.precision=fp16", "training.precision: fp16 does not run on CPU; use bf16 or fp32"),
-        ("data.crop=[512,512]", "data.crop"),
-        ("training.source_batch=3", "training.source_batch"),
-        ("training.stepz=3", "the nearest is training.steps"),
-        ("model.backbone=resnet5000", "resnet5000"),
-        ("data.source=nowhere", "nowhere"),
+        *(
+            pytest.param(*values, marks=pytest.mark.exhaustive)
+            for values in (
+                ("data.crop=[512,512]", "data.crop"),
+                ("training.source_batch=3", "training.source_batch"),
+                ("training.stepz=3", "the nearest is training.steps"),
+                ("model.backbone=resnet5000", "resnet5000"),
+                ("data.source=nowhere", "nowhere"),
+            )
+        ),
     ],
 )
 def test_what_cannot_run_ends_with_one_clear_line_and_nothing_written(

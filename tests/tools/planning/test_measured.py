@@ -75,7 +75,7 @@ def exhaustive(*values: object) -> Any:
     ("ranks", "stage", "more"),
     [
         exhaustive(1, 2, ()),
-        (2, 2, ()),
+        exhaustive(2, 2, ()),
         exhaustive(4, 2, ()),
         exhaustive(2, 3, ()),
         exhaustive(2, 2, ("training.precision=bf16",)),
