@@ -6,7 +6,8 @@
             ema.safetensors         parameters and buffers of the moving average, if training.ema_decay keeps one
             optimizer.safetensors   optimiser tensors, by parameter name
             statistics.safetensors  batch-norm statistics of each rank, where they differ
-            state.json              step, world size, code, config, mIoU, loss scale
+            classes.safetensors     class statistics, if objective.class_statistics keeps any
+            state.json              step, world size, code, config, mIoU, loss scale, names of the other files
         latest                      name of the checkpoint that the run resumes from
         best                        name of the one with the highest validation mIoU
         set-aside/                  checkpoints of steps that are trained again, as `latest` named an older one
@@ -21,6 +22,7 @@ A checkpoint is copied to rank 0's memory at once, and written to disk by a thre
 """
 
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -36,7 +38,7 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from pydantic import Field, TypeAdapter
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from typing_extensions import Required, Self, TypedDict
 
@@ -127,6 +129,10 @@ class State(TypedDict, total=False):
     config: dict[str, Any]
     mean_iou: float | None
     """The validation's at this step, in 0..1, if there was one."""
+    id: str
+    """Digest of all the rest, which the checkpoint's other files carry too."""
+    files: list[str]
+    """Names of these files."""
     windows: list[dict[str, tuple[float, float]]]
     """Sum and count of every metric since its last line, of each rank."""
     loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -193,9 +199,41 @@ def load_model(model: torch.nn.Module, checkpoint: Path, *, ema: bool = False) -
     model.load_state_dict(state, strict=False)
 
 
+def check_files(checkpoint: Path) -> None:
+    """Check that all files of a checkpoint are there and that none is of another checkpoint.
+
+    Raises:
+        UserError: one is missing, damaged or of another checkpoint.
+    """
+    state = read_state(checkpoint)
+    for name in state.get("files", []):
+        path = checkpoint / Path(name).name
+        _check_part(path)
+        try:
+            with safe_open(path, "pt") as tensors:
+                owner = (tensors.metadata() or {}).get("checkpoint")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); point checkpoints/latest at another step-*") from None
+        if owner != state.get("id"):
+            raise UserError(
+                f"{path}: is of another checkpoint than state.json beside it; put its own back, or point "
+                "checkpoints/latest at another step-*"
+            )
+
+
+def _check_part(path: Path) -> None:
+    # A named pipe would be waited for.
+    if not path.is_file():
+        raise UserError(f"{path}: missing; put it back, or point checkpoints/latest at another step-*")
+
+
 def has_ema(checkpoint: Path) -> bool:
-    """Whether a checkpoint has a moving average of the weights."""
-    return (checkpoint / "ema.safetensors").is_file()
+    """Whether a checkpoint was saved with a moving average of the weights.
+
+    Raises:
+        UserError: its `state.json` cannot be read.
+    """
+    return (checkpoint / "ema.safetensors").is_file() or "ema.safetensors" in read_state(checkpoint).get("files", [])
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -204,9 +242,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: it is missing or damaged.
     """
-    # A named pipe would be waited for.
-    if not path.is_file():
-        raise UserError(f"{path}: missing; point checkpoints/latest at another step-*")
+    _check_part(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -358,9 +394,11 @@ def _write_checkpoint(folder: Path, name: str, tensors: dict[str, Tensors], stat
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        for part, values in tensors.items():
-            save_file(values, partial / f"{part}.safetensors")
-        write_record(partial / "state.json", state)
+        files = [f"{part}.safetensors" for part in tensors]
+        digest = hashlib.sha256(json.dumps([state, files]).encode()).hexdigest()
+        for file, values in zip(files, tensors.values(), strict=True):
+            save_file(values, partial / file, metadata={"checkpoint": digest})
+        write_record(partial / "state.json", {**state, "id": digest, "files": files})
         for path in (*partial.iterdir(), partial):
             sync(path)
         if target.exists():

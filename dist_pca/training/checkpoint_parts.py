@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dist_pca.errors import UserError
 from dist_pca.model.batch_norm import average_over_ranks, running_statistics
 from dist_pca.objective.class_statistics import ClassStatistics
-from dist_pca.training.checkpoint import CheckpointPart, abbreviate, has_ema, load_tensors
+from dist_pca.training.checkpoint import CheckpointPart, abbreviate, load_tensors
 from dist_pca.training.deepspeed import (
     gather,
     gather_network,
@@ -120,8 +120,9 @@ class AveragePart:
 
     def restore(self, checkpoint: Path) -> None:
         """Set this rank's shards; without a saved average they stay at the restored weights."""
-        if has_ema(checkpoint):
-            saved = load_tensors(checkpoint / f"{self.file}.safetensors")
+        path = checkpoint / f"{self.file}.safetensors"
+        if path.is_file():
+            saved = load_tensors(path)
             scatter(self._engine, saved, self._ema.partitions)
             for name, value in self._ema.statistics.items():
                 value.copy_(saved[name])

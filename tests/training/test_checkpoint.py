@@ -25,6 +25,8 @@ from dist_pca.train import resolve_config
 from dist_pca.training.checkpoint import (
     CheckpointPart,
     CheckpointWriter,
+    check_files,
+    has_ema,
     latest_checkpoint,
     load_model,
     pointed_at,
@@ -157,7 +159,7 @@ def test_without_validation_none_is_the_best(tmp_path: Path) -> None:
 def test_training_goes_on_while_a_checkpoint_is_written_and_hears_of_its_failure(tmp_path: Path) -> None:
     slow = threading.Event()
 
-    def write(path: object, *_: object) -> None:
+    def write(path: object, *_: object, metadata: dict[str, str]) -> None:
         slow.wait(10)
         raise OSError("the disk is gone")
 
@@ -241,6 +243,31 @@ def test_a_moving_average_that_a_checkpoint_does_not_have_is_refused(tmp_path: P
     assert found is not None
     with pytest.raises(UserError, match=r"has no moving average \(training.ema_decay was 0\)"):
         load_model(torch.nn.Linear(4, 4), found, ema=True)
+
+
+@pytest.mark.usefixtures("alone")
+def test_files_of_different_checkpoints_are_not_mixed(tmp_path: Path) -> None:
+    network = engine(2)
+    with writer(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(parts(network), step)
+    first, second = (tmp_path / f"step-{step:08d}" for step in (1, 2))
+    check_files(second)
+    own = (second / "model.safetensors").read_bytes()
+    (second / "model.safetensors").write_bytes((first / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"step-00000002/model\.safetensors: is of another checkpoint than state\.json"):
+        check_files(second)
+    (second / "model.safetensors").write_bytes(own)
+    (second / "optimizer.safetensors").unlink()
+    with pytest.raises(UserError, match=r"optimizer\.safetensors: missing; put it back, or point"):
+        check_files(second)
+
+
+def test_a_moving_average_that_has_been_removed_is_missing_and_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"step": 1, "files": ["model.safetensors", "ema.safetensors"]}')
+    assert has_ema(tmp_path)
+    with pytest.raises(UserError, match=r"ema\.safetensors: missing"):
+        load_model(torch.nn.Linear(1, 1), tmp_path, ema=True)
 
 
 @pytest.mark.parametrize(
