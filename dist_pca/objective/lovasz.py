@@ -114,8 +114,10 @@ class _BinnedLovasz(torch.autograd.Function):
         # One more cell takes the pixels that are left out.
         counts = torch.zeros(cells + 1, dtype=torch.int64, device=labels.device)
         for block in blocks:
-            _, _, cell = _cells(probabilities[block], labels[block], bins, ignore_index)
-            counts += torch.bincount(cell.flatten(), minlength=cells + 1)
+            # Nothing of a block is named here, where it would outlive it.
+            counts += torch.bincount(
+                _cells(probabilities[block], labels[block], bins, ignore_index)[2].flatten(), minlength=cells + 1
+            )
         counts = counts[:-1].view(2, classes, bins)
         if over_ranks:
             counts = all_reduce_sum(counts, group)
@@ -125,10 +127,8 @@ class _BinnedLovasz(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float64, device=labels.device)
         gradient = torch.empty_like(probabilities)
         for block in blocks:
-            errors, truth, cell = _cells(probabilities[block], labels[block], bins, ignore_index)
-            weights = increments[cell]
-            loss += (weights * errors).sum(dtype=torch.float64)
-            gradient[block] = torch.where(truth, -weights, weights)
+            part, gradient[block] = _weigh(increments, *_cells(probabilities[block], labels[block], bins, ignore_index))
+            loss += part
         ctx.save_for_backward(gradient)
         return loss.to(probabilities.dtype)
 
@@ -145,9 +145,19 @@ def _cells(
     classes = torch.arange(probabilities.shape[1], device=labels.device)
     truth = labels[:, None] == classes
     errors = torch.where(truth, 1 - probabilities, probabilities)
-    cell = (errors * bins).long().clamp_(0, bins - 1) + bins * (len(classes) * truth + classes)
+    cell = (errors * bins).long().clamp_(0, bins - 1)
+    cell += bins * classes
+    cell += truth * (len(classes) * bins)
     cell[labels == ignore_index] = 2 * len(classes) * bins
     return errors, truth, cell
+
+
+def _weigh(
+    increments: torch.Tensor, errors: torch.Tensor, truth: torch.Tensor, cell: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of n pixels, fp64, and its gradient with respect to their probabilities, [n, K]."""
+    weights = increments[cell]
+    return (weights * errors).sum(dtype=torch.float64), torch.where(truth, -weights, weights)
 
 
 def _increments(counts: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,9 @@ def normalise(rank: int | None, shares: tuple[int, ...], offset: float, dtype: t
     if rank is None:
         layer, images, gradient = layer.double(), images.double(), gradient.double()
     result = step(layer, images, gradient)
-    return {name: result[name] for name in ("output", "input_gradient")} | result["gradients"] | result["statistics"]
+    found: dict[str, torch.Tensor] = {name: result[name] for name in ("output", "input_gradient")}
+    found |= result["gradients"] | result["statistics"]
+    return found
 
 
 CASES = {
