@@ -118,6 +118,8 @@ class MetricsLogger:
         self._classes, self._clock, self._device = classes, clock, device
         self._steps, self._start_step, self._log_every = config.training.steps, start_step, config.training.log_every
         self._images = config.training.source_batch + (config.training.target_batch if config.objective.adapt else 0)
+        scaling = config.schedule.batch_scaling
+        self._scaling = None if scaling == "none" else f"{scaling} in {config.training.source_batch} images"
         self._passes = network_passes(config)
         self._flops, self._peak_flops = flops, peak_flops(device, config.training.precision)
         self._window = _restored(saved)
@@ -305,6 +307,8 @@ class MetricsLogger:
             ratio = record.get(f"consistent_ratio_{level}")
             if isinstance(ratio, float):
                 parts.append(f"{level} cycles {ratio:.0%} kept, {record[f'cover_ratio_{level}']:.0%} covered")
+        if self._scaling is not None:
+            parts.append(f"learning rate {record['learning_rate']:.2g}, {self._scaling}")
         parts.append(f"{record['images_per_second']:.1f} images/s")
         if record["flop_utilisation"] is not None:
             parts.append(f"{record['flop_utilisation']:.0%} of peak")
