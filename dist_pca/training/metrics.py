@@ -110,7 +110,7 @@ class MetricsLogger:
             device: The network's.
             start_step: Steps already trained.
             flops: The network's floating-point operations for one image, forward and backward.
-            saved: Every rank's `state` at `start_step`.
+            saved: The `state` at `start_step`.
 
         Raises:
             UserError: a tracker does not start.
@@ -200,12 +200,15 @@ class MetricsLogger:
                 self._write(step, record)
 
     def state(self) -> list[Window]:
-        """Gather every rank's terms since the last line, which a checkpoint saves for the next one. Collective."""
+        """Replace this rank's terms since the last line by their mean over ranks, which a checkpoint saves. Collective.
+
+        The run continues from the mean whether it is resumed or not, so a checkpoint needs no window of every rank.
+        """
         self._reduce_pending()
-        windows: list[Any] = [{}] * dist.get_world_size()
-        if self._window:
-            dist.all_gather_object(windows, self._window)
-        return windows
+        ranks = dist.get_world_size()
+        means = [total / ranks for total in self._sum_over_ranks([x for pair in self._window.values() for x in pair])]
+        self._window = dict(zip(self._window, zip(means[::2], means[1::2], strict=True), strict=True))
+        return [self._window]
 
     def _add(self, name: str, value: float) -> None:
         total, count = self._window.get(name, (0.0, 0))
@@ -331,7 +334,7 @@ class MetricsLogger:
 
 
 def _restored(windows: list[Window]) -> Window:
-    """Select this rank's saved window; on another number of ranks, take the mean of all windows."""
+    """Take the mean of the saved windows, or this rank's where there is one of each, as older checkpoints have."""
     windows = [rename_metrics(window) for window in windows]
     ranks = dist.get_world_size()
     if len(windows) == ranks:
