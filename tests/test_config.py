@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from dist_pca.config import RunConfig, load_config, save_config
 from dist_pca.errors import UserError
 from dist_pca.resources import names, resource
+from dist_pca.training.accumulation import fit_batches
 from tests.support.nasty import NASTY, replaced
 
 DEMO = resource("configs", "demo")
@@ -74,6 +75,43 @@ def test_what_cannot_be_is_refused_by_name(override: str, message: str) -> None:
 def test_pairs_need_as_many_targets_as_sources() -> None:
     with pytest.raises(UserError, match=r"`pair` needs training.source_batch equal to training.target_batch"):
         load_config(DEMO, ["objective.association.scope=pair", "training.target_batch=2"])
+
+
+PER_RANK = ("training.source_batch_per_rank=2", "training.target_batch_per_rank=2")
+
+
+def test_pairs_need_as_many_targets_as_sources_on_a_rank() -> None:
+    pairs = "objective.association.scope=pair"
+    load_config(DEMO, [pairs, *PER_RANK])
+    with pytest.raises(UserError, match=r"source_batch_per_rank equal to .*target_batch_per_rank, got 2 and none"):
+        load_config(DEMO, [pairs, PER_RANK[0]])
+
+
+def test_a_batch_on_each_rank_takes_the_place_of_the_files_batch_on_all_and_is_what_is_saved(tmp_path: Path) -> None:
+    given = load_config(DEMO, PER_RANK)
+    on_four, on_two = (fit_batches(given, ranks) for ranks in (4, 2))
+    assert on_four.batches == {"training.source_batch": 8, "training.target_batch": 8}
+    assert on_two.batches == {"training.source_batch": 4, "training.target_batch": 4}
+    save_config(on_four, tmp_path / "config.yaml")
+    assert fit_batches(load_config(tmp_path / "config.yaml"), 2) == on_two
+    # The other way round.
+    in_all = load_config(tmp_path / "config.yaml", ["training.source_batch=6", "training.target_batch=6"])
+    assert fit_batches(in_all, 2) == in_all
+    assert (in_all.training.source_batch, in_all.training.source_batch_per_rank) == (6, None)
+
+
+@pytest.mark.parametrize("domain", ["source", "target"])
+def test_a_batch_that_is_given_twice_is_refused(domain: str) -> None:
+    with pytest.raises(
+        UserError,
+        match=rf"training\.{domain}_batch: is 8, and {domain}_batch_per_rank is 2; give one of the two$",
+    ):
+        load_config(DEMO, [f"training.{domain}_batch=8", f"training.{domain}_batch_per_rank=2"])
+
+
+def test_scaling_by_the_batch_needs_the_batch_that_the_rate_is_for() -> None:
+    with pytest.raises(UserError, match=r"schedule\.base_batch: missing, but batch_scaling needs it"):
+        load_config(DEMO, ["schedule.batch_scaling=linear"])
 
 
 def test_a_missing_file_and_broken_yaml_are_named(tmp_path: Path) -> None:

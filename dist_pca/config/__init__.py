@@ -25,10 +25,11 @@ from dist_pca.config.objective import (
 )
 from dist_pca.config.run import RunConfig, load_config, save_config, validate_config
 from dist_pca.config.telemetry import TelemetryConfig
-from dist_pca.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
+from dist_pca.config.training import BATCH_KEYS, OptimizerConfig, ScheduleConfig, TrainingConfig
 from dist_pca.config.views import PhotometricConfig
 
 __all__ = [
+    "BATCH_KEYS",
     "AssociationConfig",
     "CacheConfig",
     "Communication",

@@ -22,8 +22,12 @@ class LovaszConfig(Section):
     convention: Literal["mean", "released"] = "mean"
     """`mean`: the weight as given. `released`: multiplied by world size and accumulation, as in the authors' released
     run."""
-    scope: Literal["rank", "world"] = "world"
-    """Pixels over which one loss is computed: those of each rank, or those of all ranks."""
+    scope: Literal["rank", "node", "world"] = "world"
+    """Pixels over which one loss is computed: those of each rank, of each node, or of all ranks."""
+    bins: Positive | None = None
+    """Number of bins in which errors are counted instead of sorted, for example 4096. Loss and gradient are then those
+    of the sorted errors to within 1 / bins, in memory and traffic that do not depend on the number of ranks. None
+    sorts, which gathers the pixels of the scope on every rank."""
 
 
 class AssociationConfig(Section):

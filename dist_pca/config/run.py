@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,7 +17,7 @@ from dist_pca.config.model import ModelConfig
 from dist_pca.config.objective import ObjectiveConfig
 from dist_pca.config.section import NonNegative, Section
 from dist_pca.config.telemetry import TelemetryConfig
-from dist_pca.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
+from dist_pca.config.training import BATCH_KEYS, OptimizerConfig, ScheduleConfig, TrainingConfig
 from dist_pca.errors import UserError, explain
 from dist_pca.files import write_whole
 
@@ -46,7 +47,10 @@ class RunConfig(Section):
 
     @property
     def batches(self) -> dict[str, int]:
-        """Images per update of each domain that is trained on, by config key."""
+        """Images per update of each domain that is trained on, by config key.
+
+        Where they are given per rank, only after `dist_pca.training.accumulation.fit_batches`.
+        """
         source, target = (f"training.{domain}_batch" for domain in ("source", "target"))
         adapted = {target: self.training.target_batch} if self.objective.adapt else {}
         return {source: self.training.source_batch, **adapted}
@@ -70,11 +74,20 @@ class RunConfig(Section):
             "objective.self_training": self.objective.self_training.weight > 0,
             "data.sampling.pairing_window": self.data.sampling.pairing_window > 0,
         }
+        training = self.training
+        per_rank = (training.source_batch_per_rank, training.target_batch_per_rank)
         for key, pairing in pairs.items():
-            if self.objective.adapt and pairing and self.training.source_batch != self.training.target_batch:
+            if not self.objective.adapt or not pairing:
+                continue
+            if per_rank[0] != per_rank[1]:
+                raise ValueError(
+                    f"{key} needs training.source_batch_per_rank equal to training.target_batch_per_rank, "
+                    f"got {' and '.join(str(batch or 'none') for batch in per_rank)}"
+                )
+            if per_rank[0] is None and training.source_batch != training.target_batch:
                 raise ValueError(
                     f"{key} needs training.source_batch equal to training.target_batch, "
-                    f"got {self.training.source_batch} and {self.training.target_batch}"
+                    f"got {training.source_batch} and {training.target_batch}"
                 )
         horizon = self.schedule.horizon
         if horizon is not None and horizon < self.training.steps:
@@ -98,8 +111,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         parts = {f"config {path}": OmegaConf.load(path), "override": OmegaConf.from_dotlist(list(overrides))}
         # Each by itself: an override with a new name wins over a file with the old one.
-        renamed = [rename_keys(OmegaConf.to_container(part), origin) for origin, part in parts.items()]
-        tree = OmegaConf.merge(*renamed)
+        written, given = (rename_keys(OmegaConf.to_container(part), origin) for origin, part in parts.items())
+        tree = OmegaConf.merge(_without_replaced(written, given), given)
         values = OmegaConf.to_container(tree, resolve=True)
     except AssertionError:
         raise UserError(f"config {path}: not a table of keys and values") from None
@@ -125,6 +138,16 @@ def validate_config(values: object, origin: str) -> RunConfig:
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config as YAML; `load_config` reads an equal config from it."""
     write_whole(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+
+
+def _without_replaced(written: Any, given: Any) -> Any:
+    """A file's keys without batches that overrides give in the other way: in all, or per rank."""
+    training, overrides = (values.get("training") if isinstance(values, dict) else None for values in (written, given))
+    if not isinstance(training, dict) or not isinstance(overrides, dict):
+        return written
+    pairs = [*BATCH_KEYS.items(), *((per_rank, in_all) for in_all, per_rank in BATCH_KEYS.items())]
+    replaced = {other for key, other in pairs if overrides.get(key) is not None}
+    return {**written, "training": {key: value for key, value in training.items() if key not in replaced}}
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -1,8 +1,8 @@
 """`optimizer.*`, `schedule.*` and `training.*`: optimiser, learning rate schedule and training loop."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from typing_extensions import Self
 
 from dist_pca.config.section import Duration, Fraction, NonNegative, Positive, Section, Weight
@@ -44,6 +44,17 @@ class ScheduleConfig(Section):
     """Step at which the poly schedule reaches zero; None is training.steps."""
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up at the start."""
+    batch_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """Further factor on the learning rate, for large batches: the source images of an update over `base_batch`
+    (`linear`), or its square root (`sqrt`)."""
+    base_batch: Positive | None = None
+    """Source images per update for which `optimizer.lr` is right as it is; needed for batch_scaling."""
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Self:
+        if self.batch_scaling != "none" and self.base_batch is None:
+            raise ValueError("base_batch: missing, but batch_scaling needs it; give the batch that optimizer.lr is for")
+        return self
 
 
 class OffloadConfig(Section):
@@ -75,6 +86,10 @@ class OffloadConfig(Section):
         return self
 
 
+BATCH_KEYS = {f"{domain}_batch": f"{domain}_batch_per_rank" for domain in ("source", "target")}
+"""Key of a batch on each rank by that of the batch on all of them; a run is given one of the two."""
+
+
 class TrainingConfig(Section):
     """Steps, batch sizes, precision, checkpoints and limits of the training loop."""
 
@@ -84,6 +99,12 @@ class TrainingConfig(Section):
     """Source images per update, over all ranks and micro-batches."""
     target_batch: Positive = 8
     """Target images per update, over all ranks and micro-batches."""
+    source_batch_per_rank: Positive | None = None
+    """Source images per update on each rank, over its micro-batches, instead of `source_batch`, which is then this
+    times the number of ranks. The run's saved config keeps the one of the two that was given, and that one stays the
+    same when the run is resumed on another number of ranks."""
+    target_batch_per_rank: Positive | None = None
+    """Target images per update on each rank, in the same way."""
     accumulation: Positive = 1
     """Micro-batches per update on each rank."""
     max_micro_batch: Positive | None = None
@@ -123,6 +144,27 @@ class TrainingConfig(Section):
     max_non_finite_steps: Positive = 5
     """Number of consecutive steps with a non-finite loss or gradient after which the run stops; their updates are
     skipped."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_batches(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for in_all, per_rank in BATCH_KEYS.items():
+            if values.get(per_rank) is None:
+                continue
+            if values.get(in_all) is not None:
+                raise ValueError(
+                    f"{in_all}: is {values[in_all]}, and {per_rank} is {values[per_rank]}; give one of the two"
+                )
+            values = {key: value for key, value in values.items() if key != in_all}
+        return values
+
+    @model_serializer(mode="wrap")
+    def _leave_out_products(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write the batch that was given, and null for the one that follows from it and the number of ranks."""
+        values: dict[str, Any] = serialize(self)
+        return values | {in_all: None for in_all, per_rank in BATCH_KEYS.items() if values.get(per_rank) is not None}
 
     @model_validator(mode="after")
     def _check_micro_batch(self) -> Self:

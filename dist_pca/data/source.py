@@ -233,12 +233,20 @@ def micro_batch_size(global_batch: int, *, world_size: int, accumulation: int, k
 
 
 def micro_batch_indices(
-    step: int, accumulation_index: int, rank: int, *, world_size: int, accumulation: int, global_batch: int
+    step: int,
+    accumulation_index: int,
+    rank: int,
+    *,
+    world_size: int,
+    accumulation: int,
+    global_batch: int,
+    offset: int = 0,
 ) -> range:
     """Sample indices of one micro-batch.
 
     A step has the same sample indices at any world size and accumulation: `global_batch` of them, starting at
-    `step * global_batch`. They are dealt to the step's micro-batches in turn, and inside each micro-batch to the ranks.
+    `step * global_batch + offset`. They are dealt to the step's micro-batches in turn, and inside each micro-batch to
+    the ranks.
 
     Args:
         step: Optimiser step, counted from 0.
@@ -247,12 +255,13 @@ def micro_batch_indices(
         world_size: Number of ranks.
         accumulation: Micro-batches per step on each rank.
         global_batch: Samples per step, over all ranks and micro-batches.
+        offset: Samples that earlier steps of another batch have used more than steps of this batch would have.
 
     Raises:
         UserError: the samples cannot be divided evenly.
     """
     size = micro_batch_size(global_batch, world_size=world_size, accumulation=accumulation)
-    start = step * global_batch + (accumulation_index * world_size + rank) * size
+    start = offset + step * global_batch + (accumulation_index * world_size + rank) * size
     return range(start, start + size)
 
 

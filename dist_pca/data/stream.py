@@ -63,6 +63,7 @@ def stream(
     global_batch: int,
     accumulation: int,
     start_step: int,
+    offset: int = 0,
     targets: Sequence[Manifest] = (),
 ) -> Generator[Batch, None, None]:
     """Yield one rank's micro-batches without end, ordered by step and accumulation index.
@@ -80,6 +81,7 @@ def stream(
         global_batch: Samples per step, over all ranks and micro-batches.
         accumulation: Micro-batches per step on each rank.
         start_step: First step.
+        offset: Samples that earlier steps of another batch have used more than steps of this batch would have.
         targets: For the source, the target's shard folders, which are needed for pairing.
 
     Raises:
@@ -96,7 +98,12 @@ def stream(
     labelled = all(manifest.labelled for manifest in manifests)
     tables = [lookup_table(manifest, chosen_classes(config, manifest)) if labelled else None for manifest in manifests]
     indices = partial(
-        micro_batch_indices, rank=rank, world_size=world_size, accumulation=accumulation, global_batch=global_batch
+        micro_batch_indices,
+        rank=rank,
+        world_size=world_size,
+        accumulation=accumulation,
+        global_batch=global_batch,
+        offset=offset,
     )
     openers = [partial(open_reader, manifest, config.shuffle_window, config.cache) for manifest in manifests]
     buffer = SharedMemoryBuffer(config.workers, size, config.crop, labelled=labelled)

@@ -48,7 +48,7 @@ def objective(
         masked: Target images with hidden blocks, if masked consistency is on.
         step: Optimiser step, for the association's start and ramp.
         accumulation: Micro-batches per update, for the released Lovasz convention and the bytes sent.
-        node: Process group of this node's ranks, for the association scope `node`.
+        node: Process group of this node's ranks, for the scope `node` of association and Lovasz.
         things: Train ids of the feature distance's classes.
         statistics: Moving class statistics, which are updated, if `class_statistics` is on.
     """
@@ -67,7 +67,9 @@ def objective(
             full.softmax(dim=1).permute(0, 2, 3, 1).flatten(0, 2),
             labels.flatten(),
             ignore_index=IGNORE_INDEX,
-            over_world=config.lovasz.scope == "world",
+            over_ranks=config.lovasz.scope != "rank",
+            group=node if config.lovasz.scope == "node" else None,
+            bins=config.lovasz.bins,
         )
         released = world_size() * accumulation if config.lovasz.convention == "released" else 1
         loss = loss + config.lovasz.weight * released * terms["lovasz"]

@@ -1,9 +1,9 @@
 """The watchdog: if a rank dies or stalls, all others exit within a bounded time, and one line names rank and step.
 
-Each rank writes heartbeats with its phase into a store, from a thread of its own. It checks the next rank's heartbeat,
-and its own progress: all ranks take the same steps, so if none progresses, the one with the least progress blocks the
-others. A rank that finds a failure writes a verdict into the store; all ranks read it and exit, even out of a
-collective. A rank that cannot reach the store any more takes the others for lost.
+Each rank writes heartbeats with its phase into a store, from a thread of its own, and checks the next rank's heartbeat.
+Two of them also check their own progress: all ranks take the same steps, so if none progresses, the one with the least
+progress blocks the others. A rank that finds a failure writes a verdict into the store; all ranks read it and exit,
+even out of a collective. A rank that cannot reach the store any more takes the others for lost.
 """
 
 import json
@@ -73,7 +73,9 @@ class Watchdog:
                 too.
         """
         self._store, self._rank, self._size, self._folder = store, rank, size, folder
-        self._same_steps = same_steps
+        # Two ranks look at all heartbeats once nothing progresses; if all did, the store would have to answer for each
+        # pair of ranks. One that does not respond is found by the rank before it.
+        self._surveys = same_steps and rank in (0, size // 2)
         self._lost_after, self._interval = _LOST_SHARE * timeout, min(1.0, timeout / 20)
         # One thread counts beats, and the main thread replaces the heartbeat; neither waits for the other.
         self._beat = 0
@@ -140,7 +142,7 @@ class Watchdog:
                 self._publish()
                 self._read_verdict()
                 self._check_next_rank()
-                if self._same_steps:
+                if self._surveys:
                     self._check_own_progress()
                 self._answered_at = self._clock
         with suppress(RuntimeError):

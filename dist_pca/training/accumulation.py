@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from typing_extensions import NamedTuple
 
-from dist_pca.config import RunConfig
+from dist_pca.config import BATCH_KEYS, RunConfig
 from dist_pca.data.source import micro_batch_size
 from dist_pca.errors import UserError
 from dist_pca.objective import Domain, Domains
@@ -29,8 +29,15 @@ class MicroBatch(NamedTuple, Generic[T]):
     """Network inputs."""
 
 
+def fit_batches(config: RunConfig, world_size: int) -> RunConfig:
+    """Set the batches over all ranks of a run that gives them per rank."""
+    given = {in_all: getattr(config.training, per_rank) for in_all, per_rank in BATCH_KEYS.items()}
+    update = {in_all: world_size * batch for in_all, batch in given.items() if batch is not None}
+    return config.model_copy(update={"training": config.training.model_copy(update=update)})
+
+
 def fit_accumulation(config: RunConfig, world_size: int) -> RunConfig:
-    """Set the least `training.accumulation` that respects `training.max_micro_batch`, if the run has one.
+    """Set batches as `fit_batches`, and the least accumulation that `training.max_micro_batch` allows, if it is set.
 
     Args:
         config: The run.
@@ -39,8 +46,16 @@ def fit_accumulation(config: RunConfig, world_size: int) -> RunConfig:
     Raises:
         UserError: the batches cannot be divided evenly over ranks, or over any such number of micro-batches.
     """
+    config = fit_batches(config, world_size)
     training = config.training
     if training.max_micro_batch is None:
+        for domain in ("source", "target"):
+            batch = getattr(training, f"{domain}_batch_per_rank")
+            if batch is not None and batch % training.accumulation:
+                raise UserError(
+                    f"training.{domain}_batch_per_rank: {batch} samples cannot be divided evenly into "
+                    f"training.accumulation={training.accumulation} micro-batches; use a multiple of that"
+                )
         return config
     images = [
         micro_batch_size(batch, world_size=world_size, accumulation=1, key=key) for key, batch in config.batches.items()

@@ -181,18 +181,23 @@ class ClassStatisticsPart:
 
 
 def gather_statistics(engine: Any, ema: EMAShards | None) -> torch.Tensor | None:
-    """Gather every rank's statistics and their moving averages, [ranks, values]; None if all ranks have the same.
+    """Gather every rank's statistics and their moving averages on rank 0, [ranks, values]; None if all are the same.
 
-    Collective.
+    Collective. Other ranks get their own, [1, values].
     """
     own = _statistics(engine, ema)
     if not own:
         return None
     flat = torch.cat(own)
-    rows = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, flat)
-    ranks = torch.stack(rows)
-    return None if bool((ranks == ranks[0]).all()) else ranks
+    # Where batch norm is synchronised they are all the same, and nothing need be gathered to see that.
+    least, most = flat.clone(), flat.clone()
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    if bool((least == most).all()):
+        return None
+    rows = [torch.empty_like(flat) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(flat, rows, dst=0)
+    return flat[None] if rows is None else torch.stack(rows)
 
 
 @contextmanager

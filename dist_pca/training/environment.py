@@ -125,9 +125,11 @@ def _restarts() -> int:
 def _node_group(size: int, local_size: int) -> dist.ProcessGroup | None:
     if size == local_size:
         return None
-    first_ranks = range(0, size, local_size)
-    groups = [dist.new_group(list(range(first, first + local_size))) for first in first_ranks]
-    return groups[dist.get_rank() // local_size]  # type: ignore[return-value]
+    first = dist.get_rank() // local_size * local_size
+    # Ranks of other nodes take no part, so that a start takes no longer with more of them.
+    return dist.new_group(  # type: ignore[return-value]
+        list(range(first, first + local_size)), use_local_synchronization=True
+    )
 
 
 def _free_port() -> int:

@@ -147,10 +147,10 @@ class SampleLog:
         Raises:
             UserError: on rank 0, it cannot be written.
         """
-        samples: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(samples, self._own)
+        samples: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(self._own, samples, dst=0)
         self._own = []
-        if dist.get_rank() == 0:
+        if samples is not None:
             ordered = sorted(sample for own in samples for sample in own)
             keys = {
                 name: [key for domain, _, key in ordered if domain == number]

@@ -111,7 +111,7 @@ class MetricsLogger:
             device: The network's.
             start_step: Steps already trained.
             flops: The network's floating-point operations for one image, forward and backward.
-            saved: Every rank's `state` at `start_step`.
+            saved: The `state` at `start_step`.
 
         Raises:
             UserError: a tracker does not start.
@@ -119,6 +119,8 @@ class MetricsLogger:
         self._classes, self._clock, self._device = classes, clock, device
         self._steps, self._start_step, self._log_every = config.training.steps, start_step, config.training.log_every
         self._images = config.training.source_batch + (config.training.target_batch if config.objective.adapt else 0)
+        scaling = config.schedule.batch_scaling
+        self._scaling = None if scaling == "none" else f"{scaling} in {config.training.source_batch} images"
         self._passes = network_passes(config)
         self._flops, self._peak_flops = flops, peak_flops(device, config.training.precision)
         self._window = _restored(saved)
@@ -199,12 +201,15 @@ class MetricsLogger:
                 self._write(step, record)
 
     def state(self) -> list[Window]:
-        """Gather every rank's terms since the last line, which a checkpoint saves for the next one. Collective."""
+        """Replace this rank's terms since the last line by their mean over ranks, which a checkpoint saves. Collective.
+
+        The run continues from the mean whether it is resumed or not, so a checkpoint needs no window of every rank.
+        """
         self._reduce_pending()
-        windows: list[Any] = [{}] * dist.get_world_size()
-        if self._window:
-            dist.all_gather_object(windows, self._window)
-        return windows
+        ranks = dist.get_world_size()
+        means = [total / ranks for total in self._sum_over_ranks([x for pair in self._window.values() for x in pair])]
+        self._window = dict(zip(self._window, zip(means[::2], means[1::2], strict=True), strict=True))
+        return [self._window]
 
     def _add(self, name: str, value: float) -> None:
         total, count = self._window.get(name, (0.0, 0))
@@ -306,6 +311,8 @@ class MetricsLogger:
             ratio = record.get(f"consistent_ratio_{level}")
             if isinstance(ratio, float):
                 parts.append(f"{level} cycles {ratio:.0%} kept, {record[f'cover_ratio_{level}']:.0%} covered")
+        if self._scaling is not None:
+            parts.append(f"learning rate {record['learning_rate']:.2g}, {self._scaling}")
         parts.append(f"{record['images_per_second']:.1f} images/s")
         if record["flop_utilisation"] is not None:
             parts.append(f"{record['flop_utilisation']:.0%} of peak")
@@ -328,7 +335,7 @@ class MetricsLogger:
 
 
 def _restored(windows: list[Window]) -> Window:
-    """Select this rank's saved window; on another number of ranks, take the mean of all windows."""
+    """Take the mean of the saved windows, or this rank's where there is one of each, as older checkpoints have."""
     windows = [rename_metrics(window) for window in windows]
     ranks = dist.get_world_size()
     if len(windows) == ranks:

@@ -1,5 +1,6 @@
 """Parameter groups and the optimiser."""
 
+from math import sqrt
 from typing import Any, NamedTuple
 
 import timm
@@ -79,12 +80,21 @@ def _backbone_groups(config: OptimizerConfig, body: nn.Module) -> dict[str, _Gro
     return {name: _Group("backbone", config.lr * scale / deepest, decay) for name, (scale, decay) in own.items()}
 
 
-def learning_rate_factor(config: RunConfig, step: int) -> float:
-    """Factor on every group's base learning rate at a step (from 0): linear warm-up times poly decay."""
+def batch_factor(config: RunConfig) -> float:
+    """Factor on the learning rate for the size of the batch; 1 unless `schedule.batch_scaling` asks for another."""
     schedule = config.schedule
-    factor = 1.0
+    if schedule.batch_scaling == "none" or schedule.base_batch is None:
+        return 1.0
+    ratio = config.training.source_batch / schedule.base_batch
+    return ratio if schedule.batch_scaling == "linear" else sqrt(ratio)
+
+
+def learning_rate_factor(config: RunConfig, step: int) -> float:
+    """Factor on every group's base learning rate at a step (from 0): batch scaling, linear warm-up and poly decay."""
+    schedule = config.schedule
+    factor = batch_factor(config)
     if schedule.warmup_steps > 0:
-        factor = min(1.0, (step + 1) / schedule.warmup_steps)
+        factor *= min(1.0, (step + 1) / schedule.warmup_steps)
     if schedule.name == "poly":
         horizon = schedule.horizon or config.training.steps
         factor *= (1 - step / horizon) ** schedule.power

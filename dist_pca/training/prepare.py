@@ -15,7 +15,7 @@ from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.objective.feature_distance import thing_classes
 from dist_pca.shards.manifest import Manifest
-from dist_pca.training.accumulation import fit_accumulation
+from dist_pca.training.accumulation import fit_accumulation, fit_batches
 from dist_pca.training.deepspeed_config import reconcile_launcher
 from dist_pca.training.loggers import check_trackers
 from dist_pca.training.optimizer import build_optimizer
@@ -50,7 +50,8 @@ def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> P
     Raises:
         UserError: one of them does not fit the others.
     """
-    config = reconcile_launcher(fit_accumulation(config, world_size))
+    # What the launcher adds is validated, which leaves batches per rank as they are written.
+    config = fit_batches(reconcile_launcher(fit_accumulation(config, world_size)), world_size)
     cache = cache_settings(config.data.cache)
     sources = tuple(open_manifest(folder, cache) for folder in config.data.folders("source"))
     targets = tuple(open_manifest(folder, cache) for folder in config.data.folders("target") if config.objective.adapt)

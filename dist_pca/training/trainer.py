@@ -186,7 +186,8 @@ class Trainer:
     def _save(self, step: int, mean_iou: float | None) -> None:
         """Start writing a checkpoint after step `step` (from 1). Collective."""
         self.clock.enter("checkpoint")
-        state = {"mean_iou": mean_iou, "windows": self.metrics.state(), **self.loss_scale.state}
+        samples = {key: step * batch + self.offsets[key] for key, batch in self.run.config.batches.items()}
+        state = {"mean_iou": mean_iou, "windows": self.metrics.state(), "samples": samples, **self.loss_scale.state}
         self.checkpoints.save(self.parts, step, state=state)
 
     def _set_up(self, stack: ExitStack) -> None:
@@ -206,6 +207,11 @@ class Trainer:
         self.pretrained = self._pretrained_backbone()
         state = self._start_engine()
         self.start_step = int(state["step"])
+        # Batches that are given per rank are others on another number of ranks.
+        used = state.get("samples", {})
+        self.offsets = {
+            key: used[key] - self.start_step * batch if key in used else 0 for key, batch in config.batches.items()
+        }
         failure = None
         if rank == 0:
             try:
@@ -280,6 +286,7 @@ class Trainer:
             global_batch=global_batch,
             accumulation=self.run.config.training.accumulation,
             start_step=self.start_step,
+            offset=self.offsets[f"training.{domain}_batch"],
             targets=self.run.targets,
         )
         return stack.enter_context(closing(to_device(batches, self.device)))

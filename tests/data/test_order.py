@@ -91,6 +91,29 @@ def test_a_step_takes_the_same_indices_on_any_machine(
     assert taken(*one) == taken(*other) == list(range(step * batch, (step + 1) * batch))
 
 
+@given(divisions, divisions, st.integers(1, 4), st.integers(0, 50))
+def test_a_batch_of_another_size_goes_on_with_the_next_samples(
+    one: tuple[int, int], other: tuple[int, int], size: int, step: int
+) -> None:
+    before, after = (size * world_size * accumulation for world_size, accumulation in (one, other))
+    world_size, accumulation = other
+    found = [
+        index
+        for number in range(accumulation)
+        for rank in range(world_size)
+        for index in micro_batch_indices(
+            step,
+            number,
+            rank,
+            world_size=world_size,
+            accumulation=accumulation,
+            global_batch=after,
+            offset=step * before - step * after,
+        )
+    ]
+    assert found == list(range(step * before, step * before + after))
+
+
 @given(st.integers(1, 64), divisions)
 def test_a_batch_that_cannot_be_divided_evenly_names_values_that_can(batch: int, division: tuple[int, int]) -> None:
     world_size, accumulation = division

@@ -35,6 +35,32 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randn(sum(SHARES), 5, 5, 4, generator=generator)
 
 
+def normalise(rank: int | None, shares: tuple[int, ...], offset: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """One layer's output, gradients and statistics on a rank's share of images; without a rank, in fp64 on all."""
+    layer = nn.Sequential(nn.BatchNorm2d(3))
+    generator = torch.Generator().manual_seed(2)
+    # Ranks' means differ by as much as values do.
+    images = torch.randn(5, 3, 4, 3, generator=generator) + torch.arange(5)[:, None, None, None] + offset
+    gradient = torch.randn(5, 3, 4, 3, generator=generator)
+    if rank is not None:
+        synchronise(layer)
+        images, gradient = (values.split(shares)[rank] for values in (images, gradient))
+    images, gradient = images.to(dtype), gradient.to(dtype)
+    if rank is None:
+        layer, images, gradient = layer.double(), images.double(), gradient.double()
+    result = step(layer, images, gradient)
+    found: dict[str, torch.Tensor] = {name: result[name] for name in ("output", "input_gradient")}
+    found |= result["gradients"] | result["statistics"]
+    return found
+
+
+CASES = {
+    "a rank without images": ((5, 0), 0.0, torch.float32),
+    "a mean of 10,000 standard deviations": ((3, 2), 1e4, torch.float32),
+    "bf16": ((3, 2), 0.0, torch.bfloat16),
+}
+
+
 def step(net: nn.Module, images: torch.Tensor, gradient: torch.Tensor) -> dict[str, Any]:
     images = images.clone().requires_grad_()
     output = net(images)
@@ -61,6 +87,7 @@ def step_on_rank(rank: int, world_size: int) -> dict[str, Any]:
         "evaluation_output": net(images).detach(),
         "kept_apart": before,
         "averaged": dict(alone.named_buffers()),
+        "cases": {name: normalise(rank, *case) for name, case in CASES.items()},
     }
 
 
@@ -98,6 +125,25 @@ def test_every_synchronised_rank_has_the_running_statistics_of_one_process(
 ) -> None:
     for rank in ranks:
         torch.testing.assert_close(rank["statistics"], single["statistics"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_synchronised_ranks_equal_one_process_in(name: str, ranks: list[dict[str, Any]]) -> None:
+    shares, offset, dtype = CASES[name]
+    # Inputs of fp32 are 1e-3 apart at 10,000, and those of bf16 1e-2 at 1.
+    tolerance = {torch.float32: 2e-3 if offset else 1e-5, torch.bfloat16: 4e-2}[dtype]
+    expected = normalise(None, shares, offset, dtype)
+    found = [rank["cases"][name] for rank in ranks]
+    for key in ("output", "input_gradient"):
+        ours = torch.cat([values[key] for values in found])
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), expected[key], rtol=tolerance, atol=tolerance)
+    for key in ("0.weight", "0.bias"):
+        ours = sum(values[key] for values in found)
+        torch.testing.assert_close(ours.double(), expected[key], rtol=tolerance, atol=10 * tolerance)
+    for values in found:
+        for key in ("0.running_mean", "0.running_var"):
+            torch.testing.assert_close(values[key].double(), expected[key], rtol=2e-4, atol=1e-5)
 
 
 def test_averaging_gives_every_rank_the_mean_of_what_ranks_kept_apart(ranks: list[dict[str, Any]]) -> None:

@@ -58,6 +58,10 @@ def test_running_statistics_follow_each_micro_batch_once() -> None:
     torch.testing.assert_close(pooled, separate, rtol=0, atol=1e-12)
 
 
+PER_RANK = (("", "null"), ("_per_rank", 2))
+"""Values of the two keys for a batch."""
+
+
 def batches(source: int, target: int, largest: int, *more: str) -> RunConfig:
     sizes = (f"training.source_batch={source}", f"training.target_batch={target}")
     limit = ("training.grad_cache=true", f"training.max_micro_batch={largest}")
@@ -87,6 +91,12 @@ def test_accumulation_is_the_least_that_keeps_micro_batches_small_enough(
 def test_a_batch_that_ranks_cannot_share_is_refused_with_sizes_that_they_can() -> None:
     with pytest.raises(UserError, match=r"training\.source_batch: 8 samples .*; use 6 or 9 samples or a world"):
         fit_accumulation(batches(8, 8, 2), 3)
+
+
+def test_a_ranks_batch_that_its_micro_batches_cannot_share_is_refused() -> None:
+    sizes = ("training.source_batch=null", "training.source_batch_per_rank=3", "training.accumulation=2")
+    with pytest.raises(UserError, match=r"training\.source_batch_per_rank: 3 samples .*training\.accumulation=2"):
+        fit_accumulation(run_config(2, "sgd", *sizes, "objective.adapt=false"), 4)
 
 
 def test_a_limit_without_one_loss_is_refused() -> None:
@@ -119,6 +129,28 @@ def test_a_run_goes_on_with_its_batch_on_fewer_ranks_of_the_same_memory(tmp_path
     losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
     assert len(losses[0]) == 6
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_batch_for_each_rank_goes_on_with_it_and_with_the_next_samples_on_fewer_ranks(
+    tmp_path: Path,
+) -> None:
+    draw_streets(tmp_path)
+    per_rank = {f"training__{domain}_batch{key}": n for domain in ("source", "target") for key, n in PER_RANK}
+    settings = {"telemetry__sample_keys": "true", "model__batch_norm": "frozen", "schedule__horizon": 8}
+    train_to_the_end(tmp_path, "steady", 6, 2, **settings)
+    train_to_the_end(tmp_path, "moving", 2, 2, **settings, **per_rank)
+    train_to_the_end(tmp_path, "moving", 6, 1, **settings, **per_rank)
+    training = load_config(tmp_path / "moving" / "config.yaml").training
+    assert training.source_batch_per_rank == training.target_batch_per_rank == 2
+
+    def used(name: str, domain: str) -> list[str]:
+        lines = map(json.loads, (tmp_path / name / "samples.jsonl").read_text().splitlines())
+        return [key for line in lines for key in line[domain]]
+
+    for domain in ("source", "target"):
+        assert len(used("moving", domain)) == 2 * 4 + 4 * 2
+        assert used("moving", domain) == used("steady", domain)[:16]
 
 
 @pytest.mark.slow

@@ -66,6 +66,18 @@ def steps(run: MetricsLogger, values: Sequence[Sequence[float]], first: int) -> 
         run.log(step, {"learning_rate": 0.1}, skipped=step == 2)
 
 
+def test_a_rate_that_grows_with_the_batch_is_named_in_the_printed_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaled = ("schedule.batch_scaling=sqrt", "schedule.base_batch=2")
+    for more in ((), scaled):
+        with alone(), started(tmp_path, "training.steps=1", *more) as run:
+            steps(run, [(1,)], first=1)
+        printed = capsys.readouterr().err
+        assert "step 1/1  loss 1.000" in printed
+        assert ("learning rate 0.1, sqrt in 8 images" in printed) == (more == scaled)
+
+
 def test_a_line_has_means_over_all_micro_batches_of_what_is_finite(tmp_path: Path) -> None:
     with alone(), started(tmp_path, "training.steps=3", "training.log_every=2") as run:
         steps(run, [(1, 2), (6, math.nan), (math.inf, math.nan)], first=1)

@@ -150,3 +150,10 @@ def test_warm_up_rises_linearly_and_ends_on_the_poly_curve() -> None:
     assert factor(0, "schedule.warmup_steps=10") == pytest.approx(0.1)
     assert factor(4, "schedule.warmup_steps=10", "schedule.name=constant") == pytest.approx(0.5)
     assert factor(10, "schedule.warmup_steps=10") == factor(10)
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [("none", 1), ("linear", 16), ("sqrt", 4)])
+def test_the_rate_grows_with_the_batch_as_it_is_asked_to(scaling: str, expected: float) -> None:
+    given = (f"schedule.batch_scaling={scaling}", "schedule.base_batch=8", "training.source_batch=128")
+    assert factor(0, *given, "training.target_batch=128") == expected
+    assert factor(0, *given, "training.target_batch=128", "schedule.warmup_steps=10") == pytest.approx(expected / 10)

@@ -19,7 +19,7 @@ from dist_pca.tools.bench.report import Record
 
 CONFIGURATION = (
     *("implementation", "communication", "world_size", "dtype", "n_source", "n_target", "channels"),
-    *("similarity", "data", "spread"),
+    *("similarity", "data", "spread", "kept", "cover"),
 )
 """Fields of a record that say what was measured."""
 
@@ -50,6 +50,8 @@ class Plan:
     spread: float
     repeats: int
     max_seconds: float
+    kept: float | None = None
+    cover: float | None = None
     classes: int = 19
     seed: int = 0
 
@@ -66,6 +68,11 @@ def cases(plan: Plan) -> list[Case]:
         raise UserError(
             f"--world {plan.world_size} needs as many GPUs and this machine has {torch.cuda.device_count()}; "
             "give less, or hide them with CUDA_VISIBLE_DEVICES= to measure on the processor"
+        )
+    if plan.data == "shares" and (plan.kept or 0.0) < (plan.cover or 0.0):
+        raise UserError(
+            f"--kept {plan.kept}: below --cover {plan.cover}, but each matched target has a cycle that is kept; "
+            "give --kept at least as much"
         )
     threads = max(1, torch.get_num_threads() // plan.world_size)
     return [
@@ -84,6 +91,8 @@ def cases(plan: Plan) -> list[Case]:
             repeats=plan.repeats,
             max_seconds=plan.max_seconds,
             threads=threads,
+            kept=plan.kept,
+            cover=plan.cover,
         )
         for n in sorted(set(plan.sizes))
         for implementation in _implementations(plan)
@@ -169,11 +178,14 @@ def _record(case: Case, reference: tuple[ReferenceValues, Path] | None, store: P
         "similarity": case.similarity,
         "data": case.data,
         "spread": case.spread if case.data == "clustered" else None,
+        "kept": case.kept,
+        "cover": case.cover,
         "seconds_value": None,
         "repeats": None,
         "kept_ratio": None,
         "cover_ratio": None,
         "communication_bytes": None,
+        "unavoidable_products": None,
         "note": None,
     }
     if not torch.cuda.is_available() and not _fits(_needed_bytes(case)):
@@ -204,6 +216,7 @@ def _measured(readings: Sequence[Reading], reference: ReferenceValues | None) ->
         "kept_ratio": first.kept_ratio,
         "cover_ratio": first.cover_ratio,
         "communication_bytes": max(sent, default=None),
+        "unavoidable_products": first.unavoidable_products,
     }
     if reference is not None and first.loss is not None:
         differences = [reading.gradient_difference for reading in readings if reading.gradient_difference is not None]

@@ -10,10 +10,14 @@ from dist_pca.association.options import Similarity
 Measured = Literal["dense", "blockwise", "triton", "matmul"]
 Communication = Literal["gather", "ring"]
 Precision = Literal["fp32", "bf16"]
-Data = Literal["clustered", "random"]
+Data = Literal["clustered", "random", "shares"]
 
 CONFUSED = 0.18
 """Share of clustered positions that look like some other class than their own."""
+KEPT, COVER = 0.72, 0.22
+"""Shares of kept cycles and matched targets where one of the two is given: those of networks in training."""
+AROUND = 0.5
+"""Standard deviation of a source position around the target that it matches, whose own is 1."""
 GAP = 3.0
 """How far the farthest clustered targets lie from the source domain, in deviations of the class centres."""
 
@@ -42,6 +46,10 @@ class Case:
     """No further repeat is begun after that long."""
     threads: int
     """CPU threads of each rank."""
+    kept: float | None = None
+    """Share of source positions whose cycle is kept, for `shares`."""
+    cover: float | None = None
+    """Share of target positions that are matched, for `shares`."""
 
     @property
     def positions(self) -> int:
@@ -58,8 +66,10 @@ def inputs(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     of cycles hold and 0.22 of targets are matched; networks in training on street scenes show 0.63 to 0.78 and 0.12 to
     0.21. `random` rows and labels have nothing to do with each other: cycles hold that end where they began, and of the
     rest one in `classes`.
-    For `kl` the rows go through a softmax.
+    `shares` has given shares of kept cycles and matched targets instead. For `kl` the rows go through a softmax.
     """
+    if case.data == "shares":
+        return _with_shares(case, rank)
     shared = torch.Generator().manual_seed(case.seed)
     centres = torch.randn(case.classes, case.channels, generator=shared)
     away = torch.randn(case.channels, generator=shared)
@@ -76,3 +86,26 @@ def inputs(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
                 x.add_(GAP * torch.rand(case.n, 1, generator=own) * away)
         rows.append(x.softmax(dim=1) if case.similarity == "kl" else x)
     return rows[0], rows[1], labels[0]
+
+
+def _with_shares(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows and labels of which shares `case.kept` and `case.cover` come out, in channels enough to separate targets.
+
+    The first targets are matched, each by the sources around it. One of these, its leader, equals it, and is therefore
+    the match back; those with the leader's label are kept.
+    """
+    own = torch.Generator().manual_seed(case.seed + 1 + rank)
+    matched = max(1, round((case.cover or 0.0) * case.n))
+    target = torch.randn(case.n, case.channels, generator=own)
+    # The first sources are leaders, and every further one follows a leader.
+    leaders = torch.arange(case.n) % matched
+    source = target[leaders]
+    source[matched:] += AROUND * torch.randn(case.n - matched, case.channels, generator=own)
+    labels = torch.randint(case.classes, (case.n,), generator=own)[leaders]
+    lost = case.n - max(matched, round((case.kept or 0.0) * case.n))
+    if lost > 0:
+        labels[-lost:] = (labels[-lost:] + 1) % case.classes
+    order = torch.randperm(case.n, generator=own)
+    rows = (source[order], target[torch.randperm(case.n, generator=own)])
+    source, target = (x.softmax(dim=1) if case.similarity == "kl" else x for x in rows)
+    return source, target, labels[order]

@@ -134,6 +134,24 @@ def association(
         float,
         typer.Option(min=0, help="Deviation within a class, in that of the class centres, of clustered data."),
     ] = 1.5,
+    kept: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of source pixels whose cycle is kept, of data that is made for it; at least --cover.",
+            show_default="what the data gives, or 0.72 with --cover",
+        ),
+    ] = None,
+    cover: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of target pixels that are matched, of the same data.",
+            show_default="what the data gives, or 0.22 with --kept",
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls; their median counts.")] = 5,
     max_seconds: Annotated[
         float, typer.Option(min=0, help="Begin no further repeat of a measurement after that long.")
@@ -150,7 +168,8 @@ def association(
     """Measure value and both gradients of association: time, peak memory, and error against fp64.
 
     Each line is measured in fresh processes; where several ranks take part, the slowest and the largest count.
-    [bold]times product[/] is the time over that of one bare matrix product of the same size and type.
+    [bold]times product[/] is the time over that of one bare matrix product of the same size and type, and
+    [bold]at least[/] the number of products that value and gradients cannot do without on these data.
     Errors are relative to dense autograd in fp64, up to 12,000 pixels of all ranks.
     """
     sizes = [n, *_sizes(sweep)]
@@ -161,6 +180,11 @@ def association(
         communication = exchange
     from dist_pca.tools.bench import comparison, report
     from dist_pca.tools.bench.association import CONFIGURATION, Plan, cases, run
+    from dist_pca.tools.bench.cases import COVER, KEPT
+
+    made = kept is not None or cover is not None
+    if made and data == "random":
+        raise UserError("--data random: has the shares that chance gives; leave out --kept and --cover, or --data")
 
     if plot is not None:
         from dist_pca.tools.bench.picture import draw, require_matplotlib
@@ -174,8 +198,10 @@ def association(
         communications=_values(communication or ()),
         implementations=_values(implementation or ()),
         similarity=similarity,
-        data=data,
+        data="shares" if made else data,
         spread=spread,
+        kept=(KEPT if kept is None else kept) if made else None,
+        cover=(COVER if cover is None else cover) if made else None,
         repeats=repeats,
         max_seconds=max_seconds,
     )
@@ -194,7 +220,7 @@ def association(
         return
     ranks = f", {world} ranks" if world > 1 else ""
     printer = Console(highlight=False)
-    printer.print(f"{report.device_name()}: association, C = {channels}, {similarity}, {data} data{ranks}\n")
+    printer.print(f"{report.device_name()}: association, C = {channels}, {similarity}, {plan.data} data{ranks}\n")
     for sized in comparison.terminal_tables(records):
         printer.print(sized, "")
     if sweep is not None:

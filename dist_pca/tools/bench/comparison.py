@@ -9,8 +9,8 @@ from rich.table import Table
 from dist_pca.tools.bench.report import Record, Value, markdown_table, rich_table
 
 _NOT_IN_TERMINAL = ("n", "kept", "cover", "ranks", "value only", "sent")
-_CAPTION = ("device", "torch", "world_size", "channels", "similarity", "data", "spread")
-_SETTING = ("device", "world_size", "n_source", "n_target", "channels", "similarity", "data", "spread")
+_CAPTION = ("device", "torch", "world_size", "channels", "similarity", "data", "spread", "kept", "cover")
+_SETTING = ("device", "world_size", "n_source", "n_target", "channels", "similarity", "data", "spread", "kept", "cover")
 
 
 def compared(records: Sequence[Record]) -> list[dict[str, str]]:
@@ -48,6 +48,7 @@ def _cells(record: Record, records: Sequence[Record]) -> dict[str, str]:
         "value only": _seconds(record["seconds_value"]),
         "speed against dense": _times(_ratio(dense, record, "seconds")),
         "times product": _plain(_ratio(record, product, "seconds")),
+        "at least": _plain(record.get("unavoidable_products") if product else None),
         "peak memory": _bytes(record["peak_bytes"]),
         "memory against dense": _part(_ratio(dense, record, "peak_bytes")),
         "loss error": _error(record["loss_error"]),
@@ -111,7 +112,7 @@ def readme_tables(records: Sequence[Record]) -> str:
         return "No measurements yet."
     groups: dict[tuple[Value, ...], list[Record]] = {}
     for record in records:
-        groups.setdefault(tuple(record[name] for name in _CAPTION), []).append(record)
+        groups.setdefault(tuple(record.get(name) for name in _CAPTION), []).append(record)
     return "\n\n".join(f"{_caption(group[0])}\n\n{markdown_table(compared(group))}" for group in groups.values())
 
 
@@ -147,8 +148,8 @@ def _part(value: float | None) -> str:
     return "" if value is None else f"1/{value:.3g}"
 
 
-def _plain(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+def _plain(value: Value) -> str:
+    return f"{value:.3g}" if isinstance(value, int | float) else ""
 
 
 def _error(value: Value) -> str:

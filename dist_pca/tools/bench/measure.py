@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dist_pca.association import Association, cycle_association
 from dist_pca.association.options import Implementation
+from dist_pca.association.streamed import find_matches
 from dist_pca.tools.bench.cases import Case, Measured, inputs
 from dist_pca.tools.bench.memory import peak_of, return_freed_memory_at_once
 
@@ -38,6 +39,7 @@ class Reading:
     kept_ratio: float | None = None
     cover_ratio: float | None = None
     communication_bytes: int | None = None
+    unavoidable_products: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,22 @@ def measure(rank: int, case: Case, store: Path, reference: Path | None) -> Readi
             kept_ratio=float(association.consistent_ratio),
             cover_ratio=float(association.cover_ratio),
             communication_bytes=int(association.communication_bytes) if case.world_size > 1 else None,
+            unavoidable_products=None if case.world_size > 1 else unavoidable_products(case, source, target, labels),
         )
+
+
+def unavoidable_products(case: Case, source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> float:
+    """Products of n x C and C x n that value and both gradients take at least, in memory linear in n.
+
+    One gives all similarities, and so the matches in both directions. A source position whose cycle is kept takes part
+    in the products of its row's softmax for both gradients. A target with a kept cycle takes part in two of its own
+    softmax, too, and in one for its similarities, which are there no more: which targets these are is known only
+    after all similarities have been seen.
+    """
+    matches = find_matches(source, target, similarity=case.similarity)
+    kept = labels == labels[matches.ends]
+    targets = torch.unique(matches.targets[kept])
+    return 1 + 2 * float(kept.float().mean()) + 3 * len(targets) / case.n
 
 
 def compute_reference(rank: int, case: Case, file: Path) -> ReferenceValues:

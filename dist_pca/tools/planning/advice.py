@@ -9,6 +9,8 @@ from dist_pca.tools.planning.predict import Prediction, predict
 
 SLOWER = 1.25
 """A wider pool may cost so many times the time of the fastest that fits: it has more candidates for each position."""
+BINS = 4096
+"""Bins of Lovasz-Softmax that are considered where the config sorts: its loss to within 1 / 4096."""
 _WIDTH = ("pair", "rank", "node", "world")
 
 
@@ -54,6 +56,8 @@ def as_overrides(prediction: Prediction) -> list[str]:
     chosen = [f"training.zero_stage={prediction.stage}"]
     if objective.lovasz.weight > 0:
         chosen.append(f"objective.lovasz.scope={objective.lovasz.scope}")
+        if objective.lovasz.bins is not None:
+            chosen.append(f"objective.lovasz.bins={objective.lovasz.bins}")
     if objective.adapt and objective.association.weight > 0:
         chosen.append(f"objective.association.scope={objective.association.scope}")
         if objective.association.scope in ("node", "world"):
@@ -64,10 +68,16 @@ def as_overrides(prediction: Prediction) -> list[str]:
 def _variants(config: RunConfig, images: tuple[int, int]) -> Iterator[RunConfig]:
     objective = config.objective
     associates = objective.adapt and objective.association.weight > 0
+    together = objective.lovasz.model_copy(update={"scope": "world"})
+    lovasz_terms = [
+        together,
+        together.model_copy(update={"bins": objective.lovasz.bins or BINS}),
+        objective.lovasz.model_copy(update={"scope": "rank"}),
+    ]
     scopes = [scope for scope in _WIDTH if scope != "pair" or images[0] == images[1]]
     for scope in scopes if associates else [objective.association.scope]:
         for communication in ("gather", "ring") if scope in ("node", "world") else ("auto",):
-            for lovasz in ("world", "rank"):
+            for lovasz in lovasz_terms:
                 yield config.model_copy(
                     update={
                         "objective": objective.model_copy(
@@ -75,7 +85,7 @@ def _variants(config: RunConfig, images: tuple[int, int]) -> Iterator[RunConfig]
                                 "association": objective.association.model_copy(
                                     update={"scope": scope, "communication": communication}
                                 ),
-                                "lovasz": objective.lovasz.model_copy(update={"scope": lovasz}),
+                                "lovasz": lovasz,
                             }
                         )
                     }

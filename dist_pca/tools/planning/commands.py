@@ -131,6 +131,7 @@ def plan(
     """
     from dist_pca.tools.planning import report
     from dist_pca.tools.planning.advice import as_overrides, best_choice
+    from dist_pca.tools.planning.candidates import candidate_costs
     from dist_pca.tools.planning.hardware import Assumptions, Cluster, find_gpu
     from dist_pca.tools.planning.network import DEFAULT_CLASSES, run_network
     from dist_pca.tools.planning.predict import images_per_rank, predict
@@ -167,6 +168,7 @@ def plan(
         step = run_network(run, count or DEFAULT_CLASSES, *images)
     prediction = predict(run, step, cluster, assumptions, images=images, stage=stage, steps=run.training.steps)
     best = best_choice(run, step, cluster, assumptions, images=images)
+    costs = candidate_costs(run, step, cluster, assumptions, images=images)
     largest = sweep or (1024 if plot is not None else 0)
     swept = predict_sweep(run, step, cluster, assumptions, images=images, stage=stage, largest=largest)
     if plot is not None:
@@ -176,6 +178,7 @@ def plan(
     if as_json:
         result = prediction.as_dict() | {
             "recommended": None if best is None else {"overrides": as_overrides(best)} | best.as_dict(),
+            "candidates": [cost._asdict() for cost in costs],
             "sweep": [other.as_dict() for other in swept],
         }
         typer.echo(json.dumps(result, indent=2))
@@ -184,6 +187,8 @@ def plan(
     printer.print(report.headline(prediction), "", sep="\n", markup=False)
     for table in (report.memory_table, report.traffic_table, report.time_table):
         printer.print(table(prediction), "", sep="\n")
+    if costs:
+        printer.print(report.candidates_table(costs), report.CANDIDATES, "", sep="\n")
     if swept:
         printer.print(report.sweep_table(swept), "", sep="\n")
     printer.print(report.advice(prediction, best), markup=False)

@@ -2,17 +2,32 @@
 
 from math import ceil
 
-from dist_pca.tools.planning.term import Term, all_gather, reduce_scatter
+from dist_pca.config import LovaszConfig
+from dist_pca.objective.lovasz import BLOCK_PIXELS
+from dist_pca.tools.planning.hardware import Cluster
+from dist_pca.tools.planning.term import Term, all_gather, all_reduce, reduce_scatter
 
 
-def memory(pixels: int, classes: int, ranks: int) -> Term:
+def ranks_together(config: LovaszConfig, cluster: Cluster) -> int:
+    """Ranks whose pixels are ranked together; 1 where each has a loss of its own."""
+    return {"rank": 1, "node": cluster.per_node, "world": cluster.size}[config.scope]
+
+
+def memory(pixels: int, classes: int, ranks: int, bins: int | None) -> Term:
     """Bytes beyond the probabilities that are given in and the gradient that comes out, with every pixel labelled.
 
     Args:
         pixels: Source pixels on this rank.
         classes: Number of classes; all are there.
         ranks: Ranks whose pixels are ranked together; 1 where each has a loss of its own.
+        bins: Bins in which errors are counted; None where they are sorted.
     """
+    if bins is not None:
+        gradient, counts = 4.0 * pixels * classes, 8.0 * 2 * classes * bins
+        # Errors, indices of bins and weights of a block, beside the counts and what they become; before that, sums of
+        # the counts in fp64.
+        block = 25.0 * min(pixels, BLOCK_PIXELS) * classes + 1.5 * counts
+        return Term(gradient, max(gradient + block, 6.6 * counts), gradient)
     everyone = ranks * pixels
     table = 4.0 * everyone * classes
     # Errors are sorted for the classes that are this rank's; in fp32, with indices in int64.
@@ -26,7 +41,9 @@ def memory(pixels: int, classes: int, ranks: int) -> Term:
     return Term(saved, numbers + max(sharing, sorting), max(saved + column, 2 * table))
 
 
-def sent_bytes(pixels: int, classes: int, ranks: int) -> float:
-    """Bytes that a rank sends to others: probabilities and labels, and on the way back their gradients."""
+def sent_bytes(pixels: int, classes: int, ranks: int, bins: int | None) -> float:
+    """Bytes that a rank sends to others: counts, or probabilities and labels, and on the way back their gradients."""
+    if bins is not None:
+        return all_reduce(8 * 2 * classes * bins, ranks)
     forward = all_gather(4 * pixels * classes + 8 * pixels, ranks)
     return forward + reduce_scatter(4 * ranks * pixels * classes, ranks)

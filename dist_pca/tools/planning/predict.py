@@ -67,6 +67,7 @@ class Prediction:
             "scope": self.config.objective.association.scope,
             "communication": self.communication,
             "lovasz_scope": self.config.objective.lovasz.scope,
+            "lovasz_bins": self.config.objective.lovasz.bins,
             "images_per_gpu": {"source": self.images[0], "target": self.images[1]},
             "images_per_update": images,
             "memory_bytes": {
@@ -144,9 +145,10 @@ def predict(
     terms = {f"association {level}": association.memory(settings, level, pool, device) for level, pool in pools.items()}
     if config.objective.lovasz.weight > 0:
         height, width = config.data.crop
-        ranked = ranks if config.objective.lovasz.scope == "world" else 1
-        terms["lovasz"] = lovasz.memory(images[0] * height * width, network.logits[0], ranked)
-    sent = traffic(config, network, pools, stage=stage, ranks=ranks, source_images=images[0], device=device)
+        term = config.objective.lovasz
+        together = lovasz.ranks_together(term, cluster)
+        terms["lovasz"] = lovasz.memory(images[0] * height * width, network.logits[0], together, term.bins)
+    sent = traffic(config, network, pools, cluster, stage=stage, source_images=images[0])
     flops = sum(association.flops(settings, pool, assumptions, device) for pool in pools.values())
     micro_batches = config.training.accumulation
     return Prediction(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from dist_pca.tools.planning.advice import SLOWER, as_overrides
+from dist_pca.tools.planning.candidates import Candidates
 from dist_pca.tools.planning.predict import Prediction
 
 MEANING = (
@@ -14,6 +15,12 @@ MEANING = (
     "have not been held to runs on GPUs: for good ones, measure a few steps and set those to what they reached."
 )
 """What the predictions are, and how far to trust them."""
+CANDIDATES = (
+    "Under scope world, the operations of one GPU grow with the number of GPUs, and those of all GPUs with its square. "
+    "Scope node keeps them constant. The budget keeps candidates from all nodes, and as many pixels of each image as "
+    "cost no more than scope node does with all of them."
+)
+"""What the candidates of the association cost as GPUs are added."""
 
 
 def headline(*predictions: Prediction) -> str:
@@ -66,6 +73,23 @@ def time_table(prediction: Prediction) -> Table:
     table.add_row("loader", duration(timing.loader))
     table.add_row("[bold]step[/]", f"[bold]{duration(timing.step)}[/]", f"bound by {timing.bound}")
     table.add_row(f"{prediction.steps:,} steps", f"{prediction.hours:,.2f} h", f"{prediction.gpu_hours:,.1f} GPU-hours")
+    return table
+
+
+def candidates_table(costs: Sequence[Candidates]) -> Table:
+    """Tabulate what each choice of candidates costs the association."""
+    columns = ("GPUs", "candidates", "TFLOP", "of all", "", "sent")
+    table = _table("association of an update on one GPU, by candidates", "", *columns)
+    for cost in costs:
+        table.add_row(
+            cost.scope if cost.budget is None else f"{cost.scope}, pixel_budget={cost.budget}",
+            f"{cost.gpus:,}",
+            f"{cost.pixels:,}",
+            number(cost.flops / 1e12),
+            number(cost.gpus * cost.flops / 1e12),
+            duration(cost.seconds),
+            size(cost.sent_bytes),
+        )
     return table
 
 

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 from dist_pca.config import Level, RunConfig
 from dist_pca.tools.planning import association, lovasz
 from dist_pca.tools.planning.association import Pool
+from dist_pca.tools.planning.hardware import Cluster
 from dist_pca.tools.planning.memory import group_elements, travelling_bytes
 from dist_pca.tools.planning.network import NetworkStep
 from dist_pca.tools.planning.term import all_gather, all_reduce, reduce_scatter
@@ -33,11 +34,10 @@ def traffic(
     config: RunConfig,
     network: NetworkStep,
     pools: dict[Level, Pool],
+    cluster: Cluster,
     *,
     stage: int,
-    ranks: int,
     source_images: int,
-    device: str,
 ) -> list[Traffic]:
     """All kinds of communication of one update; none on a single rank.
 
@@ -45,11 +45,11 @@ def traffic(
         config: The run.
         network: Its network's step.
         pools: The association's pool of each level.
+        cluster: GPUs; on a processor DeepSpeed does not overlap.
         stage: ZeRO stage.
-        ranks: Number of ranks.
         source_images: Source images in one rank's micro-batch.
-        device: A GPU's name, or `cpu`, where DeepSpeed does not overlap and synchronised batch norm is our own.
     """
+    ranks, device = cluster.size, cluster.gpu.name
     if ranks == 1:
         return []
     micro_batches = config.training.accumulation
@@ -59,13 +59,15 @@ def traffic(
         found.append(Traffic("teacher", micro_batches * sent, micro_batches * calls, "ring", True, False))
     if config.model.batch_norm == "sync" and network.batch_norms:
         passes = micro_batches * network.passes
-        sizes, calls = _batch_norms(network, ranks, device)
+        sizes, calls = _batch_norms(network, ranks)
         found.append(Traffic("batch norm", passes * sizes, passes * calls, "ring", True, False))
     term = config.objective.lovasz
-    if term.weight > 0 and term.scope == "world":
+    together = lovasz.ranks_together(term, cluster)
+    if term.weight > 0 and together > 1:
         height, width = config.data.crop
-        sent = lovasz.sent_bytes(source_images * height * width, network.logits[0], ranks)
-        found.append(Traffic("lovasz", micro_batches * sent, 5 * micro_batches, "ring", True, False))
+        sent = lovasz.sent_bytes(source_images * height * width, network.logits[0], together, term.bins)
+        calls = micro_batches * (5 if term.bins is None else 1)
+        found.append(Traffic("lovasz", micro_batches * sent, calls, "ring", term.scope == "world", False))
     for level, pool in pools.items():
         settings = config.objective.association
         sent = association.sent_bytes(settings, pool, device)
@@ -141,15 +143,8 @@ def _persistent(network: NetworkStep, ranks: int) -> float:
     return all_gather(4 * ceil(elements / ranks), ranks)
 
 
-def _batch_norms(network: NetworkStep, ranks: int, device: str) -> tuple[float, int]:
+def _batch_norms(network: NetworkStep, ranks: int) -> tuple[float, int]:
     """Bytes and collectives of one forward and backward pass."""
-    if device == "cpu":
-        # The count, sums and squares forward; both sums' gradients backward.
-        return sum(all_reduce(4 * (1 + 4 * channels), ranks) for channels in network.batch_norms), 5 * len(
-            network.batch_norms
-        )
-    # PyTorch's own gathers mean, inverse deviation and count, and reduces two sums.
-    sizes = (
-        all_gather(4 * (2 * channels + 1), ranks) + all_reduce(8 * channels, ranks) for channels in network.batch_norms
-    )
+    # Forward: sums, sums of squares and the count in fp64. Backward: two sums of gradients in fp32.
+    sizes = (all_reduce(8 * (2 * channels + 1) + 4 * 2 * channels, ranks) for channels in network.batch_norms)
     return sum(sizes), 2 * len(network.batch_norms)

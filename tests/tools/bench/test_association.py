@@ -61,6 +61,11 @@ def test_communication_without_ranks_is_refused() -> None:
         cases(dataclasses.replace(PLAN, communications=("ring",)))
 
 
+def test_fewer_kept_cycles_than_matched_targets_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--kept 0\.2: below --cover 0\.5"):
+        cases(dataclasses.replace(PLAN, data="shares", kept=0.2, cover=0.5))
+
+
 def test_triton_is_never_measured_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "triton" not in {name for name, *_ in told(dataclasses.replace(PLAN, implementations=()))}

@@ -2,9 +2,13 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dist_pca.association import cycle_association
+from dist_pca.association.streamed import find_matches
 from dist_pca.tools.bench.cases import Case, inputs
+from dist_pca.tools.bench.measure import unavoidable_products
 
 CASE = Case(
     implementation="blockwise",
@@ -58,6 +62,31 @@ def test_random_positions_keep_cycles_that_end_where_they_began_and_by_chance_of
     returned = product.argmax(dim=0)[product.argmax(dim=1)]
     home = float((returned == torch.arange(2000)).float().mean())
     assert kept_ratio(case) == pytest.approx(home + (1 - home) / 5, abs=0.03)
+
+
+@settings(max_examples=20)
+@given(kept=st.floats(0, 1), cover=st.floats(0.01, 1), rank=st.integers(0, 1))
+def test_given_shares_of_kept_cycles_and_matched_targets_come_out(kept: float, cover: float, rank: int) -> None:
+    kept = max(kept, cover)
+    case = dataclasses.replace(CASE, data="shares", channels=64, kept=kept, cover=cover)
+    source, target, labels = inputs(case, rank)
+    found = cycle_association(source, target, labels, num_classes=case.classes)
+    assert float(found.consistent_ratio) == pytest.approx(kept, abs=0.03)
+    assert float(found.cover_ratio) == pytest.approx(cover, abs=0.03)
+    targets = float(found.cover_ratio)
+    assert unavoidable_products(case, source, target, labels) == pytest.approx(
+        1 + 2 * float(found.consistent_ratio) + 3 * targets, abs=0.01
+    )
+
+
+def test_a_target_without_a_kept_cycle_takes_no_product_of_its_own() -> None:
+    case = dataclasses.replace(CASE, data="shares", channels=64, kept=1.0, cover=0.5)
+    source, target, _ = inputs(case, 0)
+    matches = find_matches(source, target)
+    # No two positions of a cycle but the leader itself share a label.
+    labels = torch.arange(case.n)
+    leaders = float((matches.ends == labels).float().mean())
+    assert unavoidable_products(case, source, target, labels) == pytest.approx(1 + 5 * leaders)
 
 
 def test_positions_for_kl_are_distributions() -> None:

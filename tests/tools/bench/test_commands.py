@@ -48,6 +48,21 @@ def test_json_is_one_object_with_the_device_versions_and_records(
 
 
 @pytest.mark.slow
+def test_products_that_cannot_be_avoided_stand_beside_those_measured_on_data_with_given_shares(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    small = ("--n", 200, "--channels", 64, "--dtype", "fp32", "--repeats", 1)
+    kinds = ("--implementation", "blockwise", "--implementation", "matmul")
+    assert run(monkeypatch, "association", *small, *kinds, "--kept", 0.9, "--cover", 0.5) == 0
+    printed = capfd.readouterr().out
+    assert "0.90 of cycles hold, 0.50 of targets are matched" in printed
+    assert "at least" in printed
+    assert "4.3" in printed
+    assert run(monkeypatch, "association", *small, "--data", "random", "--kept", 0.9) != 0
+    assert "--data random" in capfd.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_sweep_ends_with_tables_of_ratios_and_growth_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -67,17 +67,21 @@ def measured_association(rank: int, world_size: int, level: Level, communication
     return [live.peaks["forward"] - given, saved, live.peaks["backward"] - given - gradients]
 
 
-def measured_lovasz(rank: int, world_size: int, pixels: int) -> list[int]:
+def measured_lovasz(rank: int, world_size: int, pixels: int, bins: int | None) -> list[int]:
     torch.manual_seed(rank)
     probabilities = torch.randn(pixels, CLASSES).softmax(dim=1).requires_grad_()
     labels = torch.arange(pixels) % CLASSES
     with LiveBytes() as live:
+        # The sorted errors are those of copies, without the pixels that are left out.
+        live.count([probabilities, labels] if bins else [])
+        given = live.bytes
         live.begin("forward")
-        loss = lovasz_softmax(probabilities, labels)
+        loss = lovasz_softmax(probabilities, labels, bins=bins)
         saved = live.bytes
         live.begin("backward")
         loss.backward()
-    return [live.peaks["forward"], saved, live.peaks["backward"] - 4 * pixels * CLASSES]
+    gradient = 4 * pixels * CLASSES
+    return [live.peaks["forward"] - given, saved - given, live.peaks["backward"] - given - gradient]
 
 
 def predicted_association(level: Level, communication: str, world_size: int) -> list[float]:
@@ -117,14 +121,16 @@ def test_bytes_sent_where_a_teacher_chooses_matches_are_those_counted(tmp_path: 
     assert [association.sent_bytes(config, pool, "cpu") for config in configs] == pytest.approx(counted, rel=0.001)
 
 
+@pytest.mark.parametrize("bins", [None, 16, 2**16])
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
-def test_lovasz_takes_what_is_predicted(world_size: int, tmp_path: Path) -> None:
+def test_lovasz_takes_what_is_predicted(world_size: int, bins: int | None, tmp_path: Path) -> None:
+    pixels = 40_000 if bins is None else 100_000
     forward, saved, backward = (
-        measured_lovasz(0, 1, 40_000)
+        measured_lovasz(0, 1, pixels, bins)
         if world_size == 1
-        else run_on_ranks(measured_lovasz, world_size, tmp_path, 40_000)[0]
+        else run_on_ranks(measured_lovasz, world_size, tmp_path, pixels, bins)[0]
     )
-    predicted = lovasz.memory(40_000, CLASSES, world_size)
+    predicted = lovasz.memory(pixels, CLASSES, world_size, bins)
     assert predicted == (
         pytest.approx(saved, rel=0.15),
         pytest.approx(forward, rel=0.15),

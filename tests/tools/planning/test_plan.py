@@ -177,6 +177,25 @@ def test_optimizer_states_are_shared_out(stage: int) -> None:
     assert sixteen.memory.parts["optimizer"] == pytest.approx(eight.memory.parts["optimizer"] / 2, rel=0.01)
 
 
+def test_a_rank_holds_and_sends_no_more_on_more_ranks_unless_it_seeks_matches_on_them() -> None:
+    constant = ("model.batch_norm=sync", "objective.lovasz.bins=4096", "objective.association.scope=node")
+    few, many = (plan(*constant, network_with=TEACHER, nodes=nodes) for nodes in (2, 128))
+    sent, sent_by_many = ({part.kind: part.bytes for part in found.traffic} for found in (few, many))
+    assert {"batch norm", "lovasz", "teacher", "gradients", "weights"} < set(sent)
+    for kind, size in sent.items():
+        # A ring of two nodes leaves out more of what it would send at the most. Shares of weights are rounded up.
+        assert sent_by_many[kind] == pytest.approx(size, rel=0.08), kind
+        assert [part.calls for part in few.traffic if part.kind == kind] == [
+            part.calls for part in many.traffic if part.kind == kind
+        ]
+    assert many.memory.peak <= 1.01 * few.memory.peak
+    assert many.association_flops == few.association_flops
+    wider = ("objective.association.scope=world", "objective.lovasz.bins=null")
+    wide = plan(*constant, *wider, network_with=TEACHER, nodes=128)
+    assert wide.association_flops > 100 * many.association_flops
+    assert wide.memory.most["lovasz"] > 100 * many.memory.most["lovasz"]
+
+
 def test_the_bound_is_what_is_slowest() -> None:
     run, cluster = tiny(), Cluster(find_gpu("h100"), 4, 8)
     settings = {"images": (1, 1), "stage": 2, "steps": 1}
