@@ -18,6 +18,9 @@ class ModelConfig(Section):
     that carries one weight file."""
     output_stride: Literal[4, 8, 16, 32] | None = 8
     """Stride of the deepest feature map, for backbones that can be dilated; None keeps the backbone's own."""
+    image_size: tuple[Positive, Positive] | None = None
+    """Height and width of the images for which timm builds a backbone of a fixed size, such as BEiT or MaxViT. None
+    takes data.crop if the backbone cannot take such crops otherwise; most backbones take images of any size."""
     head: Literal["deeplab_v2", "pyramid", "daformer", "mlp"] = "deeplab_v2"
     """`deeplab_v2`: sum of four dilated convolutions on the deepest map. The other heads fuse the maps of all strides
     at `head_stride`. `pyramid`: top-down sum; the cheapest. `mlp`: concatenation and a linear layer, as in SegFormer.

@@ -6,7 +6,14 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from dist_pca.model.backbone import Backbone, build_backbone, checkpoint_activations
+from dist_pca.model.backbone import (
+    Backbone,
+    BackboneOptions,
+    Size,
+    build_backbone,
+    checkpoint_activations,
+    fit_image_size,
+)
 from dist_pca.model.batch_norm import hold_statistics, synchronise, track_forward_only
 from dist_pca.model.heads import MULTI_SCALE_HEADS, DeepLabV2Head, Head, MultiScaleHead
 from dist_pca.model.projection import Projection, grid_size, resize
@@ -119,7 +126,7 @@ def build_segmenter(config: "ModelConfig", num_classes: int) -> Segmenter:
     """
     segmenter = build_network(config, num_classes, drop_path=config.drop_path)
     backbone = segmenter.backbone
-    load_weights(backbone.body, config.backbone, config.weights)
+    load_weights(backbone.body, config.backbone, config.weights, config.image_size)
     if config.batch_norm == "sync":
         synchronise(backbone)
     segmenter.frozen_batch_norm = config.batch_norm == "frozen"
@@ -132,13 +139,24 @@ def build_segmenter(config: "ModelConfig", num_classes: int) -> Segmenter:
     return segmenter.train()
 
 
+def fit_to_crop(config: "ModelConfig", crop: Size) -> "ModelConfig":
+    """Set image_size to the crop's, if it is not set and a backbone of a fixed size needs it."""
+    fitted = fit_image_size(backbone_options(config), crop)
+    return config.model_copy(update={"image_size": fitted.image_size})
+
+
+def backbone_options(config: "ModelConfig") -> BackboneOptions:
+    """What a config's backbone is built from."""
+    return BackboneOptions(config.backbone, config.output_stride, config.image_size)
+
+
 def build_network(config: "ModelConfig", num_classes: int, *, drop_path: float = 0.0) -> Segmenter:
     """The network that a config describes, with random weights, to be given others and evaluated.
 
     Raises:
         UserError: timm has no such backbone, or it cannot have the output stride or stochastic depth.
     """
-    backbone = build_backbone(config.backbone, config.output_stride, drop_path)
+    backbone = build_backbone(*backbone_options(config), drop_path)
     head: Head
     if config.head == "deeplab_v2":
         head = DeepLabV2Head(backbone.channels[-1], num_classes)

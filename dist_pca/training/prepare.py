@@ -12,7 +12,8 @@ from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.data.class_table import class_table, lookup_table
 from dist_pca.data.source import build_sampler, micro_batch_size
 from dist_pca.errors import UserError
-from dist_pca.model.segmenter import Segmenter, build_segmenter
+from dist_pca.model.backbone import check_size
+from dist_pca.model.segmenter import Segmenter, backbone_options, build_segmenter, fit_to_crop
 from dist_pca.objective.feature_distance import thing_classes
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import fit_accumulation
@@ -20,6 +21,9 @@ from dist_pca.training.deepspeed_config import reconcile_launcher
 from dist_pca.training.loggers import check_trackers
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.run_folder import RunData, check_resume
+
+_SIZES_CHECKED = 16
+"""Sizes of validation images that are passed through the backbone before training, out of all that there are."""
 
 
 class PreparedRun(NamedTuple):
@@ -65,11 +69,31 @@ def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> P
     validation = _open_validation(config, classes)
     torch.manual_seed(config.seed)
     things = thing_classes(config.objective.feature_distance, classes)
+    config = config.model_copy(update={"model": fit_to_crop(config.model, config.data.crop)})
     model = build_segmenter(config.model, len(classes))
+    _check_sizes(config, validation)
     model.gives_deepest = config.objective.feature_distance.weight > 0
     # Only to raise its errors early: the run's own optimiser is built beside the engine.
     build_optimizer(config.optimizer, model)
     return PreparedRun(config, sources, targets, validation, classes, model, things)
+
+
+def _check_sizes(config: RunConfig, validation: Manifest | None) -> None:
+    """Check that the backbone takes the crops and what it will get of the validation images.
+
+    Raises:
+        UserError: it does not; the message names sizes that it takes.
+    """
+    options = backbone_options(config.model)
+    check_size(options, config.data.crop, "data.crop")
+    images = {
+        (height, width)
+        for shard in (() if validation is None else validation.shards)
+        for height, width in zip(shard.heights, shard.widths, strict=True)
+    }
+    sizes = sorted({size for image in images for size in config.evaluation.network_sizes(config.input_size(*image))})
+    for size in sizes[:: max(1, len(sizes) // _SIZES_CHECKED)]:
+        check_size(options, size, "evaluation.window", ", and evaluation.input_size to no smaller one")
 
 
 def _open_validation(config: RunConfig, classes: Sequence[ClassInfo]) -> Manifest | None:
