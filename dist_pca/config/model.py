@@ -16,6 +16,13 @@ class ModelConfig(Section):
     weights: str = "hub"
     """Backbone weights: `hub`, `scratch`, a .safetensors or .pth file, or `package:NAME` for an installed package
     that carries one weight file."""
+    init_from: str | None = None
+    """A trained segmenter to start from in place of `weights`: a run folder (its newest checkpoint), a checkpoint or a
+    folder that `dist-pca export` wrote; of a checkpoint with a moving average, that is used. The head is used too if
+    the classes are the same and it has the same shape, and starts anew otherwise."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the backbone that are not trained: `backbone` for all of it, `stem`, or modules by timm's names, such
+    as `layer1`, `stages.0` or `blocks.0`. Their batch norms keep their statistics."""
     output_stride: Literal[4, 8, 16, 32] | None = 8
     """Stride of the deepest feature map, for backbones that can be dilated; None keeps the backbone's own."""
     image_size: tuple[Positive, Positive] | None = None

@@ -55,8 +55,32 @@ def load_weights(body: nn.Module, backbone: str, weights: str, image_size: Size 
     """
     if weights == "scratch":
         return
+    found, unused = load_state(body, backbone, _read(backbone, weights), f"model.weights: {weights}", image_size)
+    if (weights != "hub" or found.resampled) and os.environ.get("RANK", "0") == "0":
+        others = f"; {unused} others of the file are not used" if unused > 0 else ""
+        _log.info("model.weights: loaded all %s from %s%s", found.account(backbone), weights, others)
+
+
+def load_state(
+    body: nn.Module, backbone: str, state: State, origin: str, image_size: Size | None = None
+) -> tuple["Found", int]:
+    """Load tensors under the names of timm, of a run or of the family's authors into a timm network.
+
+    Args:
+        body: The network.
+        backbone: Its name in timm.
+        state: Tensors by name.
+        origin: Config key and file, with which messages begin.
+        image_size: As `load_weights` takes it.
+
+    Returns:
+        What was loaded, and the number of tensors that were not.
+
+    Raises:
+        UserError: they do not cover all of the network.
+    """
     wanted = body.state_dict()
-    state = timm_names(_read(backbone, weights), wanted)
+    state = timm_names(state, wanted)
     found = Found(_matching(state, wanted), ())
     if _misfits(found.tensors, wanted):
         with warnings.catch_warnings():
@@ -73,19 +97,18 @@ def load_weights(body: nn.Module, backbone: str, weights: str, image_size: Size 
         begins = next(iter(state), None)
         there = f"its own first is {begins}" if begins else "it holds no tensors"
         raise UserError(
-            f"model.weights: {weights} lacks {len(missing)} of {len(wanted)} tensors of {backbone}, the first is "
-            f"{missing[0]}, and {there}; give weights of this backbone"
+            f"{origin} lacks {len(missing)} of {len(wanted)} tensors of {backbone}, the first is {missing[0]}, and "
+            f"{there}; give weights of this backbone"
         )
     for key in _misfits(tensors, wanted):
         built = "" if image_size is None else f" for images of {image_size[0]} x {image_size[1]} pixels"
         remedy = "" if image_size is None else ", or set data.crop to the size of images that these were trained on"
         raise UserError(
-            f"model.weights: {weights} has {key} of shape {tuple(tensors[key].shape)}, {backbone} needs "
-            f"{tuple(wanted[key].shape)}{built}; give weights of this backbone{remedy}"
+            f"{origin} has {key} of shape {tuple(tensors[key].shape)}, {backbone} needs {tuple(wanted[key].shape)}"
+            f"{built}; give weights of this backbone{remedy}"
         )
     body.load_state_dict(tensors, strict=False)
-    if (weights != "hub" or found.resampled) and os.environ.get("RANK", "0") == "0":
-        _log.info("model.weights: %s", _account(found, backbone, weights, len(state) - len(tensors)))
+    return found, len(state) - len(tensors)
 
 
 class Found(NamedTuple):
@@ -96,13 +119,14 @@ class Found(NamedTuple):
     resampled: tuple[str, ...]
     """Names of those that were resampled to the network's image size."""
 
-
-def _account(found: Found, backbone: str, weights: str, unused: int) -> str:
-    """Say in one line what was loaded, resampled and left of a file."""
-    line = f"loaded all {len(found.tensors)} tensors of {backbone} from {weights}"
-    if found.resampled:
-        line += f", {len(found.resampled)} of them resampled to the size of the images (first {found.resampled[0]})"
-    return line + (f"; {unused} others of the file are not used" if unused > 0 else "")
+    def account(self, backbone: str) -> str:
+        """Say in a few words what was loaded into a backbone of this name."""
+        count = f"{len(self.tensors)} tensors of {backbone}"
+        if not self.resampled:
+            return count
+        return (
+            f"{count}, {len(self.resampled)} of them resampled to the size of the images (first {self.resampled[0]}),"
+        )
 
 
 def _matching(state: State, wanted: State) -> dict[str, torch.Tensor]:

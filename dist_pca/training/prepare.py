@@ -17,7 +17,9 @@ from dist_pca.model.segmenter import Segmenter, backbone_options, build_segmente
 from dist_pca.objective.feature_distance import thing_classes
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import fit_accumulation
+from dist_pca.training.checkpoint import latest_checkpoint
 from dist_pca.training.deepspeed_config import reconcile_launcher
+from dist_pca.training.initialise import initialise
 from dist_pca.training.loggers import check_trackers
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.run_folder import RunData, check_resume
@@ -72,6 +74,10 @@ def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> P
     config = config.model_copy(update={"model": fit_to_crop(config.model, config.data.crop)})
     model = build_segmenter(config.model, len(classes))
     _check_sizes(config, validation)
+    resumes = latest_checkpoint(config.folder / "checkpoints") is not None
+    # A run that resumes needs what it began with for the feature distance alone.
+    if config.model.init_from is not None and (not resumes or config.objective.feature_distance.weight > 0):
+        initialise(model, config.model, classes)
     model.gives_deepest = config.objective.feature_distance.weight > 0
     # Only to raise its errors early: the run's own optimiser is built beside the engine.
     build_optimizer(config.optimizer, model)
