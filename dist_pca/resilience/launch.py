@@ -76,6 +76,12 @@ def process_count(command: Sequence[str]) -> int:
         raise UserError(f"launcher {file}: has no num_processes; add it, or pass --processes") from error
 
 
+def machine_count(command: Sequence[str]) -> int:
+    """Number of machines of a launch command, from its launcher file; 1 if that names none."""
+    content = yaml.safe_load(Path(command[command.index("--config_file") + 1]).read_text()) or {}
+    return max(1, int(content.get("num_machines") or 1))
+
+
 def launch(command: Sequence[str], folder: Path) -> int:
     """Run a launch command, and return the run's exit code, as `exit_status.ExitCode` lists them.
 

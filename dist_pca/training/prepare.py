@@ -20,6 +20,7 @@ from dist_pca.training.accumulation import fit_accumulation
 from dist_pca.training.checkpoint import latest_checkpoint
 from dist_pca.training.deepspeed_config import reconcile_launcher
 from dist_pca.training.initialise import initialise
+from dist_pca.training.limits import check_room, shared_memory_bytes
 from dist_pca.training.loggers import check_trackers
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.run_folder import RunData, check_resume
@@ -43,7 +44,9 @@ class PreparedRun(NamedTuple):
     """Ids of the classes that the feature distance compares."""
 
 
-def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> PreparedRun:
+def prepare_run(
+    config: RunConfig, *, world_size: int, resume: bool | None, local_ranks: int | None = None
+) -> PreparedRun:
     """Check launcher, data, classes, sizes, network and run folder, before any process waits for another.
 
     The one place where the launcher's settings are merged into the config.
@@ -52,6 +55,7 @@ def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> P
         config: The run as it was written.
         world_size: Number of ranks.
         resume: As `check_resume` takes it.
+        local_ranks: Number of ranks on this machine, whose memory is checked; None if the run is for another machine.
 
     Raises:
         UserError: one of them does not fit the others.
@@ -69,9 +73,12 @@ def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> P
     check_resume(config, resume, RunData(classes, sources, targets))
     check_trackers(config)
     validation = _open_validation(config, classes)
+    if local_ranks is not None:
+        shared = shared_memory_bytes(config, sources, targets, validation, world_size)
+        check_room(config, shared, len(classes), world_size=world_size, local_ranks=local_ranks)
+    config = config.model_copy(update={"model": fit_to_crop(config.model, config.data.crop)})
     torch.manual_seed(config.seed)
     things = thing_classes(config.objective.feature_distance, classes)
-    config = config.model_copy(update={"model": fit_to_crop(config.model, config.data.crop)})
     model = build_segmenter(config.model, len(classes))
     _check_sizes(config, validation)
     resumes = latest_checkpoint(config.folder / "checkpoints") is not None
