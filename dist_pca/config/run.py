@@ -88,8 +88,11 @@ class RunConfig(Section):
                     f"got {self.training.source_batch} and {self.training.target_batch}"
                 )
         horizon = self.schedule.horizon
-        if horizon is not None and horizon < self.training.steps:
-            raise ValueError(f"schedule.horizon: {horizon} is below training.steps {self.training.steps}")
+        if horizon is not None and horizon < self.training.steps and self.schedule.minimum == 0:
+            raise ValueError(
+                f"schedule.horizon: {horizon} is below training.steps {self.training.steps}, so that the last steps "
+                "would have no learning rate; raise it, or set schedule.minimum too, for example to 0.1"
+            )
         return self
 
 

@@ -44,7 +44,10 @@ class ScheduleConfig(Section):
     power: Weight = 0.9
     """Exponent of the poly schedule."""
     horizon: Positive | None = None
-    """Step at which the poly schedule reaches zero; None is training.steps."""
+    """Step at which the poly schedule reaches zero; None is training.steps. A run that resumes with more steps keeps
+    its schedule if this is set to the steps that it had, together with `minimum`."""
+    minimum: Fraction = 0.0
+    """Least factor of the poly schedule; a run may train beyond the horizon at it."""
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up at the start."""
 

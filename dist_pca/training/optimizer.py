@@ -92,5 +92,5 @@ def learning_rate_factor(config: RunConfig, step: int) -> float:
         factor = min(1.0, (step + 1) / schedule.warmup_steps)
     if schedule.name == "poly":
         horizon = schedule.horizon or config.training.steps
-        factor *= (1 - step / horizon) ** schedule.power
+        factor *= max(schedule.minimum, max(0.0, 1 - step / horizon) ** schedule.power)
     return factor

@@ -146,6 +146,12 @@ def test_poly_falls_to_zero_at_its_horizon_not_at_the_last_step() -> None:
     assert factor(10415, "schedule.horizon=10416") == pytest.approx((1 / 10416) ** 0.9)
 
 
+def test_a_least_factor_ends_the_fall_and_goes_beyond_the_horizon() -> None:
+    kept = ("schedule.horizon=5000", "schedule.minimum=0.1", "training.steps=9000")
+    assert factor(2500, *kept) == factor(2500, "schedule.horizon=5000", "training.steps=5000")
+    assert factor(4999, *kept) == factor(5000, *kept) == factor(8999, *kept) == pytest.approx(0.1)
+
+
 def test_warm_up_rises_linearly_and_ends_on_the_poly_curve() -> None:
     assert factor(0, "schedule.warmup_steps=10") == pytest.approx(0.1)
     assert factor(4, "schedule.warmup_steps=10", "schedule.name=constant") == pytest.approx(0.5)
