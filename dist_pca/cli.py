@@ -113,7 +113,7 @@ def train(
     and the run must be restarted, 130 checkpoint saved after Ctrl-C.
     """
     from dist_pca.config.telemetry import profile_overrides
-    from dist_pca.resilience.launch import launch, launch_command, process_count, quote_command
+    from dist_pca.resilience.launch import launch, launch_command, machine_count, process_count, quote_command
     from dist_pca.train import resolve_config
     from dist_pca.training.prepare import prepare_run
     from dist_pca.training.run_folder import is_finished
@@ -123,7 +123,8 @@ def train(
     stage = run.training.zero_stage
     command = launch_command(config, settings, launcher=launcher, processes=processes, zero_stage=stage, resume=resume)
     # Report config errors here: the launcher would add a traceback of its own to every failure.
-    prepare_run(run, world_size=process_count(command), resume=resume)
+    processes = process_count(command)
+    prepare_run(run, world_size=processes, resume=resume, local_ranks=max(1, processes // machine_count(command)))
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if is_finished(run):
         console.print(f"{run.folder}: all {run.training.steps} steps are done already", markup=False)

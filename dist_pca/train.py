@@ -85,7 +85,8 @@ def main(
         from dist_pca.training.run_folder import is_finished
         from dist_pca.training.trainer import Trainer
 
-        prepared = prepare_run(run, world_size=int(os.environ.get("WORLD_SIZE", "1")), resume=resume)
+        world_size, local_ranks = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        prepared = prepare_run(run, world_size=world_size, resume=resume, local_ranks=local_ranks)
         if is_finished(run):
             if rank == 0:
                 _print(f"{run.folder}: all {run.training.steps} steps are done already")

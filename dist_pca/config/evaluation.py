@@ -28,6 +28,20 @@ class EvaluationConfig(Section):
     """Share of each pixel's features, and then of its class probabilities, that is replaced by the similarity-weighted
     mean over its image or window (test-time aggregation; diffusion in training uses 0.5); 0 is off."""
 
+    def network_sizes(self, input_size: tuple[int, int]) -> set[tuple[int, int]]:
+        """Heights and widths of what the network gets of an image: windows of it, or all of it, at every scale.
+
+        Args:
+            input_size: Height and width of the resized image at scale 1.
+        """
+        sizes = set()
+        for scale in self.scales:
+            edges = [max(1, round(edge * scale)) for edge in input_size]
+            window = self.window or edges
+            inside = [min(edge, longest) for edge, longest in zip(edges, window, strict=True)]
+            sizes.add((inside[0], inside[1]))
+        return sizes
+
     @model_validator(mode="after")
     def _check_stride(self) -> Self:
         if self.stride is not None:

@@ -16,8 +16,18 @@ class ModelConfig(Section):
     weights: str = "hub"
     """Backbone weights: `hub`, `scratch`, a .safetensors or .pth file, or `package:NAME` for an installed package
     that carries one weight file."""
+    init_from: str | None = None
+    """A trained segmenter to start from in place of `weights`: a run folder (its newest checkpoint), a checkpoint or a
+    folder that `dist-pca export` wrote; of a checkpoint with a moving average, that is used. The head is used too if
+    the classes are the same and it has the same shape, and starts anew otherwise."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the backbone that are not trained: `backbone` for all of it, `stem`, or modules by timm's names, such
+    as `layer1`, `stages.0` or `blocks.0`. Their batch norms keep their statistics."""
     output_stride: Literal[4, 8, 16, 32] | None = 8
     """Stride of the deepest feature map, for backbones that can be dilated; None keeps the backbone's own."""
+    image_size: tuple[Positive, Positive] | None = None
+    """Height and width of the images for which timm builds a backbone of a fixed size, such as BEiT or MaxViT. None
+    takes data.crop if the backbone cannot take such crops otherwise; most backbones take images of any size."""
     head: Literal["deeplab_v2", "pyramid", "daformer", "mlp"] = "deeplab_v2"
     """`deeplab_v2`: sum of four dilated convolutions on the deepest map. The other heads fuse the maps of all strides
     at `head_stride`. `pyramid`: top-down sum; the cheapest. `mlp`: concatenation and a linear layer, as in SegFormer.

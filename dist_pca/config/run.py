@@ -55,6 +55,17 @@ class RunConfig(Section):
         adapted = {target: self.training.target_batch} if self.objective.adapt else {}
         return {source: self.training.source_batch, **adapted}
 
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the network's input at evaluation, for an image of this size.
+
+        It is evaluation.input_size; or the aspect ratio is kept, and the shorter edge is the mean of
+        data.shorter_edge.
+        """
+        if self.evaluation.input_size is not None:
+            return self.evaluation.input_size
+        scale = sum(self.data.shorter_edge) / 2 / min(height, width)
+        return round(height * scale), round(width * scale)
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.objective.adapt and self.data.target is None:
@@ -90,8 +101,11 @@ class RunConfig(Section):
                     f"got {training.source_batch} and {training.target_batch}"
                 )
         horizon = self.schedule.horizon
-        if horizon is not None and horizon < self.training.steps:
-            raise ValueError(f"schedule.horizon: {horizon} is below training.steps {self.training.steps}")
+        if horizon is not None and horizon < self.training.steps and self.schedule.minimum == 0:
+            raise ValueError(
+                f"schedule.horizon: {horizon} is below training.steps {self.training.steps}, so that the last steps "
+                "would have no learning rate; raise it, or set schedule.minimum too, for example to 0.1"
+            )
         return self
 
 

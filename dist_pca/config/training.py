@@ -20,6 +20,9 @@ class OptimizerConfig(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Layer-wise learning rate decay: the ratio of a backbone layer's learning rate to that of the next layer, for
     example 0.9; the deepest layer has `lr`. Layers are defined by timm. None gives all layers `lr`."""
+    backbone_multipliers: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Learning rates of parts of the backbone, as multiples of what they have otherwise, by names as in
+    `model.freeze`, for example `{stem: 0.1, layer1: 0.5}`; a later part overrides an earlier one."""
     weight_decay: Weight = 5e-4
     """Weight decay; adamw decouples it and excludes norms, biases, position embeddings, tokens and layer scales."""
     momentum: Fraction = 0.9
@@ -41,7 +44,10 @@ class ScheduleConfig(Section):
     power: Weight = 0.9
     """Exponent of the poly schedule."""
     horizon: Positive | None = None
-    """Step at which the poly schedule reaches zero; None is training.steps."""
+    """Step at which the poly schedule reaches zero; None is training.steps. A run that resumes with more steps keeps
+    its schedule if this is set to the steps that it had, together with `minimum`."""
+    minimum: Fraction = 0.0
+    """Least factor of the poly schedule; a run may train beyond the horizon at it."""
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up at the start."""
     batch_scaling: Literal["none", "linear", "sqrt"] = "none"

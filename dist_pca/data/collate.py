@@ -14,6 +14,8 @@ from dist_pca.data.source import loader_process
 
 PREFETCH = 2
 """Number of batches that each loader process prefetches."""
+SLOTS = PREFETCH + 1
+"""Number of batches for which each loader process has room in shared memory."""
 
 
 class Batch(NamedTuple):
@@ -52,9 +54,11 @@ class SharedMemoryBuffer:
     def __init__(self, workers: int, size: int, crop: tuple[int, int], *, labelled: bool) -> None:
         """Allocate slots for batches of `size` crops (height, width) of each of `workers` processes, or of this one."""
         # Without loader processes, each batch is copied out before the next one is made.
-        slots = (workers, PREFETCH + 1, size) if workers else (1, 1, size)
-        self.images = _shared(*slots, 3, *crop)
-        self.labels = _shared(*slots, *crop) if labelled else None
+        slots = (workers, SLOTS, size) if workers else (1, 1, size)
+        # One process needs no shared memory, of which a container may have little.
+        allocate = _shared if workers else _own
+        self.images = allocate(*slots, 3, *crop)
+        self.labels = allocate(*slots, *crop) if labelled else None
         self.size = size
 
     def collate(self, crops: Iterator[CropSample]) -> Iterator[Slot]:
@@ -91,7 +95,11 @@ class SharedMemoryBuffer:
         )
 
 
+def _own(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.uint8)
+
+
 def _shared(*shape: int) -> torch.Tensor:
-    memory = torch.empty(shape, dtype=torch.uint8)
+    memory = _own(*shape)
     memory.share_memory_()  # type: ignore[no-untyped-call]
     return memory

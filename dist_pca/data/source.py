@@ -224,7 +224,7 @@ def micro_batch_size(global_batch: int, *, world_size: int, accumulation: int, k
         return global_batch // parts
     lower = global_batch // parts * parts
     batches = f"{lower} or {lower + parts}" if lower else str(parts)
-    sizes = [size for size in range(1, global_batch + 1) if global_batch % (size * accumulation) == 0]
+    sizes = [size for size in range(1, min(global_batch, 1024) + 1) if global_batch % (size * accumulation) == 0]
     remedy = f"a world size out of {sizes}" if sizes else "another training.accumulation"
     raise UserError(
         f"{key}: {global_batch} samples cannot be divided evenly among {world_size} ranks x {accumulation} "

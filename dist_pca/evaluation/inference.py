@@ -52,14 +52,8 @@ def predict(
 
 
 def input_size(config: RunConfig, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the network's input for an image of this size.
-
-    It is evaluation.input_size; or the aspect ratio is kept, and the shorter edge is the mean of data.shorter_edge.
-    """
-    if config.evaluation.input_size is not None:
-        return config.evaluation.input_size
-    scale = sum(config.data.shorter_edge) / 2 / min(height, width)
-    return round(height * scale), round(width * scale)
+    """Height and width of the network's input for an image of this size, as `RunConfig.input_size` has it."""
+    return config.input_size(height, width)
 
 
 def proportional_input_size(config: RunConfig, height: int, width: int) -> tuple[int, int]:

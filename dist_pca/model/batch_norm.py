@@ -151,10 +151,16 @@ def synchronise(module: nn.Module) -> None:
             synchronise(child)
 
 
-def hold_statistics(module: nn.Module) -> None:
-    """Put every batch norm into evaluation mode: running statistics normalise and stay; scale and shift still train."""
+def hold_statistics(module: nn.Module, *, frozen_only: bool = False) -> None:
+    """Put batch norms into evaluation mode: running statistics normalise and stay; scale and shift may still train.
+
+    Args:
+        module: The network.
+        frozen_only: Only those whose scale and shift are not trained.
+    """
     for layer in module.modules():
-        if isinstance(layer, _BatchNorm):
+        own = [parameter.requires_grad for parameter in layer.parameters(recurse=False)]
+        if isinstance(layer, _BatchNorm) and (not frozen_only or (own and not any(own))):
             layer.eval()
 
 

@@ -28,6 +28,7 @@ VERSION = 2
 NETWORK_KEYS = (
     "backbone",
     "output_stride",
+    "image_size",
     "head",
     "head_channels",
     "head_stride",
@@ -105,7 +106,9 @@ def load_exported(folder: str | Path) -> Exported:
         )
     try:
         added = _NETWORK_OF_VERSION_1 if description["version"] == 1 else {}
-        network = {key: (added | description["network"])[key] for key in NETWORK_KEYS}
+        described = {"image_size": None} | added | description["network"]
+        network = {key: described[key] for key in NETWORK_KEYS}
+        network["image_size"] = network["image_size"] and tuple(network["image_size"])
         classes = tuple(ClassInfo(info["name"], tuple(info["color"])) for info in _read_json(folder / "classes.json"))
         size = description["input_size"]
         model = build_network(cast("ModelConfig", SimpleNamespace(**network)), len(classes))

@@ -6,9 +6,17 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from dist_pca.model.backbone import Backbone, build_backbone, checkpoint_activations
+from dist_pca.model.backbone import (
+    Backbone,
+    BackboneOptions,
+    Size,
+    build_backbone,
+    checkpoint_activations,
+    fit_image_size,
+)
 from dist_pca.model.batch_norm import hold_statistics, synchronise, track_forward_only
 from dist_pca.model.heads import MULTI_SCALE_HEADS, DeepLabV2Head, Head, MultiScaleHead
+from dist_pca.model.parts import freeze
 from dist_pca.model.projection import Projection, grid_size, resize
 from dist_pca.model.weights import load_weights
 
@@ -97,8 +105,7 @@ class Segmenter(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; frozen batch norms stay in evaluation mode."""
         super().train(mode)
-        if self.frozen_batch_norm:
-            hold_statistics(self)
+        hold_statistics(self, frozen_only=not self.frozen_batch_norm)
         return self
 
 
@@ -113,13 +120,17 @@ def normalised(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> t
 def build_segmenter(config: "ModelConfig", num_classes: int) -> Segmenter:
     """The network that a config describes, ready to train: its backbone's weights loaded and its head drawn at random.
 
+    With `init_from` all of it is drawn at random, until `initialise` sets it.
+
     Raises:
         UserError: timm has no such backbone, it cannot have the output stride or stochastic depth or checkpoint
-            activations, or its weights cannot be had or do not fit.
+            activations, it has no part that is to be frozen, or its weights cannot be had or do not fit.
     """
     segmenter = build_network(config, num_classes, drop_path=config.drop_path)
     backbone = segmenter.backbone
-    load_weights(backbone.body, config.backbone, config.weights)
+    if config.init_from is None:
+        load_weights(backbone.body, config.backbone, config.weights, config.image_size)
+    freeze(backbone.body, config.freeze)
     if config.batch_norm == "sync":
         synchronise(backbone)
     segmenter.frozen_batch_norm = config.batch_norm == "frozen"
@@ -132,13 +143,24 @@ def build_segmenter(config: "ModelConfig", num_classes: int) -> Segmenter:
     return segmenter.train()
 
 
+def fit_to_crop(config: "ModelConfig", crop: Size) -> "ModelConfig":
+    """Set image_size to the crop's, if it is not set and a backbone of a fixed size needs it."""
+    fitted = fit_image_size(backbone_options(config), crop)
+    return config.model_copy(update={"image_size": fitted.image_size})
+
+
+def backbone_options(config: "ModelConfig") -> BackboneOptions:
+    """What a config's backbone is built from."""
+    return BackboneOptions(config.backbone, config.output_stride, config.image_size)
+
+
 def build_network(config: "ModelConfig", num_classes: int, *, drop_path: float = 0.0) -> Segmenter:
     """The network that a config describes, with random weights, to be given others and evaluated.
 
     Raises:
         UserError: timm has no such backbone, or it cannot have the output stride or stochastic depth.
     """
-    backbone = build_backbone(config.backbone, config.output_stride, drop_path)
+    backbone = build_backbone(*backbone_options(config), drop_path)
     head: Head
     if config.head == "deeplab_v2":
         head = DeepLabV2Head(backbone.channels[-1], num_classes)

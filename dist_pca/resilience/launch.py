@@ -17,6 +17,7 @@ import yaml
 from dist_pca.cores import usable_cores
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import SUPERVISED, ExitCode, clear_exit_status, read_exit_status
+from dist_pca.resilience.launcher_settings import check_launcher_file
 from dist_pca.resilience.preemption import SIGNALS
 from dist_pca.resources import resource
 
@@ -45,12 +46,13 @@ def launch_command(
         resume: None resumes the same run; True also one whose keys differ; False refuses a folder that holds a run.
 
     Raises:
-        UserError: there is no such shipped launcher.
+        UserError: there is no such shipped launcher, or its file has a setting that would be without effect.
     """
     if launcher is None:
         launcher = f"accelerate/gpu_zero{zero_stage or 2}" if torch.cuda.is_available() else "accelerate/cpu"
         processes = processes or torch.cuda.device_count() or None
     file = Path(launcher) if Path(launcher).is_file() else resource("launch", launcher)
+    check_launcher_file(file)
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)),
         *(("--num_processes", str(processes)) if processes else ()),
@@ -72,6 +74,12 @@ def process_count(command: Sequence[str]) -> int:
         return int(yaml.safe_load(file.read_text())["num_processes"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"launcher {file}: has no num_processes; add it, or pass --processes") from error
+
+
+def machine_count(command: Sequence[str]) -> int:
+    """Number of machines of a launch command, from its launcher file; 1 if that names none."""
+    content = yaml.safe_load(Path(command[command.index("--config_file") + 1]).read_text()) or {}
+    return max(1, int(content.get("num_machines") or 1))
 
 
 def launch(command: Sequence[str], folder: Path) -> int:

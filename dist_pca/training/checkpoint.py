@@ -133,6 +133,8 @@ class State(TypedDict, total=False):
     """Digest of all the rest, which the checkpoint's other files carry too."""
     files: list[str]
     """Names of these files."""
+    samples: dict[str, Annotated[int, Field(ge=0)]]
+    """Samples drawn before, by the config key of their batch."""
     windows: list[dict[str, tuple[float, float]]]
     """Sum and count of every metric since its last line, of each rank."""
     loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]

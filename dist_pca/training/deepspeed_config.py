@@ -8,6 +8,7 @@ import torch
 
 from dist_pca.config import RunConfig, validate_config
 from dist_pca.errors import UserError
+from dist_pca.resilience.launcher_settings import check_launcher
 
 LAUNCHER_FIELDS = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "training.zero_stage",
@@ -17,6 +18,8 @@ LAUNCHER_FIELDS = {
     "ACCELERATE_GRADIENT_CLIPPING": "optimizer.clip_norm",
     "ACCELERATE_MIXED_PRECISION": "training.precision",
 }
+CLIPPING = "deepspeed_config.gradient_clipping"
+"""Setting of a launcher file that is written there only if it is wanted, whereas the launcher always passes one on."""
 DEFAULTS = {"training.zero_stage": 2, "training.offload.optimizer": "none", "training.offload.parameters": "none"}
 """Values of keys that a config may leave to the launcher, where the launcher does not set them either."""
 BUCKET_ELEMENTS = 50_000_000
@@ -29,8 +32,10 @@ def reconcile_launcher(config: RunConfig) -> RunConfig:
     """Merge the launcher's settings into a run: ZeRO stage and offload, where its config leaves them open.
 
     Raises:
-        UserError: config and launcher contradict each other, or precision, offload or compilation cannot run here.
+        UserError: config and launcher contradict each other, the launcher has a setting that no run follows, or
+            precision, offload or compilation cannot run here.
     """
+    written = check_launcher(os.environ)
     values = config.model_dump()
     for variable, key in LAUNCHER_FIELDS.items():
         theirs = os.environ.get(variable, "none")
@@ -41,7 +46,8 @@ def reconcile_launcher(config: RunConfig) -> RunConfig:
             section[name] = int(theirs) if theirs.isdigit() else theirs
             continue
         # The launcher always exports its defaults, which are no contradiction.
-        is_default = theirs in ("1", "1.0") and key != "training.zero_stage"
+        by_default = theirs in ("1", "1.0") and key != "training.zero_stage"
+        is_default = by_default and not (key == "optimizer.clip_norm" and CLIPPING in written)
         if not is_default and not _equal(theirs, section[name]):
             raise UserError(
                 f"{key} is {section[name]} in the config and {theirs} in the launcher ({variable}); "

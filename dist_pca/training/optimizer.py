@@ -1,15 +1,15 @@
 """Parameter groups and the optimiser."""
 
 from math import sqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import timm
 import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from dist_pca.config import OptimizerConfig, RunConfig
 from dist_pca.errors import UserError
+from dist_pca.model.parts import parameters_of, whole_network
 from dist_pca.model.segmenter import Segmenter
 from dist_pca.model.weights import plain_name
 
@@ -26,11 +26,12 @@ class _Group(NamedTuple):
 def build_optimizer(config: OptimizerConfig, model: Segmenter) -> torch.optim.Optimizer:
     """Build SGD or AdamW, with one parameter group for each combination of part, learning rate and weight decay.
 
-    The backbone's layers have `lr`, which `layer_decay` lowers from the deepest to the first; the head and the
-    projection have `lr` times `head_multiplier`. AdamW decays no norm, bias, position embedding, token or layer scale.
+    The backbone's layers have `lr`, which `layer_decay` lowers from the deepest to the first and
+    `backbone_multipliers` scale; the head and the projection have `lr` times `head_multiplier`. AdamW decays no norm,
+    bias, position embedding, token or layer scale.
 
     Raises:
-        UserError: `layer_decay` is set and timm does not know the backbone's layers.
+        UserError: `layer_decay` is set and timm does not know the backbone's layers, or it has no such part.
     """
     members: dict[_Group, list[nn.Parameter]] = {}
     layers = _backbone_groups(config, model.backbone.body)
@@ -52,14 +53,10 @@ def build_optimizer(config: OptimizerConfig, model: Segmenter) -> torch.optim.Op
 
 def _backbone_groups(config: OptimizerConfig, body: nn.Module) -> dict[str, _Group]:
     """Parameter group of each of the body's parameters, by name."""
-    # A feature extractor has neither its family's layer groups nor its list of parameters without weight decay.
-    cfg: Any = body.pretrained_cfg
-    with torch.device("meta"):
-        classifier: Any = timm.create_model(cfg["architecture"])
+    classifier = whole_network(body)
     if config.layer_decay is not None and not hasattr(classifier, "group_matcher"):
-        raise UserError(
-            f"optimizer.layer_decay: timm does not know the layers of {cfg['architecture']}; set it to null"
-        )
+        architecture = body.pretrained_cfg["architecture"]  # type: ignore[index]
+        raise UserError(f"optimizer.layer_decay: timm does not know the layers of {architecture}; set it to null")
     adamw = config.name == "adamw"
     no_decay = [*_NO_DECAY, *(classifier.no_weight_decay() if hasattr(classifier, "no_weight_decay") else ())]
     names = {parameter: plain_name(name) for name, parameter in classifier.named_parameters()}
@@ -77,7 +74,15 @@ def _backbone_groups(config: OptimizerConfig, body: nn.Module) -> dict[str, _Gro
     own = {name: rates[plain_name(name)] for name, _ in body.named_parameters()}
     # The classifier's last layer, at scale 1, is not part of the backbone.
     deepest = max(scale for scale, _ in own.values())
-    return {name: _Group("backbone", config.lr * scale / deepest, decay) for name, (scale, decay) in own.items()}
+    factors = {
+        name: factor
+        for part, factor in config.backbone_multipliers.items()
+        for name in parameters_of(body, part, "optimizer.backbone_multipliers")
+    }
+    return {
+        name: _Group("backbone", config.lr * scale / deepest * factors.get(name, 1.0), decay)
+        for name, (scale, decay) in own.items()
+    }
 
 
 def batch_factor(config: RunConfig) -> float:
@@ -97,5 +102,5 @@ def learning_rate_factor(config: RunConfig, step: int) -> float:
         factor *= min(1.0, (step + 1) / schedule.warmup_steps)
     if schedule.name == "poly":
         horizon = schedule.horizon or config.training.steps
-        factor *= (1 - step / horizon) ** schedule.power
+        factor *= max(schedule.minimum, max(0.0, 1 - step / horizon) ** schedule.power)
     return factor

@@ -12,14 +12,21 @@ from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.data.class_table import class_table, lookup_table
 from dist_pca.data.source import build_sampler, micro_batch_size
 from dist_pca.errors import UserError
-from dist_pca.model.segmenter import Segmenter, build_segmenter
+from dist_pca.model.backbone import check_size
+from dist_pca.model.segmenter import Segmenter, backbone_options, build_segmenter, fit_to_crop
 from dist_pca.objective.feature_distance import thing_classes
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import fit_accumulation, fit_batches
+from dist_pca.training.checkpoint import latest_checkpoint
 from dist_pca.training.deepspeed_config import reconcile_launcher
+from dist_pca.training.initialise import initialise
+from dist_pca.training.limits import check_room, shared_memory_bytes
 from dist_pca.training.loggers import check_trackers
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.run_folder import RunData, check_resume
+
+_SIZES_CHECKED = 16
+"""Sizes of validation images that are passed through the backbone before training, out of all that there are."""
 
 
 class PreparedRun(NamedTuple):
@@ -37,7 +44,9 @@ class PreparedRun(NamedTuple):
     """Ids of the classes that the feature distance compares."""
 
 
-def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> PreparedRun:
+def prepare_run(
+    config: RunConfig, *, world_size: int, resume: bool | None, local_ranks: int | None = None
+) -> PreparedRun:
     """Check launcher, data, classes, sizes, network and run folder, before any process waits for another.
 
     The one place where the launcher's settings are merged into the config.
@@ -46,6 +55,7 @@ def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> P
         config: The run as it was written.
         world_size: Number of ranks.
         resume: As `check_resume` takes it.
+        local_ranks: Number of ranks on this machine, whose memory is checked; None if the run is for another machine.
 
     Raises:
         UserError: one of them does not fit the others.
@@ -64,13 +74,40 @@ def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> P
     check_resume(config, resume, RunData(classes, sources, targets))
     check_trackers(config)
     validation = _open_validation(config, classes)
+    if local_ranks is not None:
+        shared = shared_memory_bytes(config, sources, targets, validation, world_size)
+        check_room(config, shared, len(classes), world_size=world_size, local_ranks=local_ranks)
+    config = config.model_copy(update={"model": fit_to_crop(config.model, config.data.crop)})
     torch.manual_seed(config.seed)
     things = thing_classes(config.objective.feature_distance, classes)
     model = build_segmenter(config.model, len(classes))
+    _check_sizes(config, validation)
+    resumes = latest_checkpoint(config.folder / "checkpoints") is not None
+    # A run that resumes needs what it began with for the feature distance alone.
+    if config.model.init_from is not None and (not resumes or config.objective.feature_distance.weight > 0):
+        initialise(model, config.model, classes)
     model.gives_deepest = config.objective.feature_distance.weight > 0
     # Only to raise its errors early: the run's own optimiser is built beside the engine.
     build_optimizer(config.optimizer, model)
     return PreparedRun(config, sources, targets, validation, classes, model, things)
+
+
+def _check_sizes(config: RunConfig, validation: Manifest | None) -> None:
+    """Check that the backbone takes the crops and what it will get of the validation images.
+
+    Raises:
+        UserError: it does not; the message names sizes that it takes.
+    """
+    options = backbone_options(config.model)
+    check_size(options, config.data.crop, "data.crop")
+    images = {
+        (height, width)
+        for shard in (() if validation is None else validation.shards)
+        for height, width in zip(shard.heights, shard.widths, strict=True)
+    }
+    sizes = sorted({size for image in images for size in config.evaluation.network_sizes(config.input_size(*image))})
+    for size in sizes[:: max(1, len(sizes) // _SIZES_CHECKED)]:
+        check_size(options, size, "evaluation.window", ", and evaluation.input_size to no smaller one")
 
 
 def _open_validation(config: RunConfig, classes: Sequence[ClassInfo]) -> Manifest | None:

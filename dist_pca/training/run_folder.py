@@ -33,6 +33,7 @@ from dist_pca.training.checkpoint import (
     read_step,
     set_aside_after,
 )
+from dist_pca.training.optimizer import learning_rate_factor
 
 _CLASSES = TypeAdapter(tuple[ClassInfo, ...])
 _log = logging.getLogger("dist_pca.training")
@@ -50,6 +51,8 @@ FILES = (
     *("metrics.jsonl", "samples.jsonl", "starts.jsonl", "checkpoints/latest", "checkpoints/best"),
 )
 """Files that a run writes into its folder, beside its checkpoints."""
+_NOTABLE_CHANGE = 0.001
+"""Change of the learning rate, relative to what it was, that is worth a word where a run resumes."""
 _OLD_LAUNCH_FIELDS = {"born": "create_time"}
 """New field by the one that version 0.1 wrote."""
 PACKAGES = ("torch", "deepspeed", "accelerate", "timm", "webdataset")
@@ -174,6 +177,8 @@ def check_resume(config: RunConfig, resume: bool | None, data: RunData | None = 
     if data is not None:
         _check_classes(folder, data.classes)
         differing += _shard_differences(folder, data)
+    if differing and checkpoint is not None and (rates := _rate_change(made, config, read_step(checkpoint))):
+        differing.append(rates)
     if differing and not resume:
         raise UserError(
             f"{folder}: holds a run of another config or other data ({'; '.join(differing)}); choose another name=, "
@@ -240,7 +245,25 @@ def _check_nothing_is_lost(folder: Path, made: RunConfig) -> None:
 def config_differences(made: RunConfig, wanted: RunConfig) -> list[str]:
     """List the keys that decide what is computed and differ between two runs, each as `key: made -> wanted`."""
     free = (*FREE_KEYS, *(GRAD_CACHE_KEYS if wanted.training.grad_cache else ()))
+    if None in (made.model.image_size, wanted.model.image_size):
+        # Derived from the backbone and the crop, which are compared themselves.
+        free += ("model.image_size",)
     return list(_differences(made.model_dump(mode="json"), wanted.model_dump(mode="json"), free))
+
+
+def _rate_change(made: RunConfig, wanted: RunConfig, step: int) -> str:
+    """Say how the learning rate changes where a run resumes after `step` steps; empty if it follows its schedule."""
+    if step < made.training.steps:
+        before = made.optimizer.lr * learning_rate_factor(made, step)
+    else:
+        before = made.optimizer.lr * learning_rate_factor(made, made.training.steps - 1)
+    after = wanted.optimizer.lr * learning_rate_factor(wanted, step)
+    if abs(after - before) <= _NOTABLE_CHANGE * before:
+        return ""
+    keep = ""
+    if wanted.training.steps != made.training.steps and wanted.schedule.horizon is None:
+        keep = f" (schedule.horizon={made.training.steps} and a schedule.minimum keep it low)"
+    return f"the learning rate after step {step}: {before:.3g} -> {after:.3g}{keep}"
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,101 @@ def test_a_swin_classifiers_file_covers_its_backbone(tmp_path: Path) -> None:
     load_weights(body, name, str(tmp_path / "swin.pth"))
     expected = network.get_parameter("layers.3.blocks.1.mlp.fc2.weight")
     torch.testing.assert_close(body.get_parameter("layers_3.blocks.1.mlp.fc2.weight"), expected)
+
+
+def convnext_of_its_authors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename timm's tensors to the names of the ConvNeXt authors' release."""
+    names = {
+        r"^stem\.": "downsample_layers.0.",
+        r"^stages\.(\d+)\.downsample\.": r"downsample_layers.\1.",
+        r"^stages\.(\d+)\.blocks\.": r"stages.\1.",
+        "conv_dw": "dwconv",
+        r"mlp\.fc": "pwconv",
+        r"^head\.norm": "norm",
+        r"^head\.fc": "head",
+    }
+    return renamed(state, names)
+
+
+def swin_of_its_authors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename timm's tensors to the names of the Swin authors' release, with the buffers that it holds."""
+    earlier = {
+        re.sub(r"^layers\.(\d+)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", key): value
+        for key, value in state.items()
+    }
+    released = renamed(earlier, {r"^head\.fc": "head"})
+    return released | {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.int64)}
+
+
+def renamed(state: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
+    for pattern, name in names.items():
+        state = {re.sub(pattern, name, key): value for key, value in state.items()}
+    return state
+
+
+@pytest.mark.parametrize("wrapper", ["", "backbone."])
+@pytest.mark.parametrize(
+    ("name", "release"),
+    [("convnext_atto", convnext_of_its_authors), ("swin_tiny_patch4_window7_224", swin_of_its_authors)],
+)
+def test_the_authors_own_files_are_renamed_as_timm_does(
+    name: str, release: Any, wrapper: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = classifier(name)
+    state = {f"{wrapper}{key}": value for key, value in release(network.state_dict()).items()}
+    assert not {f"{wrapper}{key}" for key in network.state_dict()} >= state.keys()
+    torch.save({"model": state}, tmp_path / "official.pth")
+    loaded = build_backbone(name, None).eval()
+    with caplog.at_level("INFO", logger="dist_pca.model"):
+        load_weights(loaded.body, name, str(tmp_path / "official.pth"))
+    images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    _, expected = network.forward_intermediates(images, indices=1)
+    torch.testing.assert_close(loaded(images)[-1], expected[-1])
+    count = len(loaded.body.state_dict())
+    (line,) = caplog.messages
+    assert line.startswith(f"model.weights: loaded all {count} tensors of {name} from {tmp_path}/official.pth; ")
+    assert line.endswith(f"; {len(state) - count} others of the file are not used")
+
+
+@pytest.mark.parametrize(("size", "patch"), [(240, 16), (160, 32)])
+def test_position_embeddings_of_another_image_or_patch_size_are_resampled(
+    size: int, patch: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(7)
+    larger = timm.create_model("test_vit", img_size=size, patch_size=patch)
+    torch.save(larger.state_dict(), tmp_path / "vit.pth")
+    body = build_backbone("test_vit", None).body
+    with caplog.at_level("INFO", logger="dist_pca.model"):
+        load_weights(body, "test_vit", str(tmp_path / "vit.pth"))
+    grid = larger.pos_embed[:, 1:].unflatten(1, (size // patch, size // patch)).permute(0, 3, 1, 2)
+    resized = nn.functional.interpolate(grid, (10, 10), mode="bicubic", antialias=True, align_corners=False)
+    found = body.get_parameter("model.pos_embed")
+    torch.testing.assert_close(found[:, 1:], resized.flatten(2).mT)
+    torch.testing.assert_close(found[:, :1], larger.pos_embed[:, :1])
+    assert "of them resampled to the size of the images (first pos" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["test_maxvit", "test_coatnet", "test_vit_relpos", "gcvit_xxtiny", "hiera_tiny_224"])
+def test_weights_of_a_fixed_size_fit_a_backbone_built_for_another(name: str, tmp_path: Path) -> None:
+    network = classifier(name)
+    torch.save(network.state_dict(), tmp_path / "own_size.pth")
+    backbone = build_backbone(name, None, (96, 192)).eval()
+    before = {key: value.clone() for key, value in backbone.body.state_dict().items()}
+    load_weights(backbone.body, name, str(tmp_path / "own_size.pth"), (96, 192))
+    same = [key for key, value in before.items() if torch.equal(value, backbone.body.state_dict()[key])]
+    # Those that are drawn as constants.
+    assert all(before[key].unique().numel() == 1 for key in same)
+    assert backbone(torch.rand(1, 3, 96, 192))[-1].isfinite().all()
+
+
+def test_weights_that_cannot_be_resampled_are_refused_with_the_size_of_the_images(tmp_path: Path) -> None:
+    torch.save(classifier("levit_128s").state_dict(), tmp_path / "own_size.pth")
+    body = build_backbone("levit_128s", None, (128, 256)).body
+    message = (
+        r"attention_biases of shape .* for images of 128 x 256 pixels; give weights .*, or set data\.crop to the size"
+    )
+    with pytest.raises(UserError, match=message):
+        load_weights(body, "levit_128s", str(tmp_path / "own_size.pth"), (128, 256))
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model"])
@@ -118,7 +214,10 @@ def natural_noise(count: int, size: int) -> torch.Tensor:
 def test_weights_of_another_network_are_refused_with_how_many_are_missing_and_the_first(tmp_path: Path) -> None:
     torch.save(classifier("test_resnet").state_dict(), tmp_path / "other.pth")
     body = build_backbone("test_efficientnet", None).body
-    with pytest.raises(UserError, match=r"^model\.weights: .*other\.pth lacks \d+ of 80 tensors .* first is conv_stem"):
+    message = (
+        r"^model\.weights: .*other\.pth lacks \d+ of 80 tensors .* first is conv_stem\.weight, and its own first is "
+    )
+    with pytest.raises(UserError, match=message):
         load_weights(body, "test_efficientnet", str(tmp_path / "other.pth"))
 
 

@@ -69,6 +69,18 @@ def test_the_launchers_own_defaults_disagree_with_nothing(monkeypatch: pytest.Mo
     )
 
 
+def test_clipping_at_one_contradicts_a_run_only_where_it_is_written_in_the_launchers_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "1.0")
+    assert reconcile_launcher(demo()).optimizer.clip_norm == 0
+    file = {"deepspeed_config.gradient_clipping"}
+    monkeypatch.setattr("dist_pca.training.deepspeed_config.check_launcher", lambda environment: file)
+    with pytest.raises(UserError, match=r"optimizer\.clip_norm is 0\.0 in the config and 1\.0 in the launcher"):
+        reconcile_launcher(demo())
+    assert reconcile_launcher(demo("optimizer.clip_norm=1")).optimizer.clip_norm == 1
+
+
 def test_fp16_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="fp16 does not run on CPU; use bf16 or fp32"):

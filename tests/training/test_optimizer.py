@@ -146,6 +146,12 @@ def test_poly_falls_to_zero_at_its_horizon_not_at_the_last_step() -> None:
     assert factor(10415, "schedule.horizon=10416") == pytest.approx((1 / 10416) ** 0.9)
 
 
+def test_a_least_factor_ends_the_fall_and_goes_beyond_the_horizon() -> None:
+    kept = ("schedule.horizon=5000", "schedule.minimum=0.1", "training.steps=9000")
+    assert factor(2500, *kept) == factor(2500, "schedule.horizon=5000", "training.steps=5000")
+    assert factor(4999, *kept) == factor(5000, *kept) == factor(8999, *kept) == pytest.approx(0.1)
+
+
 def test_warm_up_rises_linearly_and_ends_on_the_poly_curve() -> None:
     assert factor(0, "schedule.warmup_steps=10") == pytest.approx(0.1)
     assert factor(4, "schedule.warmup_steps=10", "schedule.name=constant") == pytest.approx(0.5)
@@ -157,3 +163,23 @@ def test_the_rate_grows_with_the_batch_as_it_is_asked_to(scaling: str, expected:
     given = (f"schedule.batch_scaling={scaling}", "schedule.base_batch=8", "training.source_batch=128")
     assert factor(0, *given, "training.target_batch=128") == expected
     assert factor(0, *given, "training.target_batch=128", "schedule.warmup_steps=10") == pytest.approx(expected / 10)
+
+
+def test_parts_of_the_backbone_have_learning_rates_of_their_own() -> None:
+    model = build("test_resnet")
+    multipliers = {"stem": 0.1, "layer1": 0.5, "layer1.0.conv1": 2.0}
+    rates = settings_of(model, "lr", lr=1.0, backbone_multipliers=multipliers, head_multiplier=10.0)
+    body = {name.removeprefix("backbone.body."): rate for name, rate in rates.items() if name.startswith("backbone.")}
+    assert {body["conv1.0.weight"], body["bn1.bias"]} == {0.1}
+    assert body["layer1.0.conv1.weight"] == 2.0
+    assert body["layer1.0.conv2.weight"] == 0.5
+    assert body["layer4.0.conv2.weight"] == 1.0
+    assert rates["head.classifier.weight"] == 10.0
+    decayed = settings_of(model, "lr", lr=1.0, backbone_multipliers={"layer3": 0.5}, layer_decay=0.1)
+    plain = settings_of(model, "lr", lr=1.0, layer_decay=0.1)
+    for name, rate in decayed.items():
+        assert rate == pytest.approx(plain[name] * (0.5 if ".layer3." in name else 1.0))
+    with pytest.raises(
+        UserError, match=r"^optimizer\.backbone_multipliers: test_resnet has no part 'layr1'; .* layer1$"
+    ):
+        build_optimizer(OptimizerConfig(backbone_multipliers={"layr1": 1.0}), model)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,43 @@ def test_another_config_is_refused_with_every_key_that_differs(made: Path) -> No
     assert "objective.association.scope: world -> rank" in message
     assert "log_every" not in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ("training.steps=200",),
+            r"rate after step 80: 0\.0002 -> 0\.0006 \(schedule\.horizon=100 and a schedule\.minimum keep it low\)$",
+        ),
+        (("training.steps=200", "schedule.horizon=100", "schedule.minimum=0.2"), None),
+        (
+            ("training.steps=200", "schedule.horizon=100", "schedule.minimum=0.5"),
+            r"the learning rate after step 80: 0\.0002 -> 0\.0005$",
+        ),
+        (("optimizer.lr=0.01",), r"the learning rate after step 80: 0\.0002 -> 0\.002$"),
+        (("seed=7",), None),
+    ],
+)
+def test_a_change_of_the_learning_rate_is_named_with_both_rates(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, overrides: tuple[str, ...], line: str | None
+) -> None:
+    usual = ("optimizer.lr=0.001", "training.steps=100", "schedule.power=1", "schedule.warmup_steps=0")
+    made = demo(tmp_path, *usual)
+    checkpoint = made.folder / "checkpoints" / "step-00000080"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"step": 80}')
+    save_config(made, made.folder / "config.yaml")
+    changed = demo(tmp_path, *usual, *overrides)
+    with caplog.at_level("INFO", logger="dist_pca.training"):
+        check_resume(changed, True)
+    rates = [message for message in caplog.messages if "learning rate" in message]
+    assert len(rates) == (line is not None)
+    with pytest.raises(UserError) as refused:
+        check_resume(changed, None)
+    assert ("learning rate" in str(refused.value)) == (line is not None)
+    if line is not None:
+        assert re.search(line, rates[0])
 
 
 def test_resume_consents_to_changed_keys_and_no_resume_to_no_run(made: Path) -> None:

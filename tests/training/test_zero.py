@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.training.zero_runs import STEPS, assert_equal, plain, run_config, through_deepspeed
+from tests.training.zero_runs import STEPS, assert_equal, network, plain, run_config, through_deepspeed
 
 
 @pytest.mark.slow
@@ -80,3 +82,29 @@ def test_a_checkpoint_goes_on_under_another_stage_and_world_size(tmp_path: Path,
     checkpoint = through_deepspeed(tmp_path, run_config(1, optimizer), 1, first=3, last=4, load=checkpoint)
     config = run_config(1, optimizer)
     assert_equal(checkpoint, plain(config, 4), config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [
+        (1, "[stem,layer1]"),
+        (3, "[stem,layer1]"),
+        pytest.param(2, "[stem,layer1]", marks=pytest.mark.exhaustive),
+        pytest.param(1, "[backbone]", marks=pytest.mark.exhaustive),
+        pytest.param(2, "[backbone]", marks=pytest.mark.exhaustive),
+        (3, "[backbone]"),
+    ],
+)
+def test_frozen_parts_stay_as_they_are_under_every_stage_and_in_the_average(
+    tmp_path: Path, stage: int, parts: str
+) -> None:
+    config = run_config(stage, "sgd", f"model.freeze={parts}", "training.ema_decay=0.9")
+    checkpoint = through_deepspeed(tmp_path, config, 2)
+    assert_equal(checkpoint, plain(config, STEPS), config)
+    before = network(config)
+    frozen = {name: value for name, value in before.named_parameters() if not value.requires_grad}
+    assert len(frozen) > 5
+    for part in ("model", "ema"):
+        found = load_file(checkpoint / f"{part}.safetensors")
+        assert all(torch.equal(found[name], value) for name, value in frozen.items())

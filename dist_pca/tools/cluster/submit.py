@@ -1,5 +1,6 @@
 """Filling in the batch script of a run, and handing it to SLURM."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -13,6 +14,9 @@ from dist_pca.errors import UserError
 LEAST_SECONDS = 600
 """Shortest time of a job: the last five minutes are for saving."""
 _DIRECTIVE = re.compile(r"#SBATCH --([\w-]+)(?:=(.*))?")
+GPU_OPTIONS = ("gres", "gpus", "gpus-per-node", "gpus-per-task")
+"""Options of sbatch that ask for GPUs."""
+_GPU_DIRECTIVE = re.compile(r"#SBATCH\s+(--gres[= ](\S*,)?(gres[:/])?gpu\b|--gpus(-per-node|-per-task)?[= ]|-G)")
 _DAYS = re.compile(r"(\d+)-(\d+)(?::(\d\d))?(?::(\d\d))?")
 _CLOCK = re.compile(r"()(?:(\d+):)?(\d+):(\d\d)")
 _MINUTES = re.compile(r"()()(\d+)()")
@@ -50,6 +54,9 @@ def render(script: str, directives: Mapping[str, str | None], arguments: Sequenc
         UserError: it has no #SBATCH lines, or an option holds a line break.
     """
     lines = script.splitlines()
+    if any(name in GPU_OPTIONS for name in directives):
+        # Two directives for GPUs fail where they differ.
+        lines = [line for line in lines if not _GPU_DIRECTIVE.match(line) or _option(line) in directives]
     places = [place for place, line in enumerate(lines) if line.startswith("#SBATCH")]
     if not places:
         raise UserError("--script: holds no #SBATCH line; start from launch/slurm/train.sbatch")
@@ -59,10 +66,10 @@ def render(script: str, directives: Mapping[str, str | None], arguments: Sequenc
             raise UserError(f"--{name}: an option of sbatch cannot hold a line break")
     filled: list[str] = []
     for place, line in enumerate(lines):
-        found = _DIRECTIVE.fullmatch(line)
-        if found is not None and found[1] in directives:
-            if (value := left.pop(found[1], None)) is not None:
-                filled.append(_directive(found[1], value))
+        option = _option(line)
+        if option is not None and option in directives:
+            if (value := left.pop(option, None)) is not None:
+                filled.append(_directive(option, value))
         elif line == "PYTHON=(python)" and python is not None:
             filled.append(f"PYTHON=({shlex.quote(python)})")
         else:
@@ -114,7 +121,14 @@ def submit(script: str, folder: Path) -> str:
     made = [path for path in (logs, *logs.parents) if not path.exists()]
     logs.mkdir(parents=True, exist_ok=True)
     try:
-        done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["sbatch", "--parsable"],
+            input=script,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=outside_jobs(os.environ),
+        )
         refusal = " ".join(done.stderr.split()) if done.returncode != 0 else ""
     except FileNotFoundError:
         refusal = "no such command here; submit on a machine of the cluster, or see the script with --dry-run"
@@ -127,6 +141,16 @@ def submit(script: str, folder: Path) -> str:
     job = done.stdout.strip().split(";")[0]
     (logs / f"{job}.sbatch").write_text(script)
     return job
+
+
+def outside_jobs(environment: Mapping[str, str]) -> dict[str, str]:
+    """Leave out of an environment what SLURM has set for the job in which this process may run.
+
+    Jobs inherit the environment from which they are submitted, and memory limits, bindings and GPUs of another job
+    contradict their own.
+    """
+    kept = ("SLURM_CONF",)
+    return {name: value for name, value in environment.items() if name in kept or not name.startswith("SLURM_")}
 
 
 def train_directives(
@@ -157,21 +181,51 @@ def train_directives(
         further: Any others, as `key` or `key=value`.
 
     Raises:
-        UserError: the time is none, or too short.
+        UserError: the time is none, or too short, or `further` asks for another number of GPUs.
     """
     parse_time(time)
     chosen = {"partition": partition, "account": account, "qos": qos}
-    others = (option.removeprefix("--").partition("=") for option in further)
+    others = {key: value for key, _, value in (option.removeprefix("--").partition("=") for option in further)}
+    for key, value in others.items():
+        wanted = gpus_asked_for(key, value, nodes)
+        if wanted is not None and wanted != gpus_per_node:
+            raise UserError(
+                f"--sbatch {key}={value}: asks for {wanted:g} GPUs on each node, and --gpus-per-node for "
+                f"{gpus_per_node}; make them equal"
+            )
+    by_hand = any(gpus_asked_for(key, value, nodes) is not None for key, value in others.items())
     return {
         "job-name": name,
         "output": f"{folder}/slurm/%j.out",
         "nodes": str(nodes),
-        "gpus-per-node": str(gpus_per_node) if gpus_per_node else None,
+        "gpus-per-node": str(gpus_per_node) if gpus_per_node and not by_hand else None,
         "cpus-per-task": str(cpus_per_node),
         "time": time,
         **{key: value for key, value in chosen.items() if value is not None},
-        **{key: value for key, _, value in others},
+        **others,
     }
+
+
+def gpus_asked_for(option: str, value: str, nodes: int) -> float | None:
+    """GPUs that an option of sbatch asks for on each node; None if it asks for none.
+
+    Args:
+        option: Its name, without dashes.
+        value: Its value, such as `gpu:a100:8` of `gres` or `a100:8` of `gpus-per-node`.
+        nodes: Nodes of the job, each with one task.
+    """
+    parts = [part.removeprefix("gres:").removeprefix("gres/") for part in value.split(",")]
+    if option == "gres":
+        parts = [part.partition(":")[2] for part in parts if re.fullmatch(r"gpu(:.*)?", part)]
+    elif option not in GPU_OPTIONS:
+        return None
+    counts = [int(last) if (last := part.rpartition(":")[2]).isdecimal() else 1 for part in parts]
+    return (sum(counts) / (nodes if option == "gpus" else 1)) if counts else None
+
+
+def _option(line: str) -> str | None:
+    found = _DIRECTIVE.fullmatch(line)
+    return None if found is None else found[1]
 
 
 def _directive(name: str, value: str) -> str:

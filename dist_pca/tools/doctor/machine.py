@@ -6,6 +6,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,14 +14,18 @@ import torch
 import torch.distributed as dist
 
 from dist_pca.config import RunConfig
+from dist_pca.cores import available_memory, free_shared_memory, usable_cores
 from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.data.remote import is_remote
 from dist_pca.errors import UserError
 from dist_pca.tools.doctor.check import VERSIONS, Check
 from dist_pca.tools.planning.predict import images_per_rank
 from dist_pca.training.accumulation import fit_accumulation
+from dist_pca.training.limits import lack_of_shared_memory, shared_memory_bytes
 from dist_pca.training.run_folder import PACKAGES
 
+LEAST_MEMORY, LEAST_SHARED = 4e9, 1e9
+"""Free bytes of memory and shared memory below which many runs do not fit."""
 ENOUGH_DISK, LEAST_DISK = 20e9, 1e9
 """Free bytes below which a run may not have the space for its checkpoints, and below which it has not."""
 
@@ -33,7 +38,8 @@ def machine_checks(config: RunConfig | None, world_size: int, folder: Path) -> l
         world_size: Ranks that it is to be trained on.
         folder: Where runs are to be written.
     """
-    checks = [versions(), gpus(), backends(), deepspeed_operations(config), disk(folder)]
+    checks = [versions(), gpus(), backends(), deepspeed_operations(config), disk(folder), memory()]
+    checks.append(shared_memory(config, world_size))
     if config is not None:
         checks += [batches(config, world_size), *(shards(config, domain) for domain in ("source", "target"))]
     return checks
@@ -138,6 +144,47 @@ def disk(folder: Path) -> Check:
     if least < LEAST_DISK:
         return Check("disk", "fail", text, remedy)
     return Check("disk", "warn", text, remedy) if least < ENOUGH_DISK else Check("disk", "pass", text)
+
+
+def memory() -> Check:
+    """Cores and memory that this process may use, which a container may limit."""
+    cores, there, free = usable_cores(), os.cpu_count() or 1, available_memory()
+    text = f"{free / 1e9:.1f} GB of memory free, {cores} of {there} cores usable"
+    if free < LEAST_MEMORY:
+        return Check("memory", "warn", text, "give the container or job more memory, or end what else runs there")
+    return Check("memory", "pass", text)
+
+
+def shared_memory(config: RunConfig | None, world_size: int) -> Check:
+    """Room in /dev/shm for the batches of loader processes."""
+    free = free_shared_memory()
+    if free is None:
+        return Check("shared memory", "pass", "no /dev/shm here")
+    found = f"{free / 1e6:,.0f} MB free in /dev/shm"
+    if config is not None:
+        # Shards that cannot be read have a line of their own.
+        with suppress(UserError):
+            lack = lack_of_shared_memory(
+                _shared_bytes(config, world_size), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            )
+            return Check("shared memory", "pass", found) if lack is None else _failure("shared memory", lack)
+    if free < LEAST_SHARED:
+        remedy = "give the container more (docker run --shm-size), or set data.workers=0"
+        return Check("shared memory", "warn", found, remedy)
+    return Check("shared memory", "pass", found)
+
+
+def _failure(name: str, message: str) -> Check:
+    found, _, remedy = message.rpartition("; ")
+    return Check(name, "fail", found, remedy)
+
+
+def _shared_bytes(config: RunConfig, world_size: int) -> int:
+    cache = cache_settings(config.data.cache)
+    sources = [open_manifest(folder, cache) for folder in config.data.folders("source")]
+    targets = [open_manifest(folder, cache) for folder in config.data.folders("target") if config.objective.adapt]
+    validation = None if config.data.validation is None else open_manifest(config.data.validation, cache)
+    return shared_memory_bytes(fit_accumulation(config, world_size), sources, targets, validation, world_size)
 
 
 def batches(config: RunConfig, world_size: int) -> Check:

@@ -20,7 +20,7 @@ from dist_pca.config import RunConfig
 from dist_pca.data.collate import Batch
 from dist_pca.errors import UserError
 from dist_pca.model.frozen import FrozenBackbone
-from dist_pca.model.segmenter import Output, Segmenter, build_segmenter
+from dist_pca.model.segmenter import Output, Segmenter, build_segmenter, fit_to_crop
 from dist_pca.objective import Domains, objective
 from dist_pca.objective.cycle_association import SIMILARITY
 from dist_pca.objective.grid import pixels_at
@@ -108,7 +108,8 @@ def run_network(config: RunConfig, classes: int, source_images: int, target_imag
     Raises:
         UserError: the network cannot be built.
     """
-    plain = config.model.model_copy(update={"weights": "scratch", "compile": False})
+    fitted = fit_to_crop(config.model, config.data.crop)
+    plain = fitted.model_copy(update={"weights": "scratch", "compile": False})
     with torch.device("meta"):
         real = build_segmenter(plain, classes)
     real.gives_deepest = config.objective.feature_distance.weight > 0

@@ -90,6 +90,18 @@ def test_two_nodes_train_to_the_end(unbroken: Path) -> None:
     assert outcome.code == ExitCode.DONE
 
 
+def test_a_job_submitted_from_within_another_follows_nothing_of_that_one(cluster: Cluster, streets: Path) -> None:
+    size = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=1", "--time=30", "--output=inner.out")
+    inherited = {"SLURM_MEM_PER_CPU": "1000", "SLURM_CPU_BIND": "verbose,mask_cpu:0x1", "SLURM_TRES_PER_TASK": "cpu:9"}
+    inherited |= {"SLURM_GPUS": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "3"}
+    job = cluster.call("sbatch", "--parsable", *size, TRAIN, *arguments(streets, "inner"), **inherited)
+    assert cluster.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT")["JobState"] == "COMPLETED", (
+        cluster.folder / "inner.out"
+    ).read_text()
+    (start,) = read_launch_log(streets / "runs" / "inner")
+    assert start.world_size == 2
+
+
 def test_a_job_that_runs_out_of_time_saves_is_requeued_and_finishes(
     cluster: Cluster, streets: Path, unbroken: Path
 ) -> None:

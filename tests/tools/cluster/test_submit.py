@@ -125,6 +125,61 @@ def test_on_cpus_no_gpu_is_asked_for() -> None:
     assert (further["mem"], further["exclusive"], further["comment"]) == ("0", "", "a=b")
 
 
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        ("gres=gpu:4", 4),
+        ("gres=gpu:a100:4", 4),
+        ("gres=tmpdisk:10,gpu:a100:3", 3),
+        ("gres=gpu", 1),
+        ("gpus=a100:8", 4),
+        ("gpus-per-node=a100:2", 2),
+        ("gpus-per-task=h100:4", 4),
+        ("gres=tmpdisk:10", None),
+        ("constraint=gpu", None),
+    ],
+)
+def test_gpus_are_asked_for_once(option: str, wanted: int | None) -> None:
+    size: dict[str, Any] = {"name": "a", "folder": Path("runs/a"), "nodes": 2, "cpus_per_node": 4, "time": "10"}
+    directives = train_directives(**size, gpus_per_node=wanted or 4, further=[option])
+    lines = [line for line in render(SCRIPT, directives, ["demo"], None).splitlines() if line.startswith("#SBATCH")]
+    asking = [line for line in lines if "gpu" in line and "constraint" not in line]
+    assert asking == [f"#SBATCH --{option}" if wanted else "#SBATCH --gpus-per-node=4"]
+    if wanted is not None:
+        with pytest.raises(
+            UserError, match=rf"--sbatch .*asks for {wanted} GPUs on each node, and .* for 9; make them"
+        ):
+            train_directives(**size, gpus_per_node=9, further=[option])
+
+
+@pytest.mark.parametrize("own", ["--gres=gpu:a100:8", "--gres gpu:8", "--gres=disk:1,gpu:2", "-G 8", "--gpus=8"])
+def test_a_sites_own_directive_for_gpus_gives_way(own: str) -> None:
+    script = SCRIPT.replace("#SBATCH --gpus-per-node=8", f"#SBATCH {own}\n#SBATCH --gres=disk:3")
+    lines = render(script, {"gpus-per-node": "4"}, ["demo"], None).splitlines()
+    assert f"#SBATCH {own}" not in lines
+    assert {"#SBATCH --gpus-per-node=4", "#SBATCH --gres=disk:3"} <= set(lines)
+
+
+def test_sbatch_sees_nothing_of_a_job_that_it_is_called_from(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_sbatch(tmp_path, monkeypatch, f"env > {tmp_path}/seen; cat > /dev/null; echo 4711")
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "vision", "HF_HOME": "/models"}
+    dropped = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_MEM_PER_CPU": "2000",
+        "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+        "SLURM_GPUS": "1",
+    }
+    for name, value in (kept | dropped).items():
+        monkeypatch.setenv(name, value)
+    done = submit(shards, tmp_path, *SIZE)
+    assert done.exit_code == 0, done.output
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
+    assert kept.items() <= seen.items()
+    assert {name for name in seen if name.startswith("SLURM_")} == {"SLURM_CONF"}
+
+
 def test_a_dry_run_shows_the_script_and_leaves_nothing(shards: Path, tmp_path: Path) -> None:
     done = submit(shards, tmp_path, *SIZE, "--dry-run", "--partition", "gpu", "--sbatch", "mem=0")
     assert done.exit_code == 0, done.output

@@ -1,0 +1,60 @@
+"""What is checked before any process waits for another."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_pca.config import RunConfig, load_config
+from dist_pca.errors import UserError
+from dist_pca.resources import resource
+from dist_pca.shards.build import build_shards
+from dist_pca.tools.demo.streets import DAY, write_streets
+from dist_pca.training.prepare import prepare_run
+from dist_pca.training.run_folder import RunData, check_resume, create_run
+
+FIXED_SIZE = ("model.backbone=test_maxvit", "model.weights=scratch", "model.output_stride=null")
+
+
+@pytest.fixture(scope="module")
+def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("streets")
+    write_streets(folder / "raw", DAY, split="day", indices=range(2), seed=0, size=(64, 96))
+    build_shards("folder", folder / "raw", folder / "day", workers=1)
+    return folder
+
+
+def fixed_size_run(streets: Path, output: Path, *more: str) -> RunConfig:
+    shards = (f"data.{part}={streets}/day" for part in ("source", "target", "validation"))
+    fixed = ("data.shorter_edge=[64,64]", "data.crop=[64,96]", *FIXED_SIZE)
+    return load_config(resource("configs", "demo"), [f"output={output}", *shards, *fixed, *more])
+
+
+def test_a_run_whose_backbone_was_built_for_the_crop_resumes_as_the_same_run(streets: Path, tmp_path: Path) -> None:
+    config = fixed_size_run(streets, tmp_path, "evaluation.input_size=null")
+    plan = prepare_run(config, world_size=1, resume=None)
+    assert plan.config.model.image_size == (64, 96)
+    create_run(plan.config, RunData(plan.classes, plan.sources, plan.targets), world_size=1, start_step=0)
+    check_resume(config, None)
+    assert prepare_run(config, world_size=1, resume=None).config == plan.config
+
+
+@pytest.mark.parametrize(
+    ("protocol", "shown"),
+    [
+        (("evaluation.input_size=[96,160]",), "96 x 160"),
+        (("evaluation.scales=[1.0,1.5]",), "96 x 144"),
+        (("evaluation.window=[64,64]",), "64 x 64"),
+        (("evaluation.input_size=[128,192]", "evaluation.window=[64,96]"), None),
+        (("evaluation.input_size=[128,192]",), None),
+    ],
+)
+def test_sizes_at_which_validation_would_fail_are_refused_before_training(
+    streets: Path, tmp_path: Path, protocol: tuple[str, ...], shown: str | None
+) -> None:
+    config = fixed_size_run(streets, tmp_path, "evaluation.input_size=null", *protocol)
+    if shown is None:
+        prepare_run(config, world_size=1, resume=None)
+        return
+    message = rf"^evaluation\.window: test_maxvit cannot take images of {shown} pixels; set it to .*\[64, 96\], and "
+    with pytest.raises(UserError, match=message):
+        prepare_run(config, world_size=1, resume=None)
