@@ -235,7 +235,9 @@ def has_ema(checkpoint: Path) -> bool:
     Raises:
         UserError: its `state.json` cannot be read.
     """
-    return (checkpoint / "ema.safetensors").is_file() or "ema.safetensors" in read_state(checkpoint).get("files", [])
+    if (checkpoint / "ema.safetensors").is_file() or not (checkpoint / "state.json").is_file():
+        return (checkpoint / "ema.safetensors").is_file()
+    return "ema.safetensors" in read_state(checkpoint).get("files", [])
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
