@@ -24,8 +24,8 @@ from dist_pca.association.options import (
     Precision,
 )
 from dist_pca.association.result import Association, correct_ratio, count, total
-from dist_pca.association.validate import NAMES, RankMetadata, Tensors, validate
-from dist_pca.distributed import all_reduce_sum, is_rank0, world_size
+from dist_pca.association.validate import NAMES, Tensors, validate
+from dist_pca.distributed import all_gather, all_reduce_sum, is_rank0, world_size
 
 GATHER_BYTES = 4 << 30
 """Memory up to which `auto` gathers the keys of all ranks and their gradients [bytes per rank]; beyond it, `ring`."""
@@ -221,20 +221,20 @@ def _solve(
         ValueError: on every rank together, naming each rank and tensor that is wrong.
     """
     tensors = dict(zip(NAMES, columns, strict=True))
-    metadata = validate(tensors, options)
+    validated = validate(tensors, options)
     candidate_sets = _inputs(tensors)
     device = candidate_sets[0].source.device
     local = options.communication == "local" or world_size(process_group) == 1
-    members = [] if local else dist.get_process_group_ranks(process_group or dist.group.WORLD)
     if options.implementation == "auto":
         options = replace(options, implementation=_fastest(device, options.dtype))
     groups = [
-        _candidate_group(inputs, [metadata[rank] for rank in members], process_group, options)
+        CandidateGroup("local", process_group, 0, 1, [len(inputs.source)], [len(inputs.target)])
+        if local
+        else _candidate_group(inputs, validated.channels, process_group, options)
         for inputs in candidate_sets
     ]
     _log_once(options.implementation, groups[0].communication, groups[0].ranks, options.dtype)
     find_cycles = method.find_cycles if options.implementation == "reference" else streamed.find_cycles
-    confusion = any(rank.tensors["target_labels"].given for rank in metadata)
 
     loss_sum = torch.zeros((), device=device)
     counts, contrasts = [], []
@@ -242,7 +242,7 @@ def _solve(
     with torch.autocast(device.type, enabled=False):
         for inputs, candidates in zip(candidate_sets, groups, strict=True):
             cycles = find_cycles(inputs, candidates, options)
-            counts.append(count(inputs, cycles, candidates, options, confusion=confusion))
+            counts.append(count(inputs, cycles, candidates, options, confusion=validated.target_labels))
             if options.class_balanced:
                 # Their scale is not known before all candidate sets are counted.
                 contrasts.append(cycles.contrast)
@@ -265,7 +265,7 @@ def _solve(
     sent = weight.new_tensor(sum(candidates.sent_bytes for candidates in groups))
     with phase("communication"):
         mean_loss, mean_sent = all_reduce_sum(torch.stack([loss.detach().double(), sent])) / world_size()
-    matrices = sums.confusion if confusion else sums.confusion.new_zeros((2, *sums.confusion.shape[1:]))
+    matrices = sums.confusion if validated.target_labels else sums.confusion.new_zeros((2, *sums.confusion.shape[1:]))
     return Association(
         loss=loss,
         kept=kept.long(),
@@ -302,24 +302,24 @@ def _inputs(tensors: Tensors) -> list[Inputs]:
 
 
 def _candidate_group(
-    inputs: Inputs, members: list[RankMetadata], process_group: dist.ProcessGroup | None, options: Options
+    inputs: Inputs, channels: int, process_group: dist.ProcessGroup | None, options: Options
 ) -> CandidateGroup:
-    """Build the group of the given ranks, or of this rank alone if there are none."""
-    if not members:
-        return CandidateGroup("local", process_group, 0, 1, [len(inputs.source)], [len(inputs.target)])
+    """Build the group of the ranks whose pixels are candidates for each other. Collective over them."""
+    own = torch.tensor([len(inputs.source), len(inputs.target)], device=inputs.source.device)
+    with phase("communication"):
+        source_counts, target_counts = all_gather(own[None], process_group).T.tolist()
     communication = options.communication
     if communication not in ("gather", "ring"):
         # All ranks' keys in their type, and their gradients in fp32.
-        rows = sum(rank.source_rows + rank.target_rows for rank in members)
-        needed = rows * members[0].channels * (4 + (2 if options.dtype == "bf16" else 4))
+        needed = sum(source_counts + target_counts) * channels * (4 + (2 if options.dtype == "bf16" else 4))
         communication = "gather" if needed <= GATHER_BYTES else "ring"
     return CandidateGroup(
         communication,
         process_group,
         dist.get_rank(process_group),
-        len(members),
-        [rank.source_rows for rank in members],
-        [rank.target_rows for rank in members],
+        len(source_counts),
+        source_counts,
+        target_counts,
         torch.bfloat16 if options.comm_dtype == "bf16" else None,
     )
 

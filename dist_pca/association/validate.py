@@ -1,7 +1,8 @@
 """Input validation across ranks, before the first collective of the loss.
 
-A wrong tensor on one rank would leave the others waiting in a collective, or go unnoticed in the loss of all. So ranks
-first all-gather the shapes and ranges of their inputs, and each validates the inputs of all.
+A wrong tensor on one rank would leave the others waiting in a collective, or go unnoticed in the loss of all. So each
+rank first validates its own inputs, and one maximum over ranks, of constant size, finds whether any is wrong or unlike
+the others'. Only then are the shapes and ranges of all ranks' inputs gathered, for the message.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,24 +68,18 @@ class RankMetadata(NamedTuple):
     tensors: dict[str, TensorMetadata]
     """Inputs by name."""
 
-    @property
-    def source_rows(self) -> int:
-        """Source pixels of this rank."""
-        return self.tensors["source"].rows
 
-    @property
-    def target_rows(self) -> int:
-        """Target pixels of this rank."""
-        return self.tensors["target"].rows
+class Validated(NamedTuple):
+    """What is known of all ranks' inputs once they are valid."""
 
-    @property
-    def channels(self) -> int:
-        """Channels C of both domains."""
-        return self.tensors["source"].channels
+    channels: int
+    """Channels C of both domains."""
+    target_labels: bool
+    """Whether any rank has target labels."""
 
 
-def validate(tensors: Tensors, options: Options) -> list[RankMetadata]:
-    """Validate the inputs of all ranks and return their metadata in rank order. Collective over the world.
+def validate(tensors: Tensors, options: Options) -> Validated:
+    """Validate the inputs of all ranks. Collective over the world.
 
     Args:
         tensors: Inputs by the names of `NAMES`: pixels [n, C], or vectors [n].
@@ -93,27 +88,47 @@ def validate(tensors: Tensors, options: Options) -> list[RankMetadata]:
     Raises:
         ValueError: on every rank together, naming each rank and tensor that is wrong.
     """
-    sources, targets, ranks = tensors["source"], tensors["target"], world_size()
+    sources, targets = tensors["source"], tensors["target"]
     assert sources is not None
     assert targets is not None
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (*sources, *targets))
     metadata = [_metadata(name, tensors, options.ignore_index) for name in NAMES]
     numbers = [crc32(repr(options).encode()), int(gradients), *(number for tensor in metadata for number in tensor)]
-    row = torch.tensor(numbers, dtype=torch.int64, device=sources[0].device)
-    table = [row]
-    if ranks > 1:
-        table = [torch.empty_like(row) for _ in range(ranks)]
+    own, row = _rank_metadata(numbers), torch.tensor(numbers, dtype=torch.int64, device=sources[0].device)
+    problems, labelled = _problems(own, own, options), own.tensors["target_labels"].given
+    if world_size() > 1:
+        shared = _equal_on_all_ranks(own)
+        # The least of a number is minus the largest of its negative.
+        largest = row.new_tensor([*shared, *(-number for number in shared), bool(problems), labelled])
         with phase("communication"):
-            dist.all_gather(table, row)
-    all_ranks = [_rank_metadata(row.tolist()) for row in table]
-    problems = [
-        f"rank {rank}: {problem}" if ranks > 1 else problem
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        *both, any_problem, labelled = largest.tolist()
+        if any_problem or any(
+            most != -least for most, least in zip(both[: len(shared)], both[len(shared) :], strict=True)
+        ):
+            problems = _problems_of_all_ranks(row, options)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return Validated(own.tensors["source"].channels, bool(labelled))
+
+
+def _equal_on_all_ranks(inputs: RankMetadata) -> list[int]:
+    """Numbers by which `_problems` compares a rank with rank 0."""
+    source, guide = (inputs.tensors[name] for name in ("source", "guide source"))
+    given = [inputs.tensors[name].given for name in SAME_ON_ALL_RANKS]
+    sizes = [source.tensors, source.channels, source.element_size, guide.channels]
+    return [inputs.options, inputs.gradients, *given, *sizes]
+
+
+def _problems_of_all_ranks(row: torch.Tensor, options: Options) -> list[str]:
+    table = [torch.empty_like(row) for _ in range(world_size())]
+    dist.all_gather(table, row)
+    all_ranks = [_rank_metadata(numbers.tolist()) for numbers in table]
+    return [
+        f"rank {rank}: {problem}"
         for rank, inputs in enumerate(all_ranks)
         for problem in _problems(inputs, all_ranks[0], options)
     ]
-    if problems:
-        raise ValueError("; ".join(problems))
-    return all_ranks
 
 
 def _rank_metadata(row: list[int]) -> RankMetadata:
