@@ -57,6 +57,14 @@ dist-pca bench train
 dist-pca bench train --repeats 40 --json
 """
 
+_SCALE_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca bench scale
+
+dist-pca bench scale --worlds 4,8 --scope world --lovasz-bins 0 --json
+"""
+
 _TABLE_EXAMPLES = """
 [bold]Examples[/]
 
@@ -308,6 +316,37 @@ def train(
     Console(highlight=False).print(report.rich_table(f"{report.device_name()}: train", rows))
 
 
+@app.command("scale", epilog=_SCALE_EXAMPLES)
+def scale(
+    worlds: Annotated[str, typer.Option(help="Numbers of ranks, with commas between them.")] = "8,16,32",
+    scope: Annotated[Literal["rank", "world"], typer.Option(help="Candidates of the association.")] = "rank",
+    lovasz_bins: Annotated[
+        int, typer.Option(min=0, help="Bins of Lovasz-Softmax over all ranks; 0 sorts all ranks' pixels.")
+    ] = 4096,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps, of which the mean counts.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Measure what a training step takes of one rank as ranks are added: seconds, memory and bytes sent, by phase.
+
+    Every rank is a small process of its own with one source and one target image. They share this machine's cores, so
+    seconds are CPU seconds of one rank; the wall time of a step, in which the cores serve all ranks, is in the JSON.
+    Network, batch norm over ranks, objective and the sum of gradients are those of training; DeepSpeed is left out.
+    """
+    from dist_pca.tools.bench import report
+    from dist_pca.tools.bench.scale import ScaleCase, measure_scale, scale_rows
+
+    numbers = _sizes(worlds, "--worlds")
+    console = Console(stderr=True)
+    with console.status("") as status:
+        records = measure_scale(numbers, ScaleCase(scope, lovasz_bins or None, steps), status.update)
+    if as_json:
+        typer.echo(report.to_json(records))
+        return
+    printer = Console(highlight=False)
+    title = f"{report.device_name()}: a step of one rank, association of scope {scope}"
+    printer.print(report.rich_table(title, scale_rows(records)))
+
+
 @app.command("table", epilog=_TABLE_EXAMPLES)
 def table(
     file: Annotated[
@@ -325,8 +364,8 @@ def _values(chosen: Iterable[Enum]) -> tuple[Any, ...]:
     return tuple(choice.value for choice in chosen)
 
 
-def _sizes(sweep: str | None) -> list[int]:
-    parts = [] if sweep is None else sweep.split(",")
+def _sizes(sizes: str | None, option: str = "--sweep") -> list[int]:
+    parts = [] if sizes is None else sizes.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"--sweep {sweep}: give sizes above 0 with commas between them, for example 1024,2048,4096")
+        raise UserError(f"{option} {sizes}: give sizes above 0 with commas between them, for example 1024,2048,4096")
     return [int(part) for part in parts]

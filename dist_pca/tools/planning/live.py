@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, operation by operation."""
+"""Bytes of tensors that are alive, and bytes that collectives send, operation by operation."""
 
 import weakref
 from collections import defaultdict
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,7 +15,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is open, counts every storage that an operation gives out, until the last tensor on it is gone.
 
     Real tensors and fake ones alike, but none on the meta device; in forward and backward passes and optimiser steps of
-    this thread. What an operation allocates and frees within itself is not seen.
+    this thread. What an operation allocates and frees within itself is not seen. Beside that, it counts what this rank
+    sends by collectives over all ranks, whoever calls them, as a ring of ranks sends it.
     """
 
     def __init__(self) -> None:
@@ -24,6 +26,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase = ""
         self.peaks: defaultdict[str, int] = defaultdict(int)
         """Most that was alive in each phase."""
+        self.sent: defaultdict[str, float] = defaultdict(float)
+        """Bytes sent to other ranks in each phase."""
         self._known: dict[int, weakref.finalize[..., Any]] = {}
 
     def begin(self, phase: str) -> None:
@@ -49,7 +53,32 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         del self._known[key]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let the operation happen and count what it gives."""
+        """Let the operation happen, and count what it gives and sends."""
+        if function.namespace == "c10d":
+            self.sent[self.phase] += _ring_bytes(function.name().removeprefix("c10d::").rstrip("_"), args)
         result = function(*args, **(kwargs or {}))
         self.count(tree_leaves(result))
         return result
+
+
+def _ring_bytes(name: str, args: Any) -> float:
+    ranks = dist.get_world_size()
+    others = ranks - 1
+    if name == "allreduce":
+        return 2 * others / ranks * _size(args[0])
+    if name in ("allgather", "_allgather_base"):
+        return others * _size(args[1])
+    if name in ("reduce_scatter", "_reduce_scatter_base", "alltoall_base"):
+        return others / ranks * _size(args[1])
+    if name == "send":
+        return _size(args[0])
+    if name == "broadcast":
+        return others / ranks * _size(args[0])
+    if name == "gather":
+        return _size(args[1])
+    assert name in ("barrier", "recv"), name
+    return 0.0
+
+
+def _size(values: Any) -> int:
+    return sum(value.nbytes for value in tree_leaves(values) if isinstance(value, torch.Tensor))

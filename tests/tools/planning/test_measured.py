@@ -54,7 +54,7 @@ def measured(folder: Path, name: str, ranks: int, stage: int, *more: str) -> dic
     phases = ("teacher", "forward", "backward", "optimizer")
     return {
         "peaks": {phase: told["peaks"][f"{STEPS} {phase}"] for phase in phases},
-        "sent": sum(size for phase in phases for size in told["sent"].get(f"{STEPS} {phase}", {}).values()),
+        "sent": sum(told["sent"].get(f"{STEPS} {phase}", 0) for phase in phases),
         "metrics": json.loads(lines[-1]),
     }
 
