@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_pca.console import plain_console
 from dist_pca.errors import UserError, explain
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def evaluate(
         raise UserError(f"--write-scores: the shards {manifest.folder} have no labels; leave the option out")
     missing = missing_classes(manifest, classes, config.evaluation.class_map) if manifest.labelled else {}
     rank, world_size, device = join_ranks()
-    console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=rank != 0)
+    console = plain_console(stderr=True, soft_wrap=True, quiet=rank != 0)
     for line in describe_missing(manifest, missing):
         console.print(f"warning: {line}", style="yellow", markup=False)
     scores = None
@@ -208,7 +208,7 @@ def evaluate(
     if rank != 0:
         return
     if scores is not None:
-        typer.echo(scores.to_json()) if as_json else Console().print(table(scores, f"{run} on {shards}"))
+        typer.echo(scores.to_json()) if as_json else plain_console().print(table(scores, f"{run} on {shards}"))
     if write_scores is not None:
         typer.echo(f"{write_scores}: {', '.join(sorted(path.name for path in write_scores.iterdir()))}", err=True)
     if write_predictions is not None:
@@ -283,7 +283,7 @@ def predict(
         aggregation=aggregation,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = plain_console(stderr=True, soft_wrap=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images, left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(files))
@@ -343,7 +343,7 @@ def export(
         require_onnx()
     config, classes, model = load_run(run, checkpoint, weights=weights)
     # Bind the console to the file now, because stderr is redirected during PyTorch's export.
-    with Console(file=sys.stderr).status("exporting"):
+    with plain_console(file=sys.stderr).status("exporting"):
         difference = write(model, config, classes, out, onnx=onnx, onnx_size=onnx_size)
     typer.echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if difference is not None:

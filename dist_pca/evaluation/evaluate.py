@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from torch import nn
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo, label_set_members
 from dist_pca.config import RunConfig
+from dist_pca.console import plain_console
 from dist_pca.data.class_table import missing_classes
 from dist_pca.data.stream import EvaluationSample, evaluation_stream
 from dist_pca.errors import UserError
@@ -172,9 +171,9 @@ def _predictions(
         with closing(samples):
             for sample in track(
                 samples,
-                f"evaluating {escape(manifest.folder.name)}",
+                "evaluating",
                 total=len(range(rank, manifest.samples, world_size)),
-                console=Console(stderr=True),
+                console=plain_console(stderr=True),
                 disable=quiet or rank != 0,
             ):
                 height, width = sample.image.shape[:2]

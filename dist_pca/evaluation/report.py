@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import Self
@@ -117,15 +116,15 @@ COLUMNS = {"iou": "IoU", "precision": "precision", "recall": "recall", "f1": "F1
 def table(scores: Scores, title: str | None = None) -> Table:
     """Tabulate one network's scores in per cent; a dash means that there is nothing to score."""
     by_class = {name: getattr(scores, name) for name in COLUMNS if getattr(scores, name)}
-    result = Table("class", title=title and escape(title), title_justify="left")
+    result = Table("class", title=title, title_justify="left")
     for name in by_class:
         result.add_column(COLUMNS[name], justify="right")
     for row in zip(scores.classes, *by_class.values(), strict=True):
-        result.add_row(Text(row[0]), *map(_per_cent, row[1:]))
+        result.add_row(row[0], *map(_per_cent, row[1:]))
     result.add_section()
     result.add_row("mean", *(_per_cent(getattr(scores, f"mean_{name}")) for name in by_class))
     for name, value in scores.label_sets.items():
-        result.add_row(Text(f"mean of {name}"), _per_cent(value))
+        result.add_row(f"mean of {name}", _per_cent(value))
     result.add_row("pixel accuracy", _per_cent(scores.pixel_accuracy))
     result.add_section()
     result.add_row("images", str(scores.images))
@@ -148,11 +147,11 @@ def compare_table(
         differences = [("difference", 0, 1)] if len(runs) == 2 else []
     result = Table("class")
     for title in (*(title for title, _ in runs), *(title for title, _, _ in differences)):
-        result.add_column(Text(title), justify="right")
+        result.add_column(title, justify="right")
     by_class, summaries = ([part(scores) for _, scores in runs] for part in (_by_class, _summary))
     for part in (by_class, summaries):
         for name in dict.fromkeys(name for values in part for name in values):
-            result.add_row(Text(name), *_cells([values.get(name, math.nan) for values in part], differences))
+            result.add_row(name, *_cells([values.get(name, math.nan) for values in part], differences))
         result.add_section()
     result.add_row("images", *(str(scores.images) for _, scores in runs))
     return result

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_pca.classes import CITYSCAPES_CLASSES, LABEL_SETS, ClassInfo, label_set
+from dist_pca.console import plain_console
 from dist_pca.errors import UserError
 from dist_pca.evaluation.report import Scores, compare_table, score, table
 
@@ -106,13 +107,11 @@ def test_classes_that_the_shards_lack_have_no_scores_and_are_in_no_mean() -> Non
     assert scores.pixel_accuracy == pytest.approx(13 / 20)
 
 
-@pytest.mark.parametrize("name", ["marking [/dashed]", "[red]", "data/val[a]", "[bold", "\\\\[x]"])
-def test_names_that_look_like_markup_are_printed_as_they_are(name: str) -> None:
+@pytest.mark.parametrize("name", ["marking [/dashed]", "[red]", "data/val[a]", "[bold", "\\\\[x]", ":car:"])
+def test_names_that_look_like_markup_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     scores = score(COUNTS, (ClassInfo(name, (0, 0, 0)), *CLASSES[1:]), 7)
-    console = Console(file=io.StringIO(), width=200)
-    console.print(table(scores, name), compare_table([(name, scores), ("b", scores)]))
-    assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue().count(name) == 4
+    plain_console().print(table(scores, name), compare_table([(name, scores), ("b", scores)]))
+    assert capsys.readouterr().out.count(name) == 4
 
 
 def test_scores_that_an_older_version_wrote_are_read() -> None:
@@ -129,7 +128,7 @@ def test_two_networks_stand_side_by_side_with_their_difference_and_the_best_in_b
     before = score(COUNTS, CLASSES, 7)
     after = score(torch.tensor([[9, 1, 0], [5, 5, 0], [0, 0, 1]]), CLASSES, 7)
     content = compare_table([("before", before), ("after", after)])
-    assert [str(column.header) for column in content.columns] == ["class", "before", "after", "difference"]
+    assert [column.header for column in content.columns] == ["class", "before", "after", "difference"]
     lines = text(content)
     assert lines[0] == ["road", "*80.0*", "60.0", "-20.0"]
     assert lines[2] == ["car", "-", "100.0", "-"]
