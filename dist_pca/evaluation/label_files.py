@@ -13,6 +13,9 @@ from dist_pca.files import replacing
 
 Pixels = npt.NDArray[np.uint8]
 
+_BAND = 1024
+"""Rows of an image that are blended at once."""
+
 
 def save_label(path: Path, label: Pixels, classes: Sequence[ClassInfo] | None = None) -> None:
     """Write a label map, height x width, as an 8-bit PNG of its values.
@@ -30,7 +33,13 @@ def save_label(path: Path, label: Pixels, classes: Sequence[ClassInfo] | None = 
 
 def overlay(image: Pixels, label: Pixels, classes: Sequence[ClassInfo]) -> Image.Image:
     """Blend an RGB image, height x width x 3, with its classes' colours, half and half."""
-    return Image.blend(Image.fromarray(image), Image.fromarray(color_labels(label, classes)), 0.5)
+    blended = np.empty_like(image)
+    # Band by band, because Pillow's copies of a large image would not fit into memory.
+    for top in range(0, len(image), _BAND):
+        rows = slice(top, top + _BAND)
+        colors = Image.fromarray(color_labels(label[rows], classes))
+        blended[rows] = np.asarray(Image.blend(Image.fromarray(image[rows]), colors, 0.5))
+    return Image.fromarray(blended)
 
 
 def save_whole(path: Path, image: Image.Image) -> None:

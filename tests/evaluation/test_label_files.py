@@ -29,6 +29,17 @@ def test_an_overlay_is_half_image_and_half_colour() -> None:
     assert np.abs(shown[1, 2] - 50).max() <= 1
 
 
+def test_an_overlay_of_many_rows_is_that_of_each() -> None:
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (3000, 2, 3), dtype=np.uint8)
+    label = generator.integers(0, 3, (3000, 2)).astype(np.uint8)
+    whole = np.asarray(overlay(image, label, CLASSES))
+    for row in (0, 1023, 1024, 2999):
+        assert np.array_equal(
+            whole[row : row + 1], np.asarray(overlay(image[row : row + 1], label[row : row + 1], CLASSES))
+        )
+
+
 def test_a_file_that_cannot_be_finished_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Image.Image, path: Path, kind: str) -> None:
         path.write_bytes(b"half")
