@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import Self
@@ -57,14 +58,20 @@ class Scores:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read the result of `to_json`; fields that an older version did not write have their defaults."""
+        """Read the result of `to_json`; fields that an older version did not write have their defaults.
+
+        Raises:
+            ValueError: the text is not such a result.
+        """
         values = json.loads(text)
-        required = {name: values[name] for name in ("classes", "iou", "mean_iou", "pixel_accuracy", "images")}
-        sets = {name: _none_to_nan(value) for name, value in values["label_sets"].items()}
-        optional = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        return cls(
-            **{name: _none_to_nan(value) for name, value in (optional | required).items()} | {"label_sets": sets}
-        )
+        if not isinstance(values, dict):
+            raise ValueError("scores are not a JSON object")
+        known = {field.name: _none_to_nan(values[field.name]) for field in fields(cls) if field.name in values}
+        scores = TypeAdapter(cls).validate_python(known)
+        by_class = (scores.iou, scores.precision, scores.recall, scores.f1, scores.boundary_iou)
+        if any(len(part) not in (0, len(scores.classes)) for part in by_class):
+            raise ValueError("scores of other classes than listed")
+        return scores
 
 
 def score(
@@ -191,6 +198,8 @@ def _nan_to_none(value: Any) -> Any:
 
 
 def _none_to_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _none_to_nan(part) for key, part in value.items()}
     if isinstance(value, list):
-        return tuple(map(_none_to_nan, value))
+        return [math.nan if part is None else part for part in value]
     return math.nan if value is None else value

@@ -1,10 +1,13 @@
 import io
 import json
 import math
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +16,7 @@ from dist_pca.classes import CITYSCAPES_CLASSES, LABEL_SETS, ClassInfo, label_se
 from dist_pca.console import plain_console
 from dist_pca.errors import UserError
 from dist_pca.evaluation.report import Scores, compare_table, score, table
+from tests.support.nasty import NASTY, replaced
 
 CLASSES = (ClassInfo("road", (1, 2, 3)), ClassInfo("sky", (4, 5, 6)), ClassInfo("car", (7, 8, 9)))
 COUNTS = torch.tensor([[8, 2, 0], [0, 10, 0], [0, 0, 0]])
@@ -145,3 +149,13 @@ def test_networks_with_other_classes_share_a_table() -> None:
     lines = text(compare_table([("a", score(COUNTS, CLASSES, 7)), ("b", other)]))
     assert [line[0] for line in lines[:4]] == ["road", "sky", "car", "bus"]
     assert lines[3] == ["bus", "-", "100.0", "-"]
+
+
+@settings(max_examples=200)
+@given(steps=st.lists(st.integers(0, 20), max_size=3), value=NASTY)
+def test_whatever_was_kept_as_scores_is_read_or_refused_as_a_wrong_value(steps: list[int], value: object) -> None:
+    whole = json.loads(replace(score(COUNTS, CLASSES, 7), label_sets={"synthia_16": 0.5}).to_json())
+    with suppress(ValueError, KeyError, OverflowError):
+        scores = Scores.from_json(json.dumps(replaced(whole, steps, value)))
+        assert len(scores.classes) == len(scores.iou)
+        table(scores)
