@@ -17,6 +17,27 @@ class ClassInfo:
     color: tuple[int, int, int]
 
 
+MAX_CLASSES = 254
+"""Largest number of classes: label files are 8-bit with 255 for ignore."""
+
+
+def check_classes(classes: Sequence[ClassInfo]) -> None:
+    """Check a class table that was read from a file.
+
+    Raises:
+        ValueError: it has no class or too many, a name twice, or a colour that is not 8-bit; the message is one line.
+    """
+    if not 0 < len(classes) <= MAX_CLASSES:
+        raise ValueError(f"{len(classes)} classes where 1 to {MAX_CLASSES} can be")
+    seen: set[str] = set()
+    for train_id, info in enumerate(classes):
+        if info.name in seen:
+            raise ValueError(f"class {train_id}: {info.name[:40]!r} is listed twice")
+        if not all(0 <= value <= 255 for value in info.color):
+            raise ValueError(f"class {train_id}: colour {list(info.color)} is not in 0..255")
+        seen.add(info.name)
+
+
 CITYSCAPES_CLASSES = (
     ClassInfo("road", (128, 64, 128)),
     ClassInfo("sidewalk", (244, 35, 232)),

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
 import dist_pca
+from dist_pca.console import plain_console
 from dist_pca.errors import UserError
 from dist_pca.evaluation.commands import app as evaluation_app
 from dist_pca.options import Launcher, Processes, Resume
@@ -71,8 +71,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"error: {message}", style="red", markup=False)
+    console = plain_console(stderr=True, soft_wrap=True)
+    console.print(f"error: {message}", style="red")
     sys.exit(UserError.EXIT_CODE)
 
 
@@ -125,11 +125,11 @@ def train(
     # Report config errors here: the launcher would add a traceback of its own to every failure.
     processes = process_count(command)
     prepare_run(run, world_size=processes, resume=resume, local_ranks=max(1, processes // machine_count(command)))
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = plain_console(stderr=True, soft_wrap=True)
     if is_finished(run):
-        console.print(f"{run.folder}: all {run.training.steps} steps are done already", markup=False)
+        console.print(f"{run.folder}: all {run.training.steps} steps are done already")
         return
-    console.print(quote_command(command), style="dim", markup=False)
+    console.print(quote_command(command), style="dim")
     sys.exit(launch(command, run.folder))
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
 from dist_pca.config import RunConfig, load_config
+from dist_pca.console import plain_console
 from dist_pca.errors import UserError
 from dist_pca.options import Resume
 from dist_pca.resilience.exit_status import SUPERVISED, ExitCode, exit_process, print_error, write_exit_status
@@ -31,7 +31,7 @@ def resolve_config(name: str, overrides: list[str]) -> RunConfig:
 
 
 def _print(message: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+    plain_console(stderr=True, soft_wrap=True).print(message)
 
 
 class LineHandler(logging.Handler):

@@ -13,7 +13,8 @@ class WeightedShards(Section):
     """One of several shard folders of a domain, with its sampling weight."""
 
     shards: str
-    """Path of the folder, or its http(s) or s3 URL."""
+    """Path of the folder, or its http(s), s3 or other URL; with `shard-{000000..000009}.tar` at its end, these shards
+    alone."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the domain's samples that are drawn from this folder, up to a common factor."""
 
@@ -49,14 +50,18 @@ class CacheConfig(Section):
     """Seconds without any data after which a download attempt fails."""
     retries: NonNegative = 6
     """Number of attempts after the first one, with increasing delays."""
+    min_rate: Annotated[float, Field(ge=0)] = 10_000.0
+    """Bytes per second, on average over a minute, below which an attempt fails too, as with a server that sends
+    a byte now and then; 0 has no limit."""
 
 
 class DataConfig(Section):
     """Which shards are read and how images are cropped and augmented."""
 
     source: str | tuple[WeightedShards, ...]
-    """Folder of labelled source shards (with a manifest.json) or its http(s) or s3 URL, or a list of several, each
-    written `{shards: ..., weight: ...}`."""
+    """Folder of labelled source shards (with a manifest.json) or its URL, or a list of several, each written
+    `{shards: ..., weight: ...}`. URLs are http(s), s3, and those that fsspec reads, such as gs, az and hf. With
+    `shard-{000000..000009}.tar` at its end, only these shards of the folder are used."""
     target: str | tuple[WeightedShards, ...] | None = None
     """Target shards, written like `source`; their labels, if any, are used for diagnostics only."""
     validation: str | None = None

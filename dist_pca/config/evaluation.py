@@ -27,6 +27,12 @@ class EvaluationConfig(Section):
     aggregation: Fraction = 0.0
     """Share of each pixel's features, and then of its class probabilities, that is replaced by the similarity-weighted
     mean over its image or window (test-time aggregation; diffusion in training uses 0.5); 0 is off."""
+    boundary_iou: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Also score boundaries (boundary IoU, Cheng et al. 2021): their width as a share of the image's diagonal, rounded
+    to pixels and at least 1; the paper takes 0.02. None does not."""
+    class_map: dict[str, str] = {}
+    """Class of the run that a class of the shards is scored as, where their names differ: {"traffic_light": "traffic
+    light"}. Several classes of the shards may be one of the run."""
 
     def network_sizes(self, input_size: tuple[int, int]) -> set[tuple[int, int]]:
         """Heights and widths of what the network gets of an image: windows of it, or all of it, at every scale.

@@ -10,12 +10,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 from dist_pca.config import CacheConfig
-from dist_pca.data.remote import Cancelled, RetryPolicy, download, is_remote, object_url, redact
+from dist_pca.data.addresses import is_remote, object_url, redact, split_shards
+from dist_pca.data.remote import Cancelled, RetryPolicy, download
 from dist_pca.errors import UserError
 from dist_pca.files import PART, file_sha256, sync
 from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest
@@ -44,21 +45,41 @@ class CacheSettings(RetryPolicy):
 def cache_settings(config: CacheConfig) -> CacheSettings:
     """Cache settings of a run's config."""
     folder = default_folder() if config.folder is None else Path(config.folder).expanduser()
-    return CacheSettings(config.timeout, config.retries, folder=folder, max_bytes=config.max_bytes)
+    return CacheSettings(
+        config.timeout, config.retries, min_rate=config.min_rate, folder=folder, max_bytes=config.max_bytes
+    )
 
 
 def open_manifest(location: str, cache: CacheSettings) -> Manifest:
     """Read the manifest of a local or remote shard folder.
 
     Args:
-        location: A local folder, or an http(s) or s3 URL of one, whose manifest is then downloaded every time.
+        location: A local folder, or the URL of one, whose manifest is then downloaded every time. If it ends in the
+            names of shards, as in `shard-{000000..000009}.tar`, only these are used.
         cache: Cache for the files of a URL.
 
     Raises:
-        UserError: the location is of another kind or cannot be reached, or the manifest is missing or invalid.
+        UserError: the location is of another kind or cannot be reached, the manifest is missing or invalid, or it does
+            not have the shards.
     """
-    if not is_remote(location):
-        return load_manifest(location)
+    remote = is_remote(location)
+    folder, names = (location, None) if not remote and Path(location).is_dir() else split_shards(location)
+    manifest = _download_manifest(folder, cache) if remote else load_manifest(folder)
+    if names is None:
+        return manifest
+    there, wanted = {shard.name for shard in manifest.shards}, set(names)
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise UserError(
+            f"shards {redact(folder) if remote else folder}: {len(missing):,} of {len(names):,} listed shards are not "
+            f"in {MANIFEST_NAME}, the first is {missing[0]}; correct the list, or index the folder again"
+        )
+    return replace(
+        manifest, shards=tuple(shard for shard in manifest.shards if shard.name in wanted), location=location
+    )
+
+
+def _download_manifest(location: str, cache: CacheSettings) -> Manifest:
     buffer = io.BytesIO()
     download(object_url(location, MANIFEST_NAME), buffer, most=_MAX_MANIFEST, retry=cache)
     content = buffer.getvalue()

@@ -4,6 +4,7 @@ Only known extensions are decoded, and only up to a size limit.
 """
 
 import io
+import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -91,8 +92,9 @@ def decode_or_replace(
 
 def decode_evaluation_sample(
     table: Pixels | None, label_member: str, sample: dict[str, Any]
-) -> tuple[str, torch.Tensor, torch.Tensor | None]:
-    """Decode a whole sample: key, uint8 image [H, W, 3], and uint8 labels [H, W] converted by `table` if it is given.
+) -> tuple[str, torch.Tensor, torch.Tensor | None, str]:
+    """Decode a whole sample: key, uint8 image [H, W, 3], uint8 labels [H, W] converted by `table` if it is given, and
+    the path of the file that the image was made from, empty where the sample does not say it.
 
     Raises:
         CorruptSample: as `decode_sample`.
@@ -100,7 +102,16 @@ def decode_evaluation_sample(
     image, label = decode_sample(sample, label_member=None if table is None else label_member)
     train_ids = None if table is None or label is None else torch.from_numpy(table[np.asarray(label)])
     # Tensors are passed between processes in shared memory.
-    return sample["__key__"], torch.from_numpy(np.array(image)), train_ids
+    return sample["__key__"], torch.from_numpy(np.array(image)), train_ids, _source(sample)
+
+
+def _source(sample: dict[str, Any]) -> str:
+    try:
+        description = json.loads(sample.get("json", b"null"))
+    except (ValueError, RecursionError):
+        return ""
+    source = description.get("source") if isinstance(description, dict) else None
+    return source if isinstance(source, str) else ""
 
 
 def decode_sample(

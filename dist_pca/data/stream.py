@@ -6,7 +6,7 @@
 import atexit
 import logging
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from multiprocessing import active_children
@@ -50,6 +50,8 @@ class EvaluationSample(NamedTuple):
     """uint8 RGB, height x width x 3."""
     label: Pixels | None
     """Train ids, height x width; None if the shards have no labels."""
+    source: str
+    """Path of the file that the image was made from, as its shard says it (untrusted); empty if it does not."""
 
 
 def stream(
@@ -125,6 +127,7 @@ def evaluation_stream(
     world_size: int,
     *,
     classes: Sequence[ClassInfo],
+    class_map: Mapping[str, str] | None = None,
     workers: int = 2,
     cache: CacheConfig | None = None,
 ) -> Generator[EvaluationSample, None, None]:
@@ -135,13 +138,15 @@ def evaluation_stream(
         rank: Rank, below `world_size`.
         world_size: Number of ranks.
         classes: Classes by train id, to which labels are converted; others become ignore.
+        class_map: Name in `classes` by name in the shards, for names that differ.
         workers: Loader processes; 0 loads in this process.
         cache: Cache for shards of a URL; None takes the defaults.
 
     Raises:
-        UserError: immediately if labelled shards have none of the classes; while iterating if a sample cannot be read.
+        UserError: immediately if labelled shards have none of the classes or lack one of `class_map`; while iterating
+            if a sample cannot be read.
     """
-    table = lookup_table(manifest, classes) if manifest.labelled else None
+    table = lookup_table(manifest, classes, class_map) if manifest.labelled else None
     opener = partial(open_reader, manifest, 1, cache or CacheConfig())
     samples = _load(
         partial(evaluation_samples, manifest, rank, world_size),
@@ -179,8 +184,8 @@ def _batches(
 
 
 def _as_arrays(samples: Iterator[Any]) -> Generator[EvaluationSample, None, None]:
-    for key, image, train_ids in samples:
-        yield EvaluationSample(key, image.numpy(), None if train_ids is None else train_ids.numpy())
+    for key, image, train_ids, source in samples:
+        yield EvaluationSample(key, image.numpy(), None if train_ids is None else train_ids.numpy(), source)
 
 
 def _load(*stages: Callable[..., Any], workers: int) -> Generator[Any, None, None]:

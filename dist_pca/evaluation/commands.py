@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_pca.console import plain_console
 from dist_pca.errors import UserError, explain
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ dist-pca evaluate runs/mine --shards data/test --flip --scale 0.75 --scale 1 --s
 
 dist-pca evaluate runs/mine --shards data/test --input-size 1024 2048 --window 512 1024 --checkpoint 4000
 
-dist-pca evaluate runs/gta5_to_cityscapes --shards data/city_val --write-predictions results
+dist-pca evaluate runs/gta5_to_cityscapes --shards data/city_test --write-predictions results --coding label-ids
+
+dist-pca evaluate runs/mine --shards data/test --write-scores scores --boundary-iou 0.02
 
 accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_pca.cli evaluate runs/camvid --shards data/test
 """
@@ -87,6 +89,14 @@ _Aggregation = Annotated[
     float | None,
     typer.Option(help="Share of test-time aggregation of features and probabilities, for example 0.5."),
 ]
+_Coding = Annotated[
+    Literal["label-ids", "train-ids", "colors"] | None,
+    typer.Option(
+        help="What written predictions hold: label ids of Cityscapes, as its server needs them; train ids, as ACDC's "
+        "does; or RGB in the classes' colours.",
+        show_default="the data set's, or label ids if all classes are in Cityscapes",
+    ),
+]
 
 
 @app.command("evaluate", epilog=_EVALUATE_EXAMPLES)
@@ -104,29 +114,57 @@ def evaluate(
     flip: _Flip = None,
     scale: _Scale = None,
     aggregation: _Aggregation = None,
+    class_map: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHARDS=RUN",
+            help="Score a class of the shards as this class of the run, if their names differ: "
+            "'traffic_light=traffic light'. Repeatable.",
+        ),
+    ] = None,
+    boundary_iou: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATIO",
+            help="Also report boundary IoU (Cheng et al. 2021) of boundaries as wide as this share of the image's "
+            "diagonal, in the paper 0.02.",
+        ),
+    ] = None,
+    write_scores: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Write scores by class and by image and the confusion matrix (CSV, and a picture if matplotlib is "
+            "installed) into a new folder.",
+        ),
+    ] = None,
     write_predictions: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Write a PNG of each image's predicted labels into a new folder: Cityscapes label ids, as needed by "
-            "its evaluation server, or train ids if the run has a class that is not in Cityscapes.",
+            help="Write a PNG of each image's prediction into a new folder, named after the image's source file. "
+            "Shards without labels are predicted, and not scored.",
         ),
     ] = None,
+    coding: _Coding = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Score a run on labelled shards: IoU of each class, mean IoU and pixel accuracy.
+    """Score a run on labelled shards: IoU, precision, recall and F1 of each class, their means, and pixel accuracy.
 
     Settings are the run's [bold]evaluation[/] keys; options override them.
     Under accelerate launch the images are divided among the ranks, and the scores are the same.
     """
     from dist_pca.data.cache import cache_settings, open_manifest
+    from dist_pca.data.class_table import describe_missing, missing_classes
     from dist_pca.distributed import join_ranks
-    from dist_pca.evaluation.evaluate import evaluate as score
-    from dist_pca.evaluation.label_files import cityscapes_ids
+    from dist_pca.evaluation import evaluate as evaluation
     from dist_pca.evaluation.load import load_run
+    from dist_pca.evaluation.prediction_files import prediction_values
     from dist_pca.evaluation.report import table
     from dist_pca.training.environment import watch_ranks
 
+    if coding is not None and write_predictions is None:
+        raise UserError("--coding: has no effect without --write-predictions; add it")
     config, classes, model = load_run(run, checkpoint, weights=weights)
     manifest = open_manifest(shards, cache_settings(config.data.cache))
     config = _with_options(
@@ -138,27 +176,47 @@ def evaluate(
         flip=flip,
         scales=scale,
         aggregation=aggregation,
+        class_map=None if class_map is None else _parse_class_map(class_map),
+        boundary_iou=boundary_iou,
     )
+    values = prediction_values(classes, coding, manifest)
+    scored = manifest.labelled or write_predictions is None
+    if not scored and write_scores is not None:
+        raise UserError(f"--write-scores: the shards {manifest.folder} have no labels; leave the option out")
+    missing = missing_classes(manifest, classes, config.evaluation.class_map) if manifest.labelled else {}
     rank, world_size, device = join_ranks()
+    console = plain_console(stderr=True, soft_wrap=True, quiet=rank != 0)
+    for line in describe_missing(manifest, missing):
+        console.print(f"warning: {line}", style="yellow", markup=False)
+    scores = None
     with nullcontext() if world_size == 1 else watch_ranks(rank, world_size, config.training.stall_timeout):
-        scores = score(
-            model.to(device),
-            manifest,
-            classes,
-            config,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-            predictions=write_predictions,
-        )
+        where: Any = {"device": device, "rank": rank, "world_size": world_size}
+        model.to(device)
+        if write_predictions is not None and not scored:
+            evaluation.write_predictions(model, manifest, classes, config, write_predictions, values, **where)
+        else:
+            scores = evaluation.evaluate(
+                model,
+                manifest,
+                classes,
+                config,
+                predictions=write_predictions,
+                values=values,
+                score_folder=write_scores,
+                **where,
+            )
     if rank != 0:
         return
-    typer.echo(scores.to_json()) if as_json else Console().print(table(scores, f"{run} on {shards}"))
+    if scores is not None:
+        typer.echo(scores.to_json()) if as_json else plain_console().print(table(scores, f"{run} on {shards}"))
+    if write_scores is not None:
+        typer.echo(f"{write_scores}: {', '.join(sorted(path.name for path in write_scores.iterdir()))}", err=True)
     if write_predictions is not None:
-        coding = (
-            "train ids, as not all classes are in Cityscapes" if cityscapes_ids(classes) is None else "Cityscapes ids"
+        typer.echo(
+            f"{write_predictions}: {manifest.samples:,} predictions ({values.description})"
+            + ("" if scored else "; no scores, as the shards have no labels"),
+            err=True,
         )
-        typer.echo(f"{write_predictions}: {scores.images:,} predictions ({coding})", err=True)
 
 
 @app.command("predict", epilog=_PREDICT_EXAMPLES)
@@ -171,6 +229,10 @@ def predict(
     labels: Annotated[
         bool, typer.Option("--labels/--no-labels", help="Write labels/NAME.png: 8-bit train ids with a colour palette.")
     ] = True,
+    coding: Annotated[
+        Literal["label-ids", "train-ids", "colors"],
+        typer.Option(help="What label files hold: Cityscapes label ids, train ids, or RGB in the classes' colours."),
+    ] = "train-ids",
     overlays: Annotated[
         bool, typer.Option("--overlay/--no-overlay", help="Write overlays/NAME.png: image and label colours.")
     ] = True,
@@ -201,6 +263,7 @@ def predict(
     from dist_pca.evaluation.image_files import find_images
     from dist_pca.evaluation.load import load_run
     from dist_pca.evaluation.predict_images import predict_images
+    from dist_pca.evaluation.prediction_files import prediction_values
     from dist_pca.files import refuse_existing
 
     if not labels and not overlays:
@@ -209,6 +272,7 @@ def predict(
         refuse_existing(out, "--out")
     files = find_images(images, out)
     config, classes, model = load_run(run, checkpoint, weights=weights)
+    values = prediction_values(classes, coding)
     config = _with_options(
         config,
         input_size=None if shorter_edge is None else (shorter_edge, shorter_edge),
@@ -219,7 +283,7 @@ def predict(
         aggregation=aggregation,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = plain_console(stderr=True, soft_wrap=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images, left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(files))
@@ -230,6 +294,7 @@ def predict(
             classes,
             config,
             device=device,
+            values=None if coding == "train-ids" else values,
             labels=labels,
             overlays=overlays,
             on_error=on_error,
@@ -237,7 +302,8 @@ def predict(
         )
     for line in done.skipped:
         console.print(f"skipped {line}", style="yellow", markup=False)
-    kinds = " and ".join(kind for kind, wanted in (("labels", labels), ("overlays", overlays)) if wanted)
+    written = ((f"labels ({values.description})", labels), ("overlays", overlays))
+    kinds = " and ".join(kind for kind, wanted in written if wanted)
     skipped = f", {len(done.skipped):,} skipped" if done.skipped else ""
     typer.echo(f"{out}: {kinds} of {done.written:,} image{'s' * (done.written != 1)}{skipped}")
 
@@ -277,11 +343,24 @@ def export(
         require_onnx()
     config, classes, model = load_run(run, checkpoint, weights=weights)
     # Bind the console to the file now, because stderr is redirected during PyTorch's export.
-    with Console(file=sys.stderr).status("exporting"):
+    with plain_console(file=sys.stderr).status("exporting"):
         difference = write(model, config, classes, out, onnx=onnx, onnx_size=onnx_size)
     typer.echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if difference is not None:
         typer.echo(f"model.onnx differs from PyTorch by at most {difference:.1e} of the largest logit")
+
+
+def _parse_class_map(pairs: list[str]) -> dict[str, str]:
+    parsed: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, other = pair.partition("=")
+        if not separator or not name or not other or parsed.get(name, other) != other:
+            raise UserError(
+                f"--class-map {pair!r}: give each class of the shards once, as SHARDS=RUN: its name, =, and the run's "
+                "name of it"
+            )
+        parsed[name] = other
+    return parsed
 
 
 def _with_options(config: "RunConfig", **options: Any) -> "RunConfig":

@@ -42,14 +42,31 @@ def iou(confusion: torch.Tensor) -> torch.Tensor:
     return intersection / (confusion.sum(0) + confusion.sum(1) - confusion.diagonal())
 
 
-def mean_iou(confusion: torch.Tensor, members: list[int] | None = None) -> float:
-    """Mean intersection over union (mIoU) of some classes, by index, or of all.
+def precision(confusion: torch.Tensor) -> torch.Tensor:
+    """Share of each class's predicted pixels that are of this class, float64, K; nan for a class never predicted."""
+    return confusion.diagonal().double() / confusion.sum(0)
 
-    All pixels are counted: a road pixel that is predicted as a class outside `members` lowers the IoU of road.
-    Classes absent from both labels and prediction are left out of the mean; it is nan if none is left.
+
+def recall(confusion: torch.Tensor) -> torch.Tensor:
+    """Share of each class's labelled pixels that are predicted correctly, float64, K; nan for a class without any."""
+    return confusion.diagonal().double() / confusion.sum(1)
+
+
+def f1(confusion: torch.Tensor) -> torch.Tensor:
+    """F1 score of each class, float64, K: the harmonic mean of precision and recall, which equals the Dice coefficient.
+
+    It is nan for a class that occurs neither in the labels nor in the prediction.
     """
-    values = iou(confusion)
-    return values[members].nanmean().item() if members is not None else values.nanmean().item()
+    return 2 * confusion.diagonal().double() / (confusion.sum(0) + confusion.sum(1))
+
+
+def mean(values: torch.Tensor, members: list[int] | None = None) -> float:
+    """Mean of the scores of some classes, by index, or of all, without those that are nan; nan if none is left.
+
+    With `iou` it is the mIoU. All pixels are counted: a road pixel that is predicted as a class outside `members`
+    lowers the IoU of road.
+    """
+    return (values if members is None else values[members]).nanmean().item()
 
 
 def pixel_accuracy(confusion: torch.Tensor) -> float:

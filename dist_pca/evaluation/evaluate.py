@@ -1,23 +1,27 @@
-"""Evaluate a network on a labelled shard folder, divided among ranks."""
+"""Run a network on a shard folder, divided among ranks: score it, and write its predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.progress import track
 from torch import nn
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo, label_set_members
 from dist_pca.config import RunConfig
-from dist_pca.data.stream import evaluation_stream
+from dist_pca.console import plain_console
+from dist_pca.data.class_table import missing_classes
+from dist_pca.data.stream import EvaluationSample, evaluation_stream
 from dist_pca.errors import UserError
+from dist_pca.evaluation.boundary import boundary_counts
 from dist_pca.evaluation.confusion import confusion_matrix
 from dist_pca.evaluation.inference import input_size, predict
-from dist_pca.evaluation.label_files import cityscapes_ids, prediction_names, save_label
+from dist_pca.evaluation.prediction_files import Values, prediction_folder, prediction_values
 from dist_pca.evaluation.report import Scores, score
+from dist_pca.evaluation.score_files import ImageScores, image_scores, write_scores
 from dist_pca.files import new_folder
 from dist_pca.shards.manifest import Manifest
 
@@ -32,6 +36,8 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     predictions: Path | None = None,
+    values: Values | None = None,
+    score_folder: Path | None = None,
     quiet: bool = False,
 ) -> Scores:
     """Score a segmenter on every image of a shard folder, at the labels' original size.
@@ -43,53 +49,146 @@ def evaluate(
     Args:
         model: A segmenter on `device`.
         manifest: Labelled shards.
-        classes: The classes that the model was trained on, by train id; labels of others are ignored.
+        classes: The classes that the model was trained on, by train id; labels of others are ignored. Classes that the
+            shards do not have are left out of all means.
         config: The run: sizes, evaluation protocol, label sets and loader processes.
         device: Device of the model.
         rank: Rank, below `world_size`; rank 0 shows progress on stderr.
         world_size: Number of ranks.
-        predictions: Folder to create atomically, for one PNG of each image at its label's size. Values are Cityscapes
-            label ids, or train ids if one of `classes` is not in Cityscapes. Ranks must share its file system.
+        predictions: Folder to create atomically, for one PNG of each image at its label's size. Ranks must share its
+            file system.
+        values: What these files hold; None is the default of `prediction_values`.
+        score_folder: Folder to create atomically for the files of `write_scores`. Ranks must share its file system.
         quiet: Show no progress.
 
     Raises:
-        UserError: the folder of predictions is not empty or cannot be written, the shards have no labels or none of
-            the classes, a label set is not covered by `classes`, or a sample cannot be read.
+        UserError: a folder is not empty or cannot be written, the shards have no labels or none of the classes, a label
+            set is not covered by `classes`, or a sample cannot be read.
     """
     if not manifest.labelled:
-        raise UserError(f"shards {manifest.folder}: have no labels; evaluate on labelled shards")
-    label_set_members(config.evaluation.label_sets, classes)
+        raise UserError(
+            f"shards {manifest.folder}: have no labels; evaluate on labelled shards, or write the predictions alone "
+            "with --write-predictions"
+        )
+    protocol = config.evaluation
+    label_set_members(protocol.label_sets, classes)
+    missing = missing_classes(manifest, classes, protocol.class_map)
+    unscored = [index for index, info in enumerate(classes) if info.name in missing]
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
-    images = torch.zeros((), dtype=torch.int64, device=device)
+    ratio = protocol.boundary_iou
+    boundaries = torch.zeros(3, len(classes), dtype=torch.int64, device=device)
+    images: list[ImageScores] = []
+    with ExitStack() as stack:
+        staged = score_folder and stack.enter_context(new_folder(score_folder, "--write-scores"))
+        if predictions is not None:
+            values = values or prediction_values(classes, None, manifest)
+            save = stack.enter_context(prediction_folder(predictions, "--write-predictions", values))
+        predicted = _predictions(
+            model, manifest, classes, config, device=device, rank=rank, world_size=world_size, quiet=quiet
+        )
+        for sample, prediction in stack.enter_context(closing(predicted)):
+            truth = torch.from_numpy(sample.label).to(device)
+            confusion = confusion_matrix(prediction, truth, len(classes), IGNORE_INDEX)
+            counts += confusion
+            if ratio is not None:
+                boundaries += boundary_counts(prediction, truth, len(classes), ratio)
+            if staged:
+                images.append(image_scores(sample.key, confusion.cpu(), unscored))
+            if predictions is not None:
+                save(sample.key, sample.source, prediction.cpu().numpy())
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(boundaries)
+        boundary = None if ratio is None else boundaries.cpu()
+        scores = score(counts.cpu(), classes, manifest.samples, protocol.label_sets, boundary=boundary, missing=missing)
+        if staged:
+            everything = _in_order(images, manifest)
+            if rank == 0:
+                write_scores(staged, scores, counts.cpu(), everything)
+    return scores
+
+
+def write_predictions(
+    model: nn.Module,
+    manifest: Manifest,
+    classes: Sequence[ClassInfo],
+    config: RunConfig,
+    folder: Path,
+    values: Values,
+    *,
+    device: torch.device | str,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Write a segmenter's prediction of every image of a shard folder, as `evaluate` does but without any labels.
+
+    Collective if torch.distributed is initialised.
+
+    Args:
+        model: A segmenter on `device`.
+        manifest: Shards, with labels or without.
+        classes: The classes that the model was trained on, by train id.
+        config: The run: sizes, evaluation protocol and loader processes.
+        folder: Folder to create atomically, for one PNG of each image at its size. Ranks must share its file system.
+        values: What the files hold.
+        device: Device of the model.
+        rank: Rank, below `world_size`; rank 0 shows progress on stderr.
+        world_size: Number of ranks.
+
+    Raises:
+        UserError: the folder is not empty or cannot be written, or a sample cannot be read.
+    """
+    predicted = _predictions(model, manifest, classes, config, device=device, rank=rank, world_size=world_size)
+    with prediction_folder(folder, "--write-predictions", values) as save, closing(predicted):
+        for sample, prediction in predicted:
+            save(sample.key, sample.source, prediction.cpu().numpy())
+
+
+def _predictions(
+    model: nn.Module,
+    manifest: Manifest,
+    classes: Sequence[ClassInfo],
+    config: RunConfig,
+    *,
+    device: torch.device | str,
+    rank: int,
+    world_size: int,
+    quiet: bool = False,
+) -> Generator[tuple[EvaluationSample, torch.Tensor], None, None]:
+    """Yield this rank's samples, each with its predicted train ids, uint8, H x W."""
     samples = evaluation_stream(
-        manifest, rank, world_size, classes=classes, workers=config.data.workers, cache=config.data.cache
+        manifest,
+        rank,
+        world_size,
+        classes=classes,
+        class_map=config.evaluation.class_map,
+        workers=config.data.workers,
+        cache=config.data.cache,
     )
-    coding, names = cityscapes_ids(classes), prediction_names(manifest)
     was_training = model.training
     model.eval()
     try:
-        with ExitStack() as stack:
-            stack.enter_context(closing(samples))
-            staged = predictions and stack.enter_context(new_folder(predictions, "--write-predictions"))
-            for key, image, label in track(
+        with closing(samples):
+            for sample in track(
                 samples,
-                f"evaluating {manifest.folder.name}",
+                "evaluating",
                 total=len(range(rank, manifest.samples, world_size)),
-                console=Console(stderr=True),
+                console=plain_console(stderr=True),
                 disable=quiet or rank != 0,
             ):
-                pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)[None]
-                truth = torch.from_numpy(label).to(device)
-                size = (truth.shape[0], truth.shape[1])
-                prediction = predict(model, pixels, input_size(config, *image.shape[:2]), size, config.evaluation)[0]
-                counts += confusion_matrix(prediction, truth, len(classes), IGNORE_INDEX)
-                if staged:
-                    train_ids = prediction.cpu().numpy()
-                    save_label(staged / f"{names[key]}.png", train_ids if coding is None else coding[train_ids])
-                images += 1
+                height, width = sample.image.shape[:2]
+                pixels = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)[None]
+                size = input_size(config, height, width)
+                yield sample, predict(model, pixels, size, (height, width), config.evaluation)[0]
     finally:
         model.train(was_training)
+
+
+def _in_order(images: list[ImageScores], manifest: Manifest) -> list[ImageScores]:
+    """Gather the scores of all images in the order of the shards. Collective if torch.distributed is initialised."""
+    gathered: list[Any] = [images]
     if dist.is_initialized():
-        dist.all_reduce(counts)
-        dist.all_reduce(images)
-    return score(counts.cpu(), classes, int(images), config.evaluation.label_sets)
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, images)
+    order = {key: number for number, key in enumerate(key for shard in manifest.shards for key in shard.keys)}
+    return sorted((line for part in gathered for line in part), key=lambda line: order[line.key])

@@ -1,6 +1,5 @@
-"""Write predictions to files: in the format of the Cityscapes evaluation, and as pictures."""
+"""Write predictions to files: as label maps, and as pictures."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,36 +10,11 @@ from PIL import Image
 from dist_pca.classes import ClassInfo
 from dist_pca.evaluation.pictures import color_labels
 from dist_pca.files import replacing
-from dist_pca.shards.manifest import Manifest
-from dist_pca.shards.recipe import load_recipe
 
 Pixels = npt.NDArray[np.uint8]
 
-_CITYSCAPES_FRAME = re.compile(r"(?:^|[_/])([A-Za-z-]+_\d{6}_\d{6}_leftImg8bit)$")
-
-
-def cityscapes_ids(classes: Sequence[ClassInfo]) -> Pixels | None:
-    """Build a table of 256 entries from train ids to Cityscapes label ids, by class name.
-
-    None if a class is not in Cityscapes: a file must not mix two codings.
-    """
-    ids = {name: value for value, name in load_recipe("cityscapes").coding.ids.items()}
-    if any(info.name not in ids for info in classes):
-        return None
-    table = np.zeros(256, np.uint8)
-    table[: len(classes)] = [ids[info.name] for info in classes]
-    return table
-
-
-def prediction_names(manifest: Manifest) -> dict[str, str]:
-    """File name, without extension, of each sample's prediction, by key.
-
-    A Cityscapes image has its original file name, which the official evaluation needs; other names are the keys.
-    """
-    keys = [key for shard in manifest.shards for key in shard.keys]
-    frames = [_CITYSCAPES_FRAME.search(key) for key in keys]
-    names = [key if frame is None else frame[1] for key, frame in zip(keys, frames, strict=True)]
-    return dict(zip(keys, names if len(set(names)) == len(names) else keys, strict=True))
+_BAND = 1024
+"""Rows of an image that are blended at once."""
 
 
 def save_label(path: Path, label: Pixels, classes: Sequence[ClassInfo] | None = None) -> None:
@@ -59,7 +33,13 @@ def save_label(path: Path, label: Pixels, classes: Sequence[ClassInfo] | None = 
 
 def overlay(image: Pixels, label: Pixels, classes: Sequence[ClassInfo]) -> Image.Image:
     """Blend an RGB image, height x width x 3, with its classes' colours, half and half."""
-    return Image.blend(Image.fromarray(image), Image.fromarray(color_labels(label, classes)), 0.5)
+    blended = np.empty_like(image)
+    # Band by band, because Pillow's copies of a large image would not fit into memory.
+    for top in range(0, len(image), _BAND):
+        rows = slice(top, top + _BAND)
+        colors = Image.fromarray(color_labels(label[rows], classes))
+        blended[rows] = np.asarray(Image.blend(Image.fromarray(image[rows]), colors, 0.5))
+    return Image.fromarray(blended)
 
 
 def save_whole(path: Path, image: Image.Image) -> None:

@@ -15,6 +15,8 @@ from dist_pca.errors import UserError
 from dist_pca.evaluation.image_files import read_image, result_names
 from dist_pca.evaluation.inference import predict, proportional_input_size
 from dist_pca.evaluation.label_files import overlay, save_label, save_whole
+from dist_pca.evaluation.prediction_files import Values
+from dist_pca.evaluation.views import MAX_WHOLE
 from dist_pca.files import write_json
 
 
@@ -36,6 +38,7 @@ def predict_images(
     config: RunConfig,
     *,
     device: torch.device | str,
+    values: Values | None = None,
     labels: bool = True,
     overlays: bool = True,
     on_error: Literal["fail", "skip"] = "fail",
@@ -46,11 +49,12 @@ def predict_images(
     Args:
         model: A segmenter in evaluation mode, on `device`.
         images: Image files.
-        out: Folder of `labels/NAME.png`, 8-bit train ids in the classes' colours, `overlays/NAME.png`, and
-            `classes.json`, names and colours by train id. Each file is written atomically.
+        out: Folder of `labels/NAME.png`, `overlays/NAME.png`, and `classes.json`, names and colours by train id. Each
+            file is written atomically.
         classes: Classes by train id.
         config: The run: sizes and evaluation protocol. The aspect ratio of images is kept.
         device: Device of the model.
+        values: What label maps hold; None are 8-bit train ids with a palette of the classes' colours.
         labels: Write label maps.
         overlays: Write the images with colours overlaid.
         on_error: What to do with an unreadable image: stop, or skip it.
@@ -70,14 +74,16 @@ def predict_images(
             skipped.append(str(error).partition(";")[0])
             continue
         size = (image.shape[0], image.shape[1])
-        pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)[None]
+        # Of a larger image only windows are moved to the device.
+        pixels = torch.from_numpy(image).to("cpu" if image.size > MAX_WHOLE else device).permute(2, 0, 1)[None]
         label = predict(model, pixels, proportional_input_size(config, *size), size, config.evaluation)[0].cpu().numpy()
         try:
             if done == len(skipped):
                 out.mkdir(parents=True, exist_ok=True)
                 write_json(out / "classes.json", [asdict(info) for info in classes])
             if labels:
-                save_label(out / "labels" / f"{name}.png", label, classes)
+                file = out / "labels" / f"{name}.png"
+                save_label(file, *((label, classes) if values is None else (values.table[label], None)))
             if overlays:
                 save_whole(out / "overlays" / f"{name}.png", overlay(image, label, classes))
         except OSError as error:

@@ -14,8 +14,8 @@ from typing import NoReturn
 
 import psutil
 from pydantic import TypeAdapter
-from rich.console import Console
 
+from dist_pca.console import plain_console
 from dist_pca.errors import LostProcess, UserError
 from dist_pca.files import read_record, write_record
 
@@ -89,4 +89,4 @@ def exit_process(folder: Path | None, code: int) -> NoReturn:
 
 def print_error(message: str) -> None:
     """Print an error as one red line on stderr."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", style="red", markup=False)
+    plain_console(stderr=True, soft_wrap=True).print(f"error: {message}", style="red")

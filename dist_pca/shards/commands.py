@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from dist_pca.classes import LABEL_SETS
+from dist_pca.console import plain_console
 from dist_pca.errors import UserError
 from dist_pca.resources import names
 
@@ -97,7 +97,7 @@ def list_recipes() -> None:
     for name in names("shards"):
         recipe = load_recipe(name)
         table.add_row(name, ", ".join(recipe.splits), recipe.description)
-    Console().print(table)
+    plain_console().print(table)
 
 
 @app.command("build", epilog=_BUILD_EXAMPLES)
@@ -176,7 +176,7 @@ def build(
     if dry_run:
         from dist_pca.shards.report import plan_tables
 
-        Console().print(plan_tables(make_plan(recipe, root, **options), out))
+        plain_console().print(plan_tables(make_plan(recipe, root, **options), out))
         return
     from dist_pca.shards.progress import shown_progress
     from dist_pca.shards.report import summary_table
@@ -202,14 +202,16 @@ def build(
                 stored = sum(shard.bytes for shard in manifest.shards)
     except KeyboardInterrupt:
         if (out / STAGING).exists():
-            Console(stderr=True).print("interrupted; the same command resumes from the finished shards")
+            plain_console(stderr=True).print("interrupted; the same command resumes from the finished shards")
         raise
     seconds = time.perf_counter() - start
     nothing_done = "already built" if shards else "nothing to do"
     speed = f"{done / seconds:,.0f}" if done else nothing_done
     title = str(out) if task is None else f"{out}, task {task} of {tasks}"
     _print_skipped(skipped, samples)
-    Console().print(summary_table(title, samples=samples, shards=shards, stored=stored, seconds=seconds, speed=speed))
+    plain_console().print(
+        summary_table(title, samples=samples, shards=shards, stored=stored, seconds=seconds, speed=speed)
+    )
 
 
 @app.command("merge", epilog=_MERGE_EXAMPLES)
@@ -251,7 +253,7 @@ def verify(
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
         if found.problems:
-            Console().print(problem_table(found))
+            plain_console().print(problem_table(found))
         count = len(found.problems)
         said = "no problem" if count == 0 else f"{count:,} problem{'s' if count > 1 else ''}"
         size = f"{found.shards:,} shards, {found.bytes / 1e6:,.1f} MB"
@@ -311,7 +313,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(summary.to_dict(), indent=2))
     else:
-        Console().print(render(summary))
+        plain_console().print(render(summary))
     if grid is not None:
         save_grid(manifest, grid, samples)
 
@@ -320,7 +322,7 @@ def _print_skipped(skipped: "Sequence[Skipped]", kept: int) -> None:
     if skipped:
         from dist_pca.shards.report import skipped_table
 
-        console = Console(stderr=True)
+        console = plain_console(stderr=True)
         console.print(skipped_table(skipped))
         text = f"warning: {len(skipped):,} of {len(skipped) + kept:,} samples were skipped"
         console.print(text, style="yellow", soft_wrap=True, highlight=False)

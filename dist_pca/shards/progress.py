@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_pca.console import plain_console
 from dist_pca.shards.pool import Progress as Tell
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -15,7 +16,7 @@ SECONDS_BETWEEN_LINES = 10.0
 @contextmanager
 def shown_progress(noun: str) -> Iterator[Tell]:
     """Yield a function that displays progress on stderr; `noun` names what is counted."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = plain_console(stderr=True, soft_wrap=True)
     if not console.is_terminal:
         yield _lines(console, noun)
         return

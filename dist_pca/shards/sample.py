@@ -85,8 +85,7 @@ def members_of(content: bytes, key: str) -> dict[str, bytes]:
         key: The sample's key.
 
     Raises:
-        tarfile.TarError: the bytes are not a tar, or a member extends beyond them.
-        ValueError: a number in a header cannot be parsed.
+        tarfile.TarError: the bytes are not a tar, or a member extends beyond them; the message names the member.
     """
     found = _plain_members(content)
     if found is None:
@@ -243,16 +242,22 @@ def _plain_members(content: bytes) -> list[tuple[str, bytes]] | None:
 
 def _tar_members(content: bytes) -> list[tuple[str, bytes]]:
     members = []
-    # Mode "r:" refuses compression, and `issparse` excludes sparse files: neither may expand a few bytes to many.
-    with tarfile.open(fileobj=io.BytesIO(content + _END_OF_ARCHIVE), mode="r:") as archive:
-        for member in archive:
-            # With negative sizes, some versions of `tarfile` move backwards and never end.
-            if member.size < 0:
-                raise tarfile.ReadError("a member of negative size")
-            if member.isreg() and not member.issparse():
-                if member.offset_data + member.size > len(content):
-                    raise tarfile.ReadError("a member extends beyond the sample")
-                stream = archive.extractfile(member)
-                if stream is not None:
-                    members.append((member.name, stream.read()))
+    where = "its first header"
+    try:
+        # Mode "r:" refuses compression, and `issparse` excludes sparse files: neither may expand a few bytes to many.
+        with tarfile.open(fileobj=io.BytesIO(content + _END_OF_ARCHIVE), mode="r:") as archive:
+            for member in archive:
+                where = f"member {member.name[:80]!r}"
+                # With negative sizes, some versions of `tarfile` move backwards and never end.
+                if member.size < 0:
+                    raise tarfile.ReadError("has a negative size")
+                if member.isreg() and not member.issparse():
+                    if member.offset_data + member.size > len(content):
+                        raise tarfile.ReadError("extends beyond the sample")
+                    stream = archive.extractfile(member)
+                    if stream is not None:
+                        members.append((member.name, stream.read()))
+                where = f"the header after {where}"
+    except (OSError, tarfile.TarError, *HEADER_ERRORS) as error:
+        raise tarfile.ReadError(f"{where}: {error}") from error
     return members

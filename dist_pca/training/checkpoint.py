@@ -188,10 +188,17 @@ def load_model(model: torch.nn.Module, checkpoint: Path, *, ema: bool = False) -
         for name in sorted(own.keys() & state.keys())
         if own[name].shape != state[name].shape
     ]
+    kinds = [
+        f"{name} {str(state[name].dtype).removeprefix('torch.')} where the network has "
+        f"{str(own[name].dtype).removeprefix('torch.')}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].is_floating_point() != state[name].is_floating_point()
+    ]
     differences = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
         "other shapes:": shapes,
+        "other types:": kinds,
     }
     if found := [f"{what} {abbreviate(names)}" for what, names in differences.items() if names]:
         raise UserError(

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import Self
 
 from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.config.aliases import rename_metrics
+from dist_pca.console import plain_console
 from dist_pca.data.collate import Batch
 from dist_pca.files import append_line, drop_lines_after
 from dist_pca.training.loggers import SampleLog, Trackers
@@ -128,7 +128,7 @@ class MetricsLogger:
         self._began = self._since = time.perf_counter()
         self._step, self._logged_step = start_step, start_step
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._console = Console(stderr=True)
+        self._console = plain_console(stderr=True)
         self._progress: Progress | None = None
         self._profile = Profile(config.telemetry, config.folder, clock)
         self._samples = SampleLog(config.folder, start_step) if config.telemetry.sample_keys else None

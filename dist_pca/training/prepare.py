@@ -1,5 +1,7 @@
 """Checks that need no process group, and what they have opened and built by the end."""
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +11,7 @@ from dist_pca.classes import ClassInfo, label_set_members
 from dist_pca.config import RunConfig
 from dist_pca.data.augment import check_crop
 from dist_pca.data.cache import cache_settings, open_manifest
-from dist_pca.data.class_table import class_table, lookup_table
+from dist_pca.data.class_table import class_table, describe_missing, lookup_table, missing_classes
 from dist_pca.data.source import build_sampler, micro_batch_size
 from dist_pca.errors import UserError
 from dist_pca.model.backbone import check_size
@@ -25,6 +27,7 @@ from dist_pca.training.loggers import check_trackers
 from dist_pca.training.optimizer import build_optimizer
 from dist_pca.training.run_folder import RunData, check_resume
 
+_log = logging.getLogger("dist_pca.training")
 _SIZES_CHECKED = 16
 """Sizes of validation images that are passed through the backbone before training, out of all that there are."""
 
@@ -121,6 +124,10 @@ def _open_validation(config: RunConfig, classes: Sequence[ClassInfo]) -> Manifes
     manifest = open_manifest(config.data.validation, cache_settings(config.data.cache))
     if not manifest.labelled:
         raise UserError(f"data.validation: {manifest.folder} has no labels to score against; name labelled shards")
-    lookup_table(manifest, classes)
+    class_map = config.evaluation.class_map
+    lookup_table(manifest, classes, class_map)
+    if os.environ.get("RANK", "0") == "0":
+        for line in describe_missing(manifest, missing_classes(manifest, classes, class_map)):
+            _log.info("data.validation: %s", line)
     label_set_members(config.evaluation.label_sets, classes)
     return manifest

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from dist_pca import __version__
-from dist_pca.classes import ClassInfo
+from dist_pca.classes import ClassInfo, check_classes
 from dist_pca.config import RunConfig, load_config, save_config, validate_config
 from dist_pca.errors import UserError
 from dist_pca.files import last_step, read_lines, read_record, remove_parts, write_json, write_record
@@ -137,8 +137,10 @@ def read_classes(folder: Path) -> tuple[ClassInfo, ...]:
     """
     file = folder / "classes.json"
     try:
-        return _CLASSES.validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
+        classes = _CLASSES.validate_json(file.read_bytes())
+        check_classes(classes)
+        return classes
+    except (OSError, ValueError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise UserError(f"{file}: cannot be read ({reason}); remove it to have it written again by training") from None
 

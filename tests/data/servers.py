@@ -6,7 +6,7 @@ import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -22,7 +22,8 @@ class FolderServer(ThreadingHTTPServer):
         self.folder = folder
         self.ranges = ranges
         self.faults: defaultdict[str, deque[str]] = defaultdict(deque)
-        """By file name, what goes wrong at its next requests: a status, `cut` or `stall` after half of the bytes."""
+        """By file name, what goes wrong at its next requests: a status, `cut`, `stall` or `drip` after half of the
+        bytes, or `drip headers`; of what drips a byte comes every 20 ms."""
         self.requests: list[tuple[str, str | None]] = []
         """File names and ranges."""
         self.queries: list[str] = []
@@ -50,6 +51,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.isdigit() or not path.is_file():
             self._answer(int(fault or 404), {"Content-Length": "0"})
             return
+        if fault == "drip headers":
+            self._drip(b"HTTP/1.1 200 OK\r\nX-Padding: ")
+            return
         content = path.read_bytes()
         match = re.fullmatch(r"bytes=(\d+)-", asked or "")
         start = int(match[1]) if match and self.server.ranges else 0
@@ -70,7 +74,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
+    def _drip(self, beginning: bytes) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            self.wfile.write(beginning)
+            while not self.server.go_on.wait(0.02):
+                self.wfile.write(b"x")
+
     def _send(self, body: bytes, fault: str) -> None:
+        if fault == "drip":
+            self._drip(body[: len(body) // 2])
+            return
         self.wfile.write(body[: len(body) // 2] if fault else body)
         self.close_connection = bool(fault)
         if fault == "stall":

@@ -6,16 +6,20 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from dist_pca.data.cache import CacheSettings, default_folder, open_manifest, open_shard
+from dist_pca.data.read import ShardReader
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest, load_manifest, save_manifest
+from dist_pca.shards.sample import read_sample
 from tests.data.servers import FolderServer, serving
 from tests.support.shards import make_shards, sample_members, write_shards
 
@@ -348,3 +352,55 @@ def test_a_cache_that_someone_else_filled_is_read_without_making_a_file(
     assert content_of(open_manifest(location, cache), 0, cache) == original(local, 0)
     assert sorted((path, path.stat().st_ino) for path in cache.folder.rglob("*")) == before
     assert load_manifest(local.folder) == local
+
+
+LIST = "shard-{000001..000002}.tar"
+
+
+def test_a_list_of_shards_is_a_part_of_the_folder_local_or_remote(
+    local: Manifest, location: str, cache: CacheSettings, server: FolderServer
+) -> None:
+    for where, folder in ((f"{location}/{LIST}", location), (f"{local.folder}/{LIST}", str(local.folder))):
+        manifest = open_manifest(where, cache)
+        assert [shard.name for shard in manifest.shards] == ["shard-000001.tar", "shard-000002.tar"]
+        assert manifest.samples == 8
+        # With the location another process opens the same shards.
+        assert open_manifest(manifest.location, cache).shards == manifest.shards
+        assert open_manifest(folder, cache).samples == 16
+    remote = open_manifest(f"{location}/{LIST}", cache)
+    assert content_of(remote, 1, cache) == original(local, 2)
+    assert server.asked("shard-000000.tar") == 0
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_listed_shards_that_the_folder_lacks_are_refused(
+    local: Manifest, location: str, cache: CacheSettings, remote: bool
+) -> None:
+    folder = location if remote else str(local.folder)
+    message = r"\Ashards [^\n]*/shards: 2 of 5 listed shards are not in manifest\.json, the first is shard-000004\.tar;"
+    with pytest.raises(UserError, match=message):
+        open_manifest(f"{folder}/shard-{{000001..000005}}.tar", cache)
+
+
+def test_a_folder_that_is_called_like_a_shard_is_a_folder(tmp_path: Path, cache: CacheSettings) -> None:
+    assert make_shards(tmp_path / "{a,b}.tar", [2]).samples == 2
+    assert open_manifest(str(tmp_path / "{a,b}.tar"), cache).samples == 2
+
+
+class Store(LocalFileSystem):  # type: ignore[misc]
+    """An object store of fsspec's: the folder `root`."""
+
+    root = Path()
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(cls.root / path.removeprefix("gcs://"))
+
+
+def test_shards_are_read_by_fsspec(tmp_path: Path, local: Manifest, cache: CacheSettings) -> None:
+    Store.root = tmp_path / "served"
+    fsspec.register_implementation("gcs", Store, clobber=True)
+    manifest = open_manifest("gcs://shards", cache)
+    with closing(ShardReader(manifest, 1, cache)) as reader:
+        assert reader.read(3, 1)["png"] == read_sample(local, local.shards[3], 1)["png"]
+    assert kept(cache) == ["shard-000003.tar"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dist_pca.classes import CITYSCAPES_CLASSES, LABEL_SETS, ClassInfo
-from dist_pca.data.class_table import class_table, lookup_table
+from dist_pca.data.class_table import class_table, describe_missing, lookup_table, missing_classes
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest
 from tests.support.shards import data_config
@@ -80,3 +80,49 @@ def test_labels_are_looked_up_by_name() -> None:
 def test_shards_without_any_of_the_classes_are_refused() -> None:
     with pytest.raises(UserError, match=r"^shards camera: none of the classes road, only cat, dog"):
         lookup_table(domain("cat", "dog"), [ClassInfo("road", (0, 0, 0))])
+
+
+@pytest.mark.parametrize("name", ["traffic_light", "Traffic Light", "traffic-light", "trafficlight", "traffic lights"])
+def test_a_missing_class_is_named_with_the_class_that_is_spelled_alike(name: str) -> None:
+    shards = domain("road", "traffic sign", name)
+    missing = missing_classes(shards, [*CITYSCAPES_CLASSES[:1], *CITYSCAPES_CLASSES[6:8]])
+    assert missing == {"traffic light": name}
+    said, left_out = describe_missing(shards, missing)
+    assert said.startswith(f"shards camera: no class 'traffic light'; the nearest is {name!r}")
+    assert f"--class-map '{name}=traffic light'" in said
+    assert left_out == "shards camera: without traffic light, which the means therefore leave out"
+
+
+def test_a_class_that_is_matched_is_suggested_for_no_other() -> None:
+    # "train" is spelled much like "terrain", but it is itself a class of the run.
+    assert missing_classes(domain("train", "road"), CITYSCAPES_CLASSES)["terrain"] is None
+    assert missing_classes(domain("train"), [CITYSCAPES_CLASSES[9]]) == {"terrain": "train"}
+
+
+def test_nothing_is_missing_from_equal_tables() -> None:
+    assert missing_classes(SOURCE, CITYSCAPES_CLASSES) == {}
+    assert describe_missing(SOURCE, {}) == []
+
+
+def test_a_map_takes_the_place_of_names() -> None:
+    shards = domain("Road", "truck", "sky")
+    run = [ClassInfo(name, (0, 0, 0)) for name in ("road", "vehicle")]
+    class_map = {"Road": "road", "truck": "vehicle", "sky": "vehicle"}
+    assert lookup_table(shards, run, class_map)[:4].tolist() == [0, 1, 1, 255]
+    assert missing_classes(shards, run, class_map) == {}
+
+
+@pytest.mark.parametrize(
+    ("class_map", "message"),
+    [
+        (
+            {"roads": "road"},
+            r"class_map 'roads=road': 'roads' is not a class of the shards camera; did you mean 'road'",
+        ),
+        ({"road": "rod"}, r"class_map 'road=rod': 'rod' is not a class of the run; did you mean 'road'\?; its classes"),
+    ],
+)
+def test_a_map_of_names_that_do_not_exist_is_refused(class_map: dict[str, str], message: str) -> None:
+    for check in (lookup_table, missing_classes):
+        with pytest.raises(UserError, match=message):
+            check(domain("road", "sky"), CITYSCAPES_CLASSES, class_map)

@@ -187,6 +187,12 @@ def test_a_header_that_lost_a_bit_is_corrupt(tmp_path: Path) -> None:
         read(one_sample(tmp_path, "k", content), 0, 0)
 
 
+def test_the_member_at_which_a_tar_breaks_is_named(tmp_path: Path) -> None:
+    long = altered(plain_member("k.png", b"image"), 124, b"00000777777\0")
+    with pytest.raises(CorruptSample, match=r"sample 'k' is unreadable \(member 'k\.png': extends beyond the sample\)"):
+        read(one_sample(tmp_path, "k", plain_member("k.label.png", b"label") + long), 0, 0)
+
+
 def altered(content: bytes, place: int, text: bytes) -> bytes:
     """With other bytes in a header, whose checksum is right however hostile the rest."""
     start = place // 512 * 512

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from moto.server import ThreadedMotoServer
 
-from dist_pca.data import remote
-from dist_pca.data.remote import Cancelled, RetryPolicy, download, is_remote, object_url, redact
+from dist_pca.data import bodies
+from dist_pca.data.addresses import is_remote, object_url, redact, split_shards
+from dist_pca.data.remote import Cancelled, RetryPolicy, download
 from dist_pca.errors import UserError
 from tests.data.servers import FolderServer, serving
 
@@ -35,7 +38,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
     }.items():
         monkeypatch.setenv(name, value)
-    remote._s3_client.cache_clear()
+    bodies._s3_client.cache_clear()
 
 
 @pytest.fixture
@@ -66,15 +69,29 @@ def test_a_path_is_local(location: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "location", ["http://host/a", "https://host:8443/a/b?x=y", "s3://bucket", "S3://bucket/prefix/"]
+    "location",
+    [
+        *("http://host/a", "https://host:8443/a/b?x=y", "s3://bucket", "S3://bucket/prefix/", "gs://bucket/shards"),
+        *("az://container/shards", "abfs://container@account.dfs.core.windows.net/x", "hf://datasets/user/name@rev/x"),
+        *("hdfs://host:8020/x", "oss://bucket/x", "s3://bucket/shard-{000000..000009}.tar"),
+    ],
 )
-def test_http_and_s3_are_remote(location: str) -> None:
+def test_http_s3_and_what_fsspec_reads_are_remote(location: str) -> None:
     assert is_remote(location)
 
 
 @pytest.mark.parametrize(
     "location",
-    ["pipe:touch executed", "pipe://touch executed", "file:///data", "gs://user:sesame@b/x", "ftp://h/x", "gopher:x"],
+    [
+        "pipe:touch executed",
+        "pipe://touch executed",
+        "file:///data",
+        "memory://x",
+        "simplecache::s3://b/x",
+        "cached://x",
+        "ftp://user:sesame@h/x",
+        "gopher:x",
+    ],
 )
 def test_any_other_scheme_is_refused_in_one_line_and_nothing_is_executed(
     location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -97,6 +114,14 @@ def test_any_other_scheme_is_refused_in_one_line_and_nothing_is_executed(
         "s3:///x",
         "s3://access:sesame@bucket/x",
         "s3://b:9000/x",
+        "s3:/bucket/x",
+        "https:host/x",
+        "gs:bucket/x",
+        "http://host name/x",
+        "http://host/a\nb",
+        "http:///x",
+        "http://host:99999/x",
+        "s3://",
     ],
 )
 def test_an_incomplete_url_and_keys_in_an_s3_url_are_refused_in_one_line(location: str) -> None:
@@ -104,6 +129,36 @@ def test_an_incomplete_url_and_keys_in_an_s3_url_are_refused_in_one_line(locatio
         is_remote(location)
     assert "s3://bucket/prefix" in str(caught.value)
     assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "gs://user:sesame@b/x",
+        "gs://sesame@b/x",
+        "az://b/x?sig=sesame",
+        "abfs://c:sesame@a/x",
+        "gs://b/x::s3://sesame/y",
+    ],
+)
+def test_secrets_and_chains_in_other_urls_are_refused_in_one_line(location: str) -> None:
+    with pytest.raises(UserError, match=ONE_LINE) as caught:
+        is_remote(location)
+    assert "settings of" in str(caught.value)
+    assert "sesame@" not in str(caught.value)
+    assert "=sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://a..b/x", "http://.../x", "http://[::1/x", f"http://{'a' * 70}.b/x"])
+def test_an_address_of_no_host_is_refused_in_one_line(url: str) -> None:
+    with pytest.raises(UserError, match=rf"{ONE_LINE[:-2]}incomplete URL"):
+        is_remote(url)
+
+
+@pytest.mark.parametrize("url", ["http://*/x", "http://a..b/x", "http://ex%00ample/x", "http://:80/x"])
+def test_an_address_that_cannot_be_fetched_ends_in_one_line(url: str) -> None:
+    with pytest.raises(UserError, match=ONE_LINE):
+        fetch(url, retry=replace(QUICK, retries=0))
 
 
 def test_a_file_s_url_keeps_user_and_query_and_a_redacted_one_has_neither() -> None:
@@ -149,6 +204,30 @@ def test_a_server_that_stalls_in_mid_body_is_left_after_the_timeout(url: str, se
     start = time.monotonic()
     assert fetch(url) == CONTENT
     assert 0.3 <= time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("fault", ["drip", "drip headers"])
+def test_a_server_that_sends_a_byte_before_every_timeout_is_left(url: str, server: FolderServer, fault: str) -> None:
+    impatient = replace(QUICK, min_rate=1000, rate_window=0.5)
+    assert fetch(url) == CONTENT
+    server.faults["file"].append(fault)
+    start = time.monotonic()
+    assert fetch(url, retry=impatient) == CONTENT
+    assert time.monotonic() - start < 5
+    server.faults["file"].extend([fault] * 2)
+    with pytest.raises(
+        UserError, match=rf"{ONE_LINE[:-2]}slower than 1000 bytes/s \(data\.cache\.min_rate\), 2 attempts"
+    ):
+        fetch(url, retry=replace(impatient, retries=1))
+
+
+def test_a_slow_server_is_waited_for_where_there_is_no_least_rate(url: str, server: FolderServer) -> None:
+    patient = replace(QUICK, min_rate=0, rate_window=0.1, retries=0)
+    server.faults["file"].append("drip")
+    cancelled = threading.Event()
+    threading.Timer(1, cancelled.set).start()
+    with pytest.raises(Cancelled):
+        download(url, io.BytesIO(), most=len(CONTENT), retry=patient, cancelled=cancelled)
 
 
 def test_a_file_that_became_shorter_than_what_was_taken_is_taken_afresh(url: str, server: FolderServer) -> None:
@@ -269,3 +348,106 @@ def test_s3_without_boto3_says_what_to_install(aws: None, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(UserError, match=r"\A[^\n]+pip install 'dist-pca\[s3\]'\Z"):
         fetch("s3://bucket/file")
+
+
+class Bucket(LocalFileSystem):  # type: ignore[misc]
+    """An object store of fsspec's: the folders below `root`."""
+
+    protocol = "oss"
+    root = Path()
+    raises: list[Exception] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(path).removeprefix("oss://")
+
+    def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if self.raises:
+            raise self.raises.pop(0)
+        return (self.root / self._strip_protocol(path)).open(mode)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> type[Bucket]:
+    (tmp_path / "bucket" / "a b").mkdir(parents=True)
+    (tmp_path / "bucket" / "a b" / "file").write_bytes(CONTENT)
+    Bucket.root, Bucket.raises = tmp_path, []
+    fsspec.register_implementation("oss", Bucket, clobber=True)
+    return Bucket
+
+
+class HTTPStatus(Exception):
+    def __init__(self, code: int) -> None:
+        super().__init__("sesame")
+        self.code = code
+
+
+def test_an_object_is_read_by_fsspec(store: type[Bucket]) -> None:
+    assert fetch("oss://bucket/a b/file") == CONTENT
+
+
+def test_an_error_of_an_fsspec_package_is_tried_again_and_a_final_one_is_not(store: type[Bucket]) -> None:
+    store.raises = [OSError("sesame"), HTTPStatus(503), TimeoutError()]
+    assert fetch("oss://bucket/a b/file") == CONTENT
+    for error, message in (
+        (HTTPStatus(403), "HTTP 403, access denied"),
+        (PermissionError(), "access denied; check the settings of ossfs"),
+        (FileNotFoundError(), "not found; check the location"),
+    ):
+        store.raises = [error]
+        with pytest.raises(UserError, match=rf"\Aoss://bucket/a b/file: {message}[^\n]*\Z") as caught:
+            fetch("oss://bucket/a b/file")
+        assert "sesame" not in str(caught.value)
+    store.raises = [ValueError("sesame")] * 4
+    with pytest.raises(UserError, match=r"\Aoss://bucket/a b/file: ValueError, 4 attempts; [^\n]+\Z"):
+        fetch("oss://bucket/a b/file")
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az", "abfss", "oci"])
+def test_a_scheme_whose_package_is_missing_says_what_to_install(scheme: str) -> None:
+    package = {"gs": "gcsfs", "az": "adlfs", "abfss": "adlfs", "oci": "ocifs"}[scheme]
+    with pytest.raises(UserError, match=rf"\Ashards {scheme}: [^\n]+pip install {package}\Z"):
+        fetch(f"{scheme}://bucket/file")
+
+
+def test_without_fsspec_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(UserError, match=r"pip install 'dist-pca\[remote\]'\Z"):
+        fetch("gs://bucket/file")
+
+
+@pytest.mark.parametrize(
+    ("location", "folder", "names"),
+    [
+        ("data/shards", "data/shards", None),
+        ("s3://b/x/", "s3://b/x/", None),
+        ("data/shard-{000008..000010}.tar", "data", [f"shard-0000{n}.tar" for n in ("08", "09", "10")]),
+        ("https://h/x/{a,b}-{1..2}.tar?sig=1/2", "https://h/x?sig=1/2", ["a-1.tar", "a-2.tar", "b-1.tar", "b-2.tar"]),
+        ("s3://b/shard-000003.tar", "s3://b", ["shard-000003.tar"]),
+        ("a.tar", ".", ["a.tar"]),
+        ("/a.tar", "/", ["a.tar"]),
+        ("x/{1,1}.tar", "x", ["1.tar"]),
+    ],
+)
+def test_a_location_may_end_in_shards(location: str, folder: str, names: list[str] | None) -> None:
+    assert split_shards(location) == (folder, names)
+    if "://" in location:
+        joined = object_url(location, "manifest.json")
+        assert joined == folder.rstrip("/").replace("?", "/manifest.json?") + (
+            "" if "?" in folder else "/manifest.json"
+        )
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("s3://b/{day,night}/shard-{0..9}.tar", "braces in the name of a folder"),
+        ("data/{0..3}", "braces in the name of a folder"),
+        ("data/shard-{0..9.tar", "unbalanced braces"),
+        ("data/shard-{0..9999999}.tar", "lists 10,000,000 shards"),
+        ("data/{0..9999}{0..9999}{0..9999}.tar", "lists 1,000,000,000,000 shards"),
+    ],
+)
+def test_lists_that_cannot_be_used_are_refused_in_one_line(location: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"\Ashards [^\n]*{message}[^\n]*\Z"):
+        split_shards(location)

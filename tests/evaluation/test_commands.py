@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from dist_pca.classes import ClassInfo
 from dist_pca.cli import app, main
 from dist_pca.config import load_config, save_config
 from dist_pca.model.exported import load_exported
 from dist_pca.resources import resource
-from tests.support.networks import segmenter, write_run
+from dist_pca.shards.manifest import save_manifest
+from tests.support.networks import CLASSES, segmenter, write_run
 from tests.support.runs import build_streets, launch
 from tests.support.shards import make_shards
 
@@ -89,6 +92,50 @@ def test_written_predictions_end_with_a_line_that_says_their_coding(
     assert f"--write-predictions {out}: exists already" in capsys.readouterr().err
 
 
+def test_unlabelled_shards_are_predicted_and_not_scored(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ("evaluate", folder / "tiny", "--shards", folder / "unlabelled", "--write-predictions", out)
+    assert run(monkeypatch, *words, "--coding", "train-ids") == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"{out}: 1 predictions (train ids of the shards); no scores" in printed.err
+    assert [path.name for path in out.iterdir()] == ["0.png"]
+    assert set(np.unique(np.asarray(Image.open(out / "0.png")))) <= {0, 1, 2}
+
+
+def test_other_names_of_classes_are_warned_of_and_may_be_mapped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = evaluated(monkeypatch, capsys, folder / "tiny", "--shards", folder / "labelled")
+    manifest = make_shards(tmp_path / "other", [2, 1])
+    names = (ClassInfo("Road", (0, 0, 0)), *manifest.classes[1:])
+    save_manifest(replace(manifest, classes=names))
+    words = ("evaluate", folder / "tiny", "--shards", tmp_path / "other", "--json")
+    assert run(monkeypatch, *words) == 0
+    printed = capsys.readouterr()
+    assert "no class 'road'; the nearest is 'Road'" in printed.err
+    assert "without road, which the means therefore leave out" in printed.err
+    found = json.loads(printed.out)
+    assert found["missing_classes"] == ["road"]
+    assert found["mean_iou"] == pytest.approx(sum(found["iou"][1:]) / 2)
+    assert run(monkeypatch, *words, "--class-map", "Road=road") == 0
+    printed = capsys.readouterr()
+    assert "warning" not in printed.err
+    assert json.loads(printed.out) == right
+
+
+def test_score_files_are_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("evaluate", folder / "tiny", "--shards", folder / "labelled", "--boundary-iou", "0.02")
+    assert run(monkeypatch, *words, "--write-scores", tmp_path / "out") == 0
+    printed = capsys.readouterr()
+    assert "boundary IoU" in printed.out
+    assert f"{tmp_path}/out: classes.csv, confusion.csv, confusion.png, images.csv, scores.json\n" in printed.err
+
+
 def test_predict_ends_with_one_line(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,12 +143,28 @@ def test_predict_ends_with_one_line(
     predict = ("predict", folder / "tiny", folder / "images", folder / "text.png", "--out", out, "--no-overlay")
     assert run(monkeypatch, *predict, "--on-error", "skip") == 0
     printed = capsys.readouterr()
-    assert printed.out == f"{out}: labels of 1 image, 1 skipped\n"
+    assert printed.out == f"{out}: labels (train ids of the run) of 1 image, 1 skipped\n"
     assert printed.err.startswith(f"skipped {folder}/text.png: unreadable image")
     assert (out / "labels" / "images" / "1.png").is_file()
     assert run(monkeypatch, *predict) == 2
     assert "--out" in capsys.readouterr().err
     assert run(monkeypatch, *predict, "--force", "--on-error", "skip") == 0
+
+
+def test_predict_writes_the_coding_that_is_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for coding in ("train-ids", "label-ids", "colors"):
+        out = tmp_path / coding
+        words = ("predict", folder / "tiny", folder / "images", "--out", out, "--no-overlay", "--coding", coding)
+        assert run(monkeypatch, *words) == 0
+        with Image.open(out / "labels" / "1.png") as image:
+            found[coding] = np.asarray(image)
+    assert "labels (colours of the classes) of 1 image" in capsys.readouterr().out
+    train_ids = found["train-ids"]
+    assert np.array_equal(found["label-ids"], np.array([7, 23, 26])[train_ids])
+    assert np.array_equal(found["colors"], np.array([info.color for info in CLASSES])[train_ids])
 
 
 def test_export_names_what_it_wrote(
@@ -129,6 +192,16 @@ def test_export_names_what_it_wrote(
             "--write-predictions text.png: exists already",
         ),
         ("evaluate tiny --shards labelled --write-predictions text.png/out", "text.png/out: cannot be written"),
+        ("evaluate tiny --shards labelled --coding colors", "--coding: has no effect without --write-predictions"),
+        ("evaluate tiny --shards labelled --boundary-iou 0", "evaluation.boundary_iou: Input should be greater than 0"),
+        ("evaluate tiny --shards labelled --class-map road", "--class-map 'road': give each class of the shards once"),
+        ("evaluate tiny --shards labelled --class-map a=road", "'a' is not a class of the shards labelled"),
+        ("evaluate tiny --shards labelled --class-map road=sky --class-map road=car", "--class-map 'road=car': give"),
+        ("evaluate tiny --shards labelled --write-scores text.png", "--write-scores text.png: exists already"),
+        (
+            "evaluate tiny --shards unlabelled --write-predictions out --write-scores x",
+            "--write-scores: the shards unl",
+        ),
         ("predict tiny nothing.png --out out", "nothing.png: no such file or folder"),
         ("predict tiny text.png --out out", "text.png: unreadable image"),
         ("predict tiny images --out images", "--out images: exists already"),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from dist_pca.evaluation.confusion import confusion_matrix, iou, mean_iou, pixel_accuracy
+from dist_pca.evaluation.confusion import confusion_matrix, f1, iou, mean, pixel_accuracy, precision, recall
 
 CLASSES = 4
 IGNORE = 255
@@ -54,6 +54,22 @@ def test_counts_of_two_images_add_up_to_those_of_both(
     assert torch.equal(parts[0] + parts[1], confusion_matrix(*tensors(first + second), CLASSES, IGNORE))
 
 
+@given(pixels)
+def test_precision_recall_and_f1_are_shares_of_the_sets_of_pixels(pairs: list[tuple[int, int]]) -> None:
+    counts = confusion_matrix(*tensors(pairs), CLASSES, IGNORE)
+    counted = [(index, *pair) for index, pair in enumerate(pairs) if pair[1] != IGNORE]
+    for class_index in range(CLASSES):
+        predicted = {index for index, prediction, _ in counted if prediction == class_index}
+        true = {index for index, _, label in counted if label == class_index}
+        found = [values(counts)[class_index].item() for values in (precision, recall, f1)]
+        expected = [
+            len(predicted & true) / len(predicted) if predicted else math.nan,
+            len(predicted & true) / len(true) if true else math.nan,
+            2 * len(predicted & true) / (len(predicted) + len(true)) if predicted or true else math.nan,
+        ]
+        assert found == pytest.approx(expected, nan_ok=True)
+
+
 def test_rows_are_the_truth() -> None:
     counts = confusion_matrix(torch.tensor([1, 1, 0]), torch.tensor([0, 1, 0]), 2, IGNORE)
     assert counts.tolist() == [[1, 1], [0, 1]]
@@ -61,14 +77,14 @@ def test_rows_are_the_truth() -> None:
 
 def test_means_leave_absent_classes_out() -> None:
     counts = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
-    assert mean_iou(counts) == pytest.approx((3 / 4 + 4 / 5) / 2)
-    assert mean_iou(counts, [0, 2]) == pytest.approx(3 / 4)
-    assert math.isnan(mean_iou(counts, [2]))
+    assert mean(iou(counts)) == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert mean(iou(counts), [0, 2]) == pytest.approx(3 / 4)
+    assert math.isnan(mean(iou(counts), [2]))
 
 
 def test_pixels_taken_for_a_class_outside_the_subset_still_count() -> None:
     counts = torch.tensor([[6, 0, 2], [0, 5, 0], [2, 0, 9]])
-    assert mean_iou(counts, [0, 1]) == pytest.approx((6 / 10 + 1) / 2)
+    assert mean(iou(counts), [0, 1]) == pytest.approx((6 / 10 + 1) / 2)
 
 
 def test_pixel_accuracy_is_the_share_of_counted_pixels_predicted_right() -> None:

@@ -1,5 +1,10 @@
+import csv
 import io
+import json
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +15,9 @@ from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
 from dist_pca.evaluation.confusion import confusion_matrix
-from dist_pca.evaluation.evaluate import evaluate
+from dist_pca.evaluation.evaluate import evaluate, write_predictions
 from dist_pca.evaluation.inference import predict
+from dist_pca.evaluation.prediction_files import prediction_values
 from dist_pca.evaluation.report import Scores, score
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.shards.manifest import Manifest, load_manifest
@@ -39,16 +45,19 @@ def segmenter() -> Segmenter:
     return network
 
 
-def scores_on_rank(rank: int, world_size: int, folder: Path, predictions: Path | None = None) -> str:
+def scores_on_rank(
+    rank: int, world_size: int, folder: Path, predictions: Path | None = None, score_folder: Path | None = None
+) -> str:
     return evaluate(
         segmenter(),
         load_manifest(folder),
         CLASSES,
-        run(),
+        run(boundary_iou=0.05),
         device="cpu",
         rank=rank,
         world_size=world_size,
         predictions=predictions,
+        score_folder=score_folder,
     ).to_json()
 
 
@@ -84,9 +93,86 @@ def test_every_image_is_scored_once(manifest: Manifest) -> None:
     assert min(scores.iou) > 0
 
 
-def test_scores_are_equal_on_any_number_of_ranks(manifest: Manifest, tmp_path: Path) -> None:
-    single = scores_on_rank(0, 1, manifest.folder)
-    assert run_on_ranks(scores_on_rank, 2, tmp_path, manifest.folder) == [single, single]
+def test_scores_and_their_files_are_equal_on_any_number_of_ranks(manifest: Manifest, tmp_path: Path) -> None:
+    single = scores_on_rank(0, 1, manifest.folder, None, tmp_path / "one")
+    assert run_on_ranks(scores_on_rank, 2, tmp_path, manifest.folder, None, tmp_path / "two") == [single, single]
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.suffix != ".png"}
+        for name in ("one", "two")
+    )
+    assert sorted(one) == ["classes.csv", "confusion.csv", "images.csv", "scores.json"]
+    assert one == two
+
+
+def test_score_files_hold_what_each_image_and_all_of_them_are_scored(manifest: Manifest, tmp_path: Path) -> None:
+    scores = evaluate(segmenter(), manifest, CLASSES, run(), device="cpu", score_folder=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == json.loads(scores.to_json())
+    with (tmp_path / "out" / "images.csv").open(newline="") as file:
+        images = list(csv.DictReader(file))
+    assert [line["image"] for line in images] == [key for shard in manifest.shards for key in shard.keys]
+    alone = write_shards(tmp_path / "alone", [[sample_members(3)]])
+    of_one = evaluate(segmenter(), alone, CLASSES, run(), device="cpu")
+    assert float(images[3]["mean_iou"]) == of_one.mean_iou
+    assert [float(images[3][f"iou {info.name}"]) for info in CLASSES] == list(of_one.iou)
+    with (tmp_path / "out" / "confusion.csv").open(newline="") as file:
+        lines = list(csv.reader(file))
+    counts = torch.tensor([[int(cell) for cell in line[1:]] for line in lines[1:]])
+    assert lines[0][1:] == [line[0] for line in lines[1:]] == [info.name for info in CLASSES]
+    assert score(counts, CLASSES, 5) == scores
+    assert sum(int(line["pixels"]) for line in images) == int(counts.sum())
+
+
+def renamed(manifest: Manifest, *names: str) -> Manifest:
+    return replace(manifest, classes=tuple(ClassInfo(name, (0, 0, 0)) for name in names))
+
+
+def test_classes_of_another_spelling_are_out_of_the_mean_unless_they_are_mapped(manifest: Manifest) -> None:
+    expected = expected_scores()
+    other = renamed(manifest, "road", "the sky", "car")
+    lacking = evaluate(segmenter(), other, CLASSES, run(), device="cpu")
+    assert lacking.missing_classes == ("sky",)
+    assert math.isnan(lacking.iou[1])
+    assert lacking.mean_iou == pytest.approx((lacking.iou[0] + lacking.iou[2]) / 2)
+    mapped = evaluate(segmenter(), other, CLASSES, run(class_map={"the sky": "sky"}), device="cpu")
+    assert mapped == expected
+
+
+def test_several_classes_of_the_shards_may_be_one_of_the_run(manifest: Manifest) -> None:
+    vehicles = run(class_map={"car": "sky"})
+    scores = evaluate(segmenter(), manifest, CLASSES, vehicles, device="cpu")
+    assert scores.missing_classes == ("car",)
+    labels = [torch.from_numpy(decode(sample_members(seed)["label.png"])) for seed in range(5)]
+    assert scores.recall[1] == pytest.approx(
+        sum(int(((label == 1) | (label == 2))[predicted(seed) == 1].sum()) for seed, label in enumerate(labels))
+        / sum(int(((label == 1) | (label == 2)).sum()) for label in labels)
+    )
+
+
+def predicted(seed: int) -> torch.Tensor:
+    image = torch.from_numpy(decode(sample_members(seed)["png"]))
+    return predict(segmenter().eval(), image.permute(2, 0, 1)[None], (HEIGHT, WIDTH), (HEIGHT, WIDTH))[0]
+
+
+def write_on_rank(rank: int, world_size: int, folder: Path, out: Path) -> int:
+    manifest = load_manifest(folder)
+    values = prediction_values(CLASSES, "train-ids", manifest)
+    where: Any = {"device": "cpu", "rank": rank, "world_size": world_size}
+    write_predictions(segmenter(), manifest, CLASSES, run(), out, values, **where)
+    return rank
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_unlabelled_shards_are_predicted_in_the_coding_asked_for(tmp_path: Path, world_size: int) -> None:
+    shards = tmp_path / "shards"
+    write_shards(shards, [[sample_members(seed, labelled=False) for seed in range(3)]], labelled=False)
+    if world_size == 1:
+        write_on_rank(0, 1, shards, tmp_path / "out")
+    else:
+        run_on_ranks(write_on_rank, world_size, tmp_path, shards, tmp_path / "out")
+    files = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in files] == ["0.png", "1.png", "2.png"]
+    for seed, path in enumerate(files):
+        assert np.array_equal(decode(path.read_bytes()), predicted(seed).numpy())
 
 
 def test_every_views_protocol_changes_what_is_scored(manifest: Manifest) -> None:
@@ -104,7 +190,8 @@ def test_predictions_are_written_once_by_all_ranks_and_give_the_scores(
     else:
         run_on_ranks(scores_on_rank, world_size, tmp_path, manifest.folder, tmp_path / "out")
     files = sorted((tmp_path / "out").iterdir())
-    assert [path.stem for path in files] == [key for shard in manifest.shards for key in shard.keys]
+    # Names of the samples' source files.
+    assert [path.name for path in files] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
     raw = torch.stack([torch.from_numpy(decode(path.read_bytes())) for path in files])
     assert sorted(raw.unique().tolist()) == [7, 23, 26]
     counts = torch.zeros(3, 3, dtype=torch.int64)

@@ -1,3 +1,4 @@
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import pytest
@@ -7,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dist_pca.config import EvaluationConfig
+from dist_pca.evaluation import views
 from dist_pca.evaluation.inference import predict
-from dist_pca.evaluation.views import view_logits, window_starts
+from dist_pca.evaluation.views import open_views, view_logits, window_starts
 from tests.support.networks import segmenter
 
 NETWORK = segmenter()
@@ -84,6 +86,53 @@ def test_logits_are_averaged_where_windows_overlap() -> None:
 
     (logits,) = view_logits(Counting(), torch.zeros(1, 3, 4, 6), (4, 6), protocol(window=(4, 4), stride=(4, 2)))
     assert logits[0, 0, 0].tolist() == [1.0, 1.0, 1.5, 1.5, 2.0, 2.0]
+
+
+@settings(max_examples=30)
+@given(edges, st.integers(33, 60), st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)), min_size=1, max_size=4))
+def test_rows_that_are_asked_for_downwards_are_those_of_the_whole_view(
+    height: int, window: int, steps: list[tuple[int, int]]
+) -> None:
+    how = protocol(window=(window, 33), flip=True)
+    pixels = images(height, 64)
+    with torch.no_grad():
+        whole = view_logits(NETWORK, pixels, (height, 64), how)
+        opened = open_views(NETWORK, pixels, (height, 64), how)
+        for view, expected in zip(opened, whole, strict=True):
+            assert view.height == expected.shape[-2]
+            bottom = 0
+            for more, again in cycle(steps):
+                top, bottom = max(0, bottom - again), min(bottom + more, height)
+                assert torch.equal(view.rows(top, bottom), expected[..., top:bottom, :])
+                if bottom == height:
+                    break
+
+
+def test_the_network_runs_no_further_down_than_rows_are_asked_for() -> None:
+    model = PixelWise()
+    (view,) = open_views(model, images(4000, 60), (4000, 60), protocol(window=(40, 60), stride=(40, 60)))
+    assert model.seen == []
+    view.rows(0, 40)
+    assert model.seen == [(40, 60)]
+    view.rows(30, 41)
+    assert len(model.seen) == 2
+
+
+def test_pixels_of_eight_bits_are_resized_and_cut_like_others() -> None:
+    for size in ((48, 64), (40, 50)):
+        for how in (protocol(), protocol(window=(33, 33)), protocol(scales=(0.9,), flip=True)):
+            with torch.no_grad():
+                in_bytes = view_logits(NETWORK, images(48, 64), size, how)
+                in_unit = view_logits(NETWORK, images(48, 64).float() / 255, size, how)
+            torch.testing.assert_close(in_bytes, in_unit, rtol=0, atol=0)
+
+
+def test_the_largest_images_are_resized_in_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = view_logits(PixelWise(), images(48, 64), (30, 40), protocol(window=(20, 20)))
+    monkeypatch.setattr(views, "MAX_WHOLE", 0)
+    found = view_logits(PixelWise(), images(48, 64), (30, 40), protocol(window=(20, 20)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1.01 / 255)
+    assert not torch.equal(found[0], expected[0])
 
 
 @settings(max_examples=15)

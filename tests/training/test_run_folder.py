@@ -13,7 +13,7 @@ from dist_pca.config import RunConfig, load_config, save_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
-from dist_pca.shards.manifest import Manifest, load_manifest
+from dist_pca.shards.manifest import Manifest, load_manifest, save_manifest
 from dist_pca.tools.demo.streets import DAY, write_streets
 from dist_pca.training.checkpoint import code_version, latest_checkpoint, pointed_at
 from dist_pca.training.prepare import prepare_run
@@ -152,6 +152,27 @@ def test_a_world_that_cannot_share_the_batch_is_refused_with_the_sizes_that_woul
     )
     with pytest.raises(UserError, match=message):
         prepare_run(config, world_size=4, resume=None)
+
+
+def test_validation_shards_with_another_spelling_of_a_class_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_streets(tmp_path / "raw", DAY, split="day", indices=range(2), seed=0, size=(64, 96))
+    for name in ("day", "test"):
+        manifest = build_shards("folder", tmp_path / "raw", tmp_path / name, workers=1)
+    save_manifest(replace(manifest, classes=(replace(manifest.classes[0], name="Road"), *manifest.classes[1:])))
+    keys = (
+        *(f"data.source={tmp_path}/day", f"data.target={tmp_path}/day", f"data.validation={tmp_path}/test"),
+        *("data.shorter_edge=[40,56]", "data.crop=[40,56]"),
+        *("model.backbone=test_resnet", "model.weights=scratch", "model.output_stride=null"),
+    )
+    with caplog.at_level("INFO"):
+        prepare_run(demo(tmp_path, *keys), world_size=1, resume=None)
+    assert f"data.validation: shards {tmp_path}/test: no class 'road'; the nearest is 'Road'" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        prepare_run(demo(tmp_path, *keys, "evaluation.class_map={Road: road}"), world_size=1, resume=None)
+    assert "Road" not in caplog.text
 
 
 def test_going_on_with_other_code_is_told(made: Path, caplog: pytest.LogCaptureFixture) -> None:

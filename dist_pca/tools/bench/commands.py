@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dist_pca.config.aliases import warn_renamed
+from dist_pca.console import plain_console
 from dist_pca.errors import UserError
 
 app = typer.Typer(
@@ -214,7 +214,7 @@ def association(
         max_seconds=max_seconds,
     )
     to_measure = cases(plan)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(to_measure))
@@ -227,7 +227,7 @@ def association(
         typer.echo(report.to_json(records))
         return
     ranks = f", {world} ranks" if world > 1 else ""
-    printer = Console(highlight=False)
+    printer = plain_console()
     printer.print(f"{report.device_name()}: association, C = {channels}, {similarity}, {plan.data} data{ranks}\n")
     for sized in comparison.terminal_tables(records):
         printer.print(sized, "")
@@ -251,7 +251,7 @@ def data(
     from dist_pca.tools.bench import report
     from dist_pca.tools.bench.data import MEASUREMENTS
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     records = []
     with tempfile.TemporaryDirectory() as folder, console.status("") as status:
         for name in _values(only or _Measurement):
@@ -262,7 +262,7 @@ def data(
         typer.echo(report.to_json(records))
         return
     rows = [{"": str(r["name"]), "value": f"{r['value']:.4g}", "unit": str(r["unit"])} for r in records]
-    Console(highlight=False).print(report.rich_table(f"{report.device_name()}: data", rows))
+    plain_console().print(report.rich_table(f"{report.device_name()}: data", rows))
 
 
 @app.command("resume", epilog=_RESUME_EXAMPLES)
@@ -280,7 +280,7 @@ def resume(
     from dist_pca.tools.bench.resume import measure_resume
     from dist_pca.tools.bench.worlds import measure_worlds
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     with tempfile.TemporaryDirectory() as folder, console.status("") as status:
         records = measure_resume(Path(folder), kills, seed, status.update)
         records += measure_worlds(Path(folder), status.update)
@@ -288,7 +288,7 @@ def resume(
         typer.echo(report.to_json(records))
         return
     rows = [{"": str(r["name"]), "value": str(r["value"])} for r in records]
-    Console(highlight=False).print(report.rich_table(f"{report.device_name()}: resume", rows))
+    plain_console().print(report.rich_table(f"{report.device_name()}: resume", rows))
 
 
 @app.command("train", epilog=_TRAIN_EXAMPLES)
@@ -306,14 +306,14 @@ def train(
     from dist_pca.tools.bench import report
     from dist_pca.tools.bench.train import measure_train
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     with tempfile.TemporaryDirectory() as folder, console.status("training"):
         records = measure_train(Path(folder), repeats)
     if as_json:
         typer.echo(report.to_json(records))
         return
     rows = [{"": str(r["name"]), "value": f"{r['value']:.4g}", "unit": str(r["unit"])} for r in records]
-    Console(highlight=False).print(report.rich_table(f"{report.device_name()}: train", rows))
+    plain_console().print(report.rich_table(f"{report.device_name()}: train", rows))
 
 
 @app.command("scale", epilog=_SCALE_EXAMPLES)

@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from dist_pca.config import load_config
 from dist_pca.config.aliases import rename_metrics
@@ -146,18 +146,17 @@ def table(statuses: list[Status]) -> Table:
     """One row for each run."""
     shown = Table(Column("run", overflow="fold"), "state", "step", "left", *SHOWN.values(), "restarts", "")
     for status in statuses:
-        style = _STYLES.get(status.state, "")
         numbers = (status.metrics.get(name) for name in SHOWN)
         where = f"job {status.job} {status.job_state}" if status.job_state else ""
         seen = f"last sign {duration(status.silent)} ago" if status.state in ("running", "stale") else ""
         shown.add_row(
-            escape(status.run),
-            f"[{style}]{status.state}[/]" if style else status.state,
+            status.run,
+            Text(status.state, _STYLES.get(status.state, "")),
             f"{status.step:,}/{status.steps:,}",
             duration(status.seconds_left),
             *(f"{number:.4g}" if isinstance(number, (int, float)) else "" for number in numbers),
             str(status.restarts),
-            escape("; ".join(part for part in (status.message, seen, where) if part)),
+            "; ".join(part for part in (status.message, seen, where) if part),
         )
     return shown
 

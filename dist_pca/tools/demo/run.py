@@ -9,6 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from dist_pca.config import load_config
+from dist_pca.console import plain_console
 from dist_pca.data.stream import evaluation_stream
 from dist_pca.errors import UserError
 from dist_pca.evaluation.evaluate import evaluate
@@ -43,7 +44,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Scores]:
     Raises:
         UserError: a run's training failed, or a run in the folder was made with other settings.
     """
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console(soft_wrap=True)
     started = time.perf_counter()
     data = out / "data"
     for name, (look, first, count) in SETS.items():

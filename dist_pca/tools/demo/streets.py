@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 from PIL import Image
-from rich.console import Console
 from rich.progress import track
 
 from dist_pca.classes import CITYSCAPES_CLASSES, ClassInfo
+from dist_pca.console import plain_console
 from dist_pca.files import write_whole
 from dist_pca.tools.demo.canvas import Canvas, view
 from dist_pca.tools.demo.cars import paint_car
@@ -100,7 +100,7 @@ def write_streets(
     table = [{"name": info.name, "color": list(info.color)} for info in CLASSES]
     write_whole(root / "classes.yaml", yaml.safe_dump(table, sort_keys=False, default_flow_style=None))
     for index in track(
-        list(indices), console=Console(stderr=True), description=f"drawing {look.name} streets ({split})"
+        list(indices), console=plain_console(stderr=True), description=f"drawing {look.name} streets ({split})"
     ):
         image, label = render_street(index, look, seed=seed, size=size)
         name = f"{split}-{index:05d}.png"

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from dist_pca.console import plain_console
 from dist_pca.errors import UserError
 from dist_pca.resources import names
 
@@ -71,7 +72,7 @@ def main() -> int:
     try:
         app(prog_name="dist_pca.doctor")
     except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+        plain_console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red")
         return UserError.EXIT_CODE
     return 0
 
@@ -121,7 +122,7 @@ def _print(checks: "Sequence[Check]", hosts: list[str], as_json: bool) -> None:
         table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in checks:
-        table.add_row(f"[{_COLOURS[check.verdict]}]{check.verdict}[/]", check.name, check.found)
+        table.add_row(Text(check.verdict, _COLOURS[check.verdict]), check.name, check.found)
         if check.verdict != "pass" and check.remedy:
-            table.add_row("", "", f"[bold]->[/] {check.remedy}")
-    Console(highlight=False).print(table)
+            table.add_row("", "", Text.assemble(("->", "bold"), f" {check.remedy}"))
+    plain_console().print(table)

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from dist_pca.config import RunConfig
 from dist_pca.cores import available_memory, free_shared_memory, usable_cores
+from dist_pca.data.addresses import is_remote
 from dist_pca.data.cache import cache_settings, open_manifest
-from dist_pca.data.remote import is_remote
 from dist_pca.errors import UserError
 from dist_pca.tools.doctor.check import VERSIONS, Check
 from dist_pca.tools.planning.predict import images_per_rank

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import track
+
+from dist_pca.console import plain_console
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -122,7 +123,7 @@ def matches(
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     association, blocks = config.objective.association, []
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = plain_console(stderr=True, soft_wrap=True)
     with nullcontext() if out is None else new_folder(out, "--out") as staged:
         for name in track(found, "matching", console=console, transient=True, disable=not console.is_terminal):
             for of_level, judged in measure(run, name, config, taken, device=device).items():
@@ -137,7 +138,7 @@ def matches(
         typer.echo(to_json(blocks, classes, batches * images))
         return
     for block in blocks:
-        Console().print(table(block, classes))
+        plain_console().print(table(block, classes))
         for line in lines(block, classes):
             typer.echo(line)
         typer.echo()

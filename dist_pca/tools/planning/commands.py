@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from dist_pca.console import plain_console
 from dist_pca.resources import names
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def plan(
     images = images_per_rank(run, cluster.size)
     count = classes or _classes(run)
     stage = run.training.zero_stage or 2
-    messages = Console(stderr=True, soft_wrap=True, highlight=False)
+    messages = plain_console(stderr=True, soft_wrap=True)
     with messages.status("passing every operation of a step by, without values"):
         step = run_network(run, count or DEFAULT_CLASSES, *images)
     prediction = predict(run, step, cluster, assumptions, images=images, stage=stage, steps=run.training.steps)
@@ -183,7 +183,7 @@ def plan(
         }
         typer.echo(json.dumps(result, indent=2))
         return
-    printer = Console(highlight=False)
+    printer = plain_console()
     printer.print(report.headline(prediction), "", sep="\n", markup=False)
     for table in (report.memory_table, report.traffic_table, report.time_table):
         printer.print(table(prediction), "", sep="\n")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from dist_pca.tools.planning.advice import SLOWER, as_overrides
 from dist_pca.tools.planning.candidates import Candidates
@@ -44,8 +45,8 @@ def memory_table(prediction: Prediction) -> Table:
     table = _table("memory per GPU", "", "at the peak", "at most")
     for part, count in memory.parts.items():
         table.add_row(part, size(count), size(memory.most[part]))
-    table.add_row(f"[bold]peak, in {memory.phase}[/]", f"[bold]{size(memory.peak)}[/]")
-    table.add_row("usable", size(prediction.usable), "it fits" if prediction.fits else "[red]does not fit[/]")
+    table.add_row(Text(f"peak, in {memory.phase}", "bold"), Text(size(memory.peak), "bold"))
+    table.add_row("usable", size(prediction.usable), "it fits" if prediction.fits else Text("does not fit", "red"))
     return table
 
 
@@ -71,7 +72,7 @@ def time_table(prediction: Prediction) -> Table:
     )
     table.add_row("communication that is waited for", duration(timing.exposed_communication))
     table.add_row("loader", duration(timing.loader))
-    table.add_row("[bold]step[/]", f"[bold]{duration(timing.step)}[/]", f"bound by {timing.bound}")
+    table.add_row(Text("step", "bold"), Text(duration(timing.step), "bold"), f"bound by {timing.bound}")
     table.add_row(f"{prediction.steps:,} steps", f"{prediction.hours:,.2f} h", f"{prediction.gpu_hours:,.1f} GPU-hours")
     return table
 
@@ -106,7 +107,7 @@ def sweep_table(predictions: Sequence[Prediction]) -> Table:
             f"{values['images_per_second']:,.0f}",
             prediction.timing.bound,
             size(prediction.memory.peak),
-            "" if prediction.fits else "[red]too much[/]",
+            "" if prediction.fits else Text("too much", "red"),
             size(sum(part.bytes for part in prediction.traffic)),
             number(prediction.hours),
             number(prediction.gpu_hours),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from dist_pca.console import plain_console
 from dist_pca.errors import UserError
 from dist_pca.options import (
     Account,
@@ -156,7 +157,7 @@ def study(
         train_study,
     )
 
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = plain_console(stderr=True, soft_wrap=True)
 
     def say(message: str) -> None:
         console.print(message, style="dim", markup=False)
@@ -277,7 +278,7 @@ def _show(study: "Study", manifests: "Mapping[str, Manifest]", console: Console,
         typer.echo(to_json(study, results, summaries))
     else:
         for table in tables.rich_tables(study, summaries):
-            Console().print(table)
+            plain_console().print(table)
         for line in tables.notes(study, results):
             console.print(line, style="dim", markup=False)
     written = ("study.csv", "summary.csv", "summary.md", *(("study.png",) if drawn else ()))

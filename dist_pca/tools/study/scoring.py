@@ -102,6 +102,6 @@ def _key(run: Path, manifest: Manifest, step: int) -> dict[str, Any]:
 def _entries(run: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads((run / "scores.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dist_pca.console import plain_console
 
 if TYPE_CHECKING:
     from dist_pca.shards.manifest import Manifest
@@ -86,7 +87,7 @@ def select(
     cache = cache_settings(load_config(candidates[0].run / "config.yaml").data.cache)
     images = spread(open_manifest(target, cache), max_images)
     source = None if source_validation is None else open_manifest(source_validation, cache)
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = plain_console(stderr=True, soft_wrap=True)
     on_source = source and [score_checkpoint(run, source, checkpoint).mean_iou for run, checkpoint in candidates]
     columns = (TextColumn("comparing"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -168,4 +169,4 @@ def _print_table(rows: Sequence[dict[str, Any]], score: str, chosen: int, title:
         }
         for place, row in enumerate(rows)
     ]
-    Console().print(rich_table(title, shown))
+    plain_console().print(rich_table(title, shown))

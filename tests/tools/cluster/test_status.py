@@ -162,7 +162,7 @@ def test_several_runs_make_one_table_or_one_list(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         write_exit_status(make_run(tmp_path / name, told=7, starts=(start(),)), ExitCode.DONE, "done [so]")
     runs = [str(tmp_path / name / "run") for name in names]
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=200, record=True, file=io.StringIO(), markup=False)
     console.print(table([read_status(Path(run)) for run in runs]))
     shown = console.export_text()
     assert all(run in shown for run in runs)
