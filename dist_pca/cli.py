@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     console.print(f"error: {message}", style="red", markup=False)
     sys.exit(UserError.EXIT_CODE)
 
@@ -125,7 +125,7 @@ def train(
     # Report config errors here: the launcher would add a traceback of its own to every failure.
     processes = process_count(command)
     prepare_run(run, world_size=processes, resume=resume, local_ranks=max(1, processes // machine_count(command)))
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     if is_finished(run):
         console.print(f"{run.folder}: all {run.training.steps} steps are done already", markup=False)
         return

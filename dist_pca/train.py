@@ -31,7 +31,7 @@ def resolve_config(name: str, overrides: list[str]) -> RunConfig:
 
 
 def _print(message: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+    Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(message, markup=False)
 
 
 class LineHandler(logging.Handler):

@@ -89,4 +89,5 @@ def exit_process(folder: Path | None, code: int) -> NoReturn:
 
 def print_error(message: str) -> None:
     """Print an error as one red line on stderr."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", style="red", markup=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+    console.print(f"error: {message}", style="red", markup=False)

@@ -95,7 +95,7 @@ def submit(
     )
     check_run(run, world_size=nodes * processes, gpus=gpus_per_node > 0, resume=resume)
     typer.echo(text)
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     if dry_run:
         return
     if run.training.steps <= saved_step(run.folder):
@@ -125,4 +125,4 @@ def status(
     from dist_pca.tools.cluster.status import read_status, table, to_json
 
     statuses = [read_status(run) for run in runs]
-    typer.echo(to_json(statuses)) if as_json else Console().print(table(statuses))
+    typer.echo(to_json(statuses)) if as_json else Console(emoji=False).print(table(statuses))

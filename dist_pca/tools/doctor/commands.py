@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dist_pca.errors import UserError
+from dist_pca.resilience.exit_status import print_error
 from dist_pca.resources import names
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def main() -> int:
     try:
         app(prog_name="dist_pca.doctor")
     except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+        print_error(str(error))
         return UserError.EXIT_CODE
     return 0
 
@@ -121,7 +123,7 @@ def _print(checks: "Sequence[Check]", hosts: list[str], as_json: bool) -> None:
         table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in checks:
-        table.add_row(f"[{_COLOURS[check.verdict]}]{check.verdict}[/]", check.name, check.found)
+        table.add_row(f"[{_COLOURS[check.verdict]}]{check.verdict}[/]", check.name, escape(check.found))
         if check.verdict != "pass" and check.remedy:
-            table.add_row("", "", f"[bold]->[/] {check.remedy}")
-    Console(highlight=False).print(table)
+            table.add_row("", "", f"[bold]->[/] {escape(check.remedy)}")
+    Console(highlight=False, emoji=False).print(table)
