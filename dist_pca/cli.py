@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import dist_pca
-from dist_pca.console import plain_console
+from dist_pca.console import plain_console, print_error
 from dist_pca.errors import UserError
 from dist_pca.evaluation.commands import app as evaluation_app
 from dist_pca.options import Launcher, Processes, Resume
@@ -71,8 +71,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    console = plain_console(stderr=True, soft_wrap=True)
-    console.print(f"error: {message}", style="red")
+    print_error(message)
     sys.exit(UserError.EXIT_CODE)
 
 

@@ -23,3 +23,8 @@ def plain_console(
     return Console(
         stderr=stderr, soft_wrap=soft_wrap, quiet=quiet, file=file, markup=False, emoji=False, highlight=False
     )
+
+
+def print_error(message: str) -> None:
+    """Print an error as one red line on stderr."""
+    plain_console(stderr=True, soft_wrap=True).print(f"error: {message}", style="red")

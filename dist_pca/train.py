@@ -14,10 +14,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from dist_pca.config import RunConfig, load_config
-from dist_pca.console import plain_console
+from dist_pca.console import plain_console, print_error
 from dist_pca.errors import UserError
 from dist_pca.options import Resume
-from dist_pca.resilience.exit_status import SUPERVISED, ExitCode, exit_process, print_error, write_exit_status
+from dist_pca.resilience.exit_status import SUPERVISED, ExitCode, exit_process, write_exit_status
 from dist_pca.resilience.preemption import StopRequest
 from dist_pca.resources import resource
 

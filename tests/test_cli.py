@@ -56,6 +56,20 @@ def test_inspect_prints_tables_or_json_and_draws_a_grid(
     assert json.loads(capsys.readouterr().out)["samples"] == 4
 
 
+@pytest.mark.parametrize("name", ["[red]x", "[/dashed]", "val[a]", ":car:", "[bold]a[/bold]"])
+def test_a_name_is_printed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"name: a\ndata: {{source: '{name}', shorter_edge: [8, 8], crop: [8, 8]}}\nmodel: {{backbone: resnet18}}\n"
+        "objective: {adapt: false}\ntraining: {steps: 1}\n"
+    )
+    assert run(monkeypatch, "train", tmp_path / "run.yaml") == 2
+    assert f"shards {name}: no such folder" in capsys.readouterr().err
+    run(monkeypatch, "doctor", tmp_path / "run.yaml")
+    assert name in capsys.readouterr().out
+
+
 def test_a_user_error_is_one_line_on_stderr_and_exits_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

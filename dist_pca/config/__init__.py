@@ -11,6 +11,8 @@ from dist_pca.config.model import ModelConfig
 from dist_pca.config.objective import (
     AssociationConfig,
     Communication,
+    CrossEntropyConfig,
+    DiceConfig,
     FeatureDistanceConfig,
     Implementation,
     Level,
@@ -33,7 +35,9 @@ __all__ = [
     "AssociationConfig",
     "CacheConfig",
     "Communication",
+    "CrossEntropyConfig",
     "DataConfig",
+    "DiceConfig",
     "EvaluationConfig",
     "FeatureDistanceConfig",
     "Implementation",

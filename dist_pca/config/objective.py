@@ -14,6 +14,24 @@ Communication = Literal["auto", "gather", "ring"]
 ProductType = Literal["fp32", "bf16"]
 
 
+class CrossEntropyConfig(Section):
+    """Cross-entropy on the source, whose weight is 1."""
+
+    class_weights: Literal["median_frequency", "inverse_log"] | tuple[Weight, ...] | dict[str, Weight] | None = None
+    """Weight of each class: a list in the order of train ids, a map by name (others are 1), or a rule for the pixel
+    counts of the source's shards. `median_frequency`: the median over classes of their frequency, divided by the
+    class's own, which is its share of the pixels of images in which it occurs (Eigen and Fergus, ICCV 2015).
+    `inverse_log`: 1 / ln(1.02 + its share of all pixels) (Paszke et al., ENet, 2016). The loss is the weighted mean
+    over pixels, so that only ratios matter. None weighs all pixels alike."""
+
+
+class DiceConfig(Section):
+    """Soft Dice loss on the source (Milletari et al., V-Net, 2016), over the pixels of all ranks."""
+
+    weight: Weight = 0.0
+    """Weight of the term."""
+
+
 class LovaszConfig(Section):
     """Lovasz-Softmax loss on the source."""
 
@@ -174,6 +192,8 @@ class ObjectiveConfig(Section):
 
     adapt: bool = True
     """Whether to adapt; False trains on the source only, and the target is not read at all."""
+    cross_entropy: CrossEntropyConfig = CrossEntropyConfig()
+    dice: DiceConfig = DiceConfig()
     lovasz: LovaszConfig = LovaszConfig()
     association: AssociationConfig = AssociationConfig()
     smoothness: SmoothnessConfig = SmoothnessConfig()

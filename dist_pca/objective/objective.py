@@ -12,6 +12,7 @@ from dist_pca.config import Level, ObjectiveConfig
 from dist_pca.distributed import world_size
 from dist_pca.objective.class_statistics import ClassStatistics, class_contrast
 from dist_pca.objective.cycle_association import associate_level, association_weight
+from dist_pca.objective.dice import dice_loss
 from dist_pca.objective.domains import IGNORE_INDEX, Domain
 from dist_pca.objective.feature_distance import feature_distance
 from dist_pca.objective.grid import labels_at, pixels_at
@@ -34,6 +35,7 @@ def objective(
     node: dist.ProcessGroup | None = None,
     things: Sequence[int] = (),
     statistics: ClassStatistics | None = None,
+    class_weights: Sequence[float] | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Compute the loss of one micro-batch, and its terms for the log.
 
@@ -51,6 +53,7 @@ def objective(
         node: Process group of this node's ranks, for the scope `node` of association and Lovasz.
         things: Train ids of the feature distance's classes.
         statistics: Moving class statistics, which are updated, if `class_statistics` is on.
+        class_weights: Weight of each class in the cross-entropy; None weighs all pixels alike.
     """
     if source.labels is None:
         raise ValueError("the source has no labels")
@@ -58,9 +61,16 @@ def objective(
     logits = source.logits.float()
     num_classes = logits.shape[1]
     full = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    labelled = (labels != IGNORE_INDEX).sum()
-    terms = {"ce": world_mean(F.cross_entropy(full, labels, ignore_index=IGNORE_INDEX, reduction="sum"), labelled)}
+    labelled = labels != IGNORE_INDEX
+    weights = None if class_weights is None else full.new_tensor(class_weights)
+    own = labelled if weights is None else weights[labels.clamp(max=num_classes - 1)] * labelled
+    entropy = F.cross_entropy(full, labels, weight=weights, ignore_index=IGNORE_INDEX, reduction="sum")
+    terms = {"ce": world_mean(entropy, own.sum())}
     loss = terms["ce"]
+
+    if config.dice.weight > 0:
+        terms["dice"] = dice_loss(full, labels)
+        loss = loss + config.dice.weight * terms["dice"]
 
     if config.lovasz.weight > 0:
         terms["lovasz"] = lovasz_softmax(

@@ -15,7 +15,6 @@ from typing import NoReturn
 import psutil
 from pydantic import TypeAdapter
 
-from dist_pca.console import plain_console
 from dist_pca.errors import LostProcess, UserError
 from dist_pca.files import read_record, write_record
 
@@ -85,8 +84,3 @@ def exit_process(folder: Path | None, code: int) -> NoReturn:
             child.kill()
     reported = folder is not None and SUPERVISED in os.environ and read_exit_status(folder) is not None
     os._exit(0 if reported else code)
-
-
-def print_error(message: str) -> None:
-    """Print an error as one red line on stderr."""
-    plain_console(stderr=True, soft_wrap=True).print(f"error: {message}", style="red")

@@ -22,9 +22,10 @@ import psutil
 import torch.distributed as dist
 from pydantic import TypeAdapter
 
+from dist_pca.console import print_error
 from dist_pca.errors import UserError
 from dist_pca.files import PART, read_record, write_record
-from dist_pca.resilience.exit_status import ExitCode, exit_process, print_error
+from dist_pca.resilience.exit_status import ExitCode, exit_process
 
 _log = logging.getLogger("dist_pca.training")
 HEARTBEAT_SECONDS = 10.0

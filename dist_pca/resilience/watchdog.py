@@ -21,8 +21,9 @@ import psutil
 from torch._C._distributed_c10d import Store
 from typing_extensions import Self
 
+from dist_pca.console import print_error
 from dist_pca.errors import UserError
-from dist_pca.resilience.exit_status import ExitCode, exit_process, print_error, write_exit_status
+from dist_pca.resilience.exit_status import ExitCode, exit_process, write_exit_status
 
 Phase = Literal[
     "start",

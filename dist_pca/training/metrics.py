@@ -33,6 +33,7 @@ METRICS = {
     "skipped_share": "share of steps skipped because a loss or gradient was not finite",
     "loss": "what is minimised",
     "ce": "cross-entropy of the source, nats",
+    "dice": "soft Dice loss of the source",
     "lovasz": "Lovasz-Softmax of the source",
     "source_contrast": "InfoNCE of the source's pixels, nats",
     "class_statistics": "InfoNCE of both domains' pixels with the distributions of all classes, nats",
@@ -80,7 +81,7 @@ CONFUSIONS = tuple(
     f"{kind}_{level}" for kind in ("confusion", "kept_confusion") for level in ("features", "predictions")
 )
 """Terms with a value for each pair of classes, too many for trackers."""
-SUMMARY_TERMS = ("loss", "ce", "lovasz", "self_training", "association_features", "association_predictions")
+SUMMARY_TERMS = ("loss", "ce", "dice", "lovasz", "self_training", "association_features", "association_predictions")
 MAX_PENDING = 64
 """Micro-batches whose terms are kept on the device before they are added up."""
 

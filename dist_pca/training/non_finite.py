@@ -21,7 +21,8 @@ FIRST_SCALE, LARGEST_SCALE = 2.0**16, 2.0**24
 GROWTH_STEPS = 2000
 """Finite steps in a row after which the scale is doubled."""
 TERMS = (
-    *("ce", "lovasz", "smoothness_source", "smoothness_target", "association_features", "association_predictions"),
+    *("ce", "dice", "lovasz", "smoothness_source", "smoothness_target"),
+    *("association_features", "association_predictions"),
     *("self_training", "masked_consistency", "source_contrast", "class_statistics", "feature_distance"),
 )
 """Names of the loss's summands; other logged values may be undefined."""

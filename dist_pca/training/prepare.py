@@ -11,11 +11,13 @@ from dist_pca.classes import ClassInfo, label_set_members
 from dist_pca.config import RunConfig
 from dist_pca.data.augment import check_crop
 from dist_pca.data.cache import cache_settings, open_manifest
+from dist_pca.data.class_sampling import count_classes
 from dist_pca.data.class_table import class_table, describe_missing, lookup_table, missing_classes
 from dist_pca.data.source import build_sampler, micro_batch_size
 from dist_pca.errors import UserError
 from dist_pca.model.backbone import check_size
 from dist_pca.model.segmenter import Segmenter, backbone_options, build_segmenter, fit_to_crop
+from dist_pca.objective.class_weights import class_weights
 from dist_pca.objective.feature_distance import thing_classes
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import fit_accumulation, fit_batches
@@ -45,6 +47,8 @@ class PreparedRun(NamedTuple):
     model: Segmenter
     things: tuple[int, ...] = ()
     """Ids of the classes that the feature distance compares."""
+    class_weights: tuple[float, ...] | None = None
+    """Weight of each class in the cross-entropy; None weighs all pixels alike."""
 
 
 def prepare_run(
@@ -83,6 +87,8 @@ def prepare_run(
     config = config.model_copy(update={"model": fit_to_crop(config.model, config.data.crop)})
     torch.manual_seed(config.seed)
     things = thing_classes(config.objective.feature_distance, classes)
+    counts = (count_classes(config.data, manifest) for manifest in sources)
+    weights = class_weights(config.objective.cross_entropy, counts, classes)
     model = build_segmenter(config.model, len(classes))
     _check_sizes(config, validation)
     resumes = latest_checkpoint(config.folder / "checkpoints") is not None
@@ -92,7 +98,7 @@ def prepare_run(
     model.gives_deepest = config.objective.feature_distance.weight > 0
     # Only to raise its errors early: the run's own optimiser is built beside the engine.
     build_optimizer(config.optimizer, model)
-    return PreparedRun(config, sources, targets, validation, classes, model, things)
+    return PreparedRun(config, sources, targets, validation, classes, model, things, weights)
 
 
 def _check_sizes(config: RunConfig, validation: Manifest | None) -> None:

@@ -151,6 +151,7 @@ class Trainer:
                 node=self.environment.node_group,
                 things=self.run.things,
                 statistics=self.class_statistics,
+                class_weights=self.run.class_weights,
             )
 
         if cached:

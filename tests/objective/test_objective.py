@@ -10,10 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from dist_pca.config import AssociationConfig, LovaszConfig, ObjectiveConfig, SmoothnessConfig
+from dist_pca.config import AssociationConfig, DiceConfig, LovaszConfig, ObjectiveConfig, SmoothnessConfig
 from dist_pca.errors import UserError
 from dist_pca.objective import Domain, objective
 from dist_pca.objective.cycle_association import association_weight
+from dist_pca.objective.dice import dice_loss
 from dist_pca.objective.smoothness import smoothness
 from tests.support.ranks import run_on_ranks
 
@@ -58,8 +59,8 @@ def one_rank(rank: int, ranks: int, scope: str, budget: int | None) -> dict[str,
         pixel_budget=budget,
         pixel_sampling="balanced",
     )
-    config = ObjectiveConfig(association=association)
-    loss, terms = objective(config, *domains, step=0)
+    config = ObjectiveConfig(association=association, dice=DiceConfig(weight=0.5))
+    loss, terms = objective(config, *domains, step=0, class_weights=(0.5, 2.0, 0.0, 1.5))
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     sent = [int(terms.pop(f"communication_bytes_{level}")) for level in config.association.levels]
@@ -105,6 +106,19 @@ def test_total_is_the_weighted_sum_of_its_terms() -> None:
     upsampled = F.interpolate(source.logits.float(), size=(16, 24), mode="bilinear", align_corners=False)
     assert source.labels is not None
     torch.testing.assert_close(terms["ce"], F.cross_entropy(upsampled, source.labels, ignore_index=255))
+
+
+def test_cross_entropy_is_the_weighted_mean_and_dice_is_added() -> None:
+    source = network()(*images(2, 1))
+    weights = (0.5, 2.0, 0.0, 1.5)
+    config = ObjectiveConfig(adapt=False, lovasz=LovaszConfig(weight=0), dice=DiceConfig(weight=0.3))
+    total, terms = objective(config, source, None, step=0, class_weights=weights)
+    upsampled = F.interpolate(source.logits.float(), size=(16, 24), mode="bilinear", align_corners=False)
+    assert source.labels is not None
+    weighted = F.cross_entropy(upsampled, source.labels, upsampled.new_tensor(weights), ignore_index=255)
+    torch.testing.assert_close(terms["ce"], weighted)
+    torch.testing.assert_close(total, weighted + 0.3 * terms["dice"])
+    torch.testing.assert_close(terms["dice"], dice_loss(upsampled, source.labels))
 
 
 def test_target_labels_never_reach_the_loss() -> None:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dist_pca.config.aliases import warn_renamed
 from dist_pca.console import plain_console
 from dist_pca.errors import UserError
 
@@ -184,6 +183,8 @@ def association(
     if exchange:
         if communication:
             raise UserError("--exchange is the old name of --communication, and both are given; leave out --exchange")
+        from dist_pca.config.aliases import warn_renamed
+
         warn_renamed("--exchange", "--communication", "bench association")
         communication = exchange
     from dist_pca.tools.bench import comparison, report
@@ -336,13 +337,13 @@ def scale(
     from dist_pca.tools.bench.scale import ScaleCase, measure_scale, scale_rows
 
     numbers = _sizes(worlds, "--worlds")
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     with console.status("") as status:
         records = measure_scale(numbers, ScaleCase(scope, lovasz_bins or None, steps), status.update)
     if as_json:
         typer.echo(report.to_json(records))
         return
-    printer = Console(highlight=False)
+    printer = plain_console()
     title = f"{report.device_name()}: a step of one rank, association of scope {scope}"
     printer.print(report.rich_table(title, scale_rows(records)))
 

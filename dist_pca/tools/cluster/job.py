@@ -8,9 +8,10 @@ from typing import Annotated, NamedTuple
 import typer
 
 from dist_pca.config import RunConfig
+from dist_pca.console import print_error
 from dist_pca.errors import UserError
 from dist_pca.options import Resume
-from dist_pca.resilience.exit_status import ExitCode, ExitStatus, clear_exit_status, print_error, read_exit_status
+from dist_pca.resilience.exit_status import ExitCode, ExitStatus, clear_exit_status, read_exit_status
 from dist_pca.resources import resource
 from dist_pca.tools.cluster.status import planned_steps, saved_step
 from dist_pca.train import resolve_config

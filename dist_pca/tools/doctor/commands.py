@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from dist_pca.console import plain_console
+from dist_pca.console import plain_console, print_error
 from dist_pca.errors import UserError
 from dist_pca.resources import names
 
@@ -72,7 +72,7 @@ def main() -> int:
     try:
         app(prog_name="dist_pca.doctor")
     except UserError as error:
-        plain_console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red")
+        print_error(str(error))
         return UserError.EXIT_CODE
     return 0
 
