@@ -81,11 +81,15 @@ def main(
 
         from dist_pca.data.stream import LOST_LOADER
         from dist_pca.evaluation.validation import validate
+        from dist_pca.shards.manifest import check_classes
         from dist_pca.training.prepare import prepare_run
         from dist_pca.training.run_folder import is_finished
         from dist_pca.training.trainer import Trainer
 
         prepared = prepare_run(run, world_size=int(os.environ.get("WORLD_SIZE", "1")), resume=resume)
+        for warning in {check_classes(source) for source in prepared.sources} - {""}:
+            if rank == 0:
+                _print(f"warning: {warning}")
         if is_finished(run):
             if rank == 0:
                 _print(f"{run.folder}: all {run.training.steps} steps are done already")

@@ -14,7 +14,7 @@ from dist_pca.data.source import build_sampler, micro_batch_size
 from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.objective.feature_distance import thing_classes
-from dist_pca.shards.manifest import Manifest
+from dist_pca.shards.manifest import Manifest, check_classes
 from dist_pca.training.accumulation import fit_accumulation
 from dist_pca.training.deepspeed_config import reconcile_launcher
 from dist_pca.training.loggers import check_trackers
@@ -57,6 +57,8 @@ def prepare_run(config: RunConfig, *, world_size: int, resume: bool | None) -> P
     classes = class_table(config.data, sources, targets)
     for key, batch in config.batches.items():
         micro_batch_size(batch, world_size=world_size, accumulation=config.training.accumulation, key=key)
+    for manifest in sources:
+        check_classes(manifest)
     for manifest in (*sources, *targets):
         check_crop(manifest, config.data.shorter_edge, config.data.crop)
     build_sampler(config.data, sources, "source", config.seed, targets=targets)
