@@ -11,7 +11,7 @@ from rich.table import Table
 from dist_pca.classes import LABEL_SETS
 from dist_pca.console import plain_console
 from dist_pca.errors import UserError
-from dist_pca.resources import names
+from dist_pca.resources import names, resource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,33 +27,27 @@ app = typer.Typer(
 _BUILD_EXAMPLES = """
 [bold]Examples[/]
 
-dist-pca shards build gta5 --root raw/GTA5 --out data/gta5
-
 dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --dry-run
 
 dist-pca shards build cityscapes --root raw/cityscapes --out data/city_train --split train --unlabelled
 
 dist-pca shards build camvid --root raw/camvid --out data/day --include '0006R0/*'
 
-dist-pca shards build my_recipe.yaml --root raw/mine --out data/mine --max-edge 1280 --shard-size 512MB
+dist-pca shards build my_recipe.yaml --root raw/mine --out data/mine --tile 512 512 --overlap 64 --shard-size 512MB
 
 dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task $SLURM_ARRAY_TASK_ID --tasks 8
 """
 
-_MERGE_EXAMPLES = """
+_CHECK_EXAMPLES = """
 [bold]Examples[/]
 
-dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task 0 --tasks 2
+dist-pca shards check raw/mine --recipe folder
 
-dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task 1 --tasks 2
-
-dist-pca shards merge data/gta5
+dist-pca shards check raw/cityscapes --recipe cityscapes --split val --json
 """
 
 _VERIFY_EXAMPLES = """
 [bold]Examples[/]
-
-dist-pca shards verify data/gta5
 
 dist-pca shards verify data/gta5 --deep --json
 """
@@ -63,7 +57,7 @@ _INDEX_EXAMPLES = """
 
 dist-pca shards index data/theirs --label-set cityscapes_19
 
-dist-pca shards index data/theirs --classes classes.yaml --label-member seg.png
+dist-pca shards index data/theirs --classes classes.yaml --image-member input.jpg --label-member mask.png
 
 dist-pca shards index data/unlabelled
 """
@@ -74,8 +68,6 @@ _INSPECT_EXAMPLES = """
 dist-pca shards inspect data/gta5
 
 dist-pca shards inspect data/gta5 --grid gta5.png --samples 20
-
-dist-pca shards inspect data/gta5 --json
 """
 
 _Workers = Annotated[int | None, typer.Option(min=1, help="Number of worker processes.", show_default="one per core")]
@@ -89,10 +81,15 @@ def _root() -> None:
 
 
 @app.command("recipes")
-def list_recipes() -> None:
-    """List the recipes that come with dist-pca."""
+def list_recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe, as a start for one of your own.")] = None,
+) -> None:
+    """List the recipes that come with dist-pca, or print one of them."""
     from dist_pca.shards.recipe import load_recipe
 
+    if name is not None:
+        typer.echo(resource("shards", name).read_text(encoding="utf-8"), nl=False)
+        return
     table = Table("recipe", "splits", "data set")
     for name in names("shards"):
         recipe = load_recipe(name)
@@ -125,6 +122,16 @@ def build(
     max_edge: Annotated[
         int | None, typer.Option(min=1, help="Shrink images whose longer edge has more pixels than this.")
     ] = None,
+    tile: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            metavar="HEIGHT WIDTH", help="Cut images into tiles; those without a labelled pixel are left out."
+        ),
+    ] = None,
+    overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share.")] = 0,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Refuse images of more pixels.", show_default="178956970")
+    ] = None,
     samples_per_shard: Annotated[
         int | None, typer.Option(min=1, help="Samples in each shard.", show_default="256")
     ] = None,
@@ -156,7 +163,9 @@ def build(
     A finished build is not repeated.
     """
     from dist_pca.shards.build import build_part, build_shards
+    from dist_pca.shards.manifest import check_classes
     from dist_pca.shards.plan import PlanOptions, make_plan, parse_bytes
+    from dist_pca.shards.sample import MAX_PIXELS
     from dist_pca.shards.staging import STAGING, read_skipped
 
     if (task is None) != (tasks is None):
@@ -169,6 +178,9 @@ def build(
         "image_format": image_format,
         "quality": quality,
         "max_edge": max_edge,
+        "tile": tile,
+        "overlap": overlap,
+        "max_pixels": max_pixels or MAX_PIXELS,
         "samples_per_shard": samples_per_shard,
         "shard_size": None if shard_size is None else parse_bytes(shard_size),
         "on_error": on_error,
@@ -183,6 +195,7 @@ def build(
 
     start = time.perf_counter()
     done = 0
+    warnings = []
     try:
         with shown_progress("images") as show:
 
@@ -199,6 +212,7 @@ def build(
             else:
                 manifest = build_shards(recipe, root, out, workers=workers, force=force, progress=count, **options)
                 samples, shards, skipped = manifest.samples, len(manifest.shards), read_skipped(out)
+                warnings.append(check_classes(manifest))
                 stored = sum(shard.bytes for shard in manifest.shards)
     except KeyboardInterrupt:
         if (out / STAGING).exists():
@@ -209,21 +223,66 @@ def build(
     speed = f"{done / seconds:,.0f}" if done else nothing_done
     title = str(out) if task is None else f"{out}, task {task} of {tasks}"
     _print_skipped(skipped, samples)
+    _print_warnings(*warnings)
     plain_console().print(
         summary_table(title, samples=samples, shards=shards, stored=stored, seconds=seconds, speed=speed)
     )
 
 
-@app.command("merge", epilog=_MERGE_EXAMPLES)
+@app.command("check", epilog=_CHECK_EXAMPLES)
+def check(
+    root: Annotated[Path, typer.Argument(help="Folder of the raw data set.", show_default=False)],
+    recipe: Annotated[str, typer.Option(help="A shipped recipe or the path of a YAML file.", show_default=False)],
+    split: Annotated[str | None, typer.Option(help="Split of the recipe.", show_default="all of them")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="As for build.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="As for build.")] = None,
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Leave labels out.")] = False,
+    workers: _Workers = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Check a raw data set before building shards from it; the exit code is 1 if a build would refuse a file.
+
+    Shows sizes, formats, value ranges, orientations, label values and what they mean, files that are passed over,
+    classes without a pixel, and images of one split that look like one of another. Writes nothing.
+    """
+    from dist_pca.shards.check import check_raw
+    from dist_pca.shards.progress import shown_progress
+    from dist_pca.shards.report import check_tables
+
+    with shown_progress("images") as show:
+        found = check_raw(
+            recipe,
+            root,
+            split=split,
+            include=include or (),
+            exclude=exclude or (),
+            unlabelled=unlabelled,
+            workers=workers,
+            progress=show,
+        )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        plain_console().print(check_tables(found))
+        count = len(found.problems)
+        said = "nothing that a build would refuse" if count == 0 else f"a build would refuse {count:,}"
+        typer.echo(f"{root}: {said} in {sum(part.images for part in found.splits):,} images")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command("merge")
 def merge(
     out: Annotated[Path, typer.Argument(help="The --out folder of all parts.", show_default=False)],
 ) -> None:
     """Join the parts made by [bold]build --task[/] into one shard folder, byte for byte that of a single build."""
     from dist_pca.shards.build import merge_parts
+    from dist_pca.shards.manifest import check_classes
     from dist_pca.shards.staging import read_skipped
 
     manifest = merge_parts(out)
     _print_skipped(read_skipped(out), manifest.samples)
+    _print_warnings(check_classes(manifest))
     typer.echo(f"{out}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
 
 
@@ -270,6 +329,12 @@ def index(
         Path | None, typer.Option(help="Class table by train id: a YAML list of {name: road, color: \\[128, 64, 128]}.")
     ] = None,
     label_set: Annotated[str | None, typer.Option(help=f"Class table by name: {', '.join(LABEL_SETS)}.")] = None,
+    image_member: Annotated[
+        str | None,
+        typer.Option(
+            help="Extension of the members that hold images, such as input.jpg.", show_default="jpg, jpeg, png or webp"
+        ),
+    ] = None,
     label_member: Annotated[
         str, typer.Option(help="Extension of the members that hold labels: 8-bit PNGs of train ids, 255 for ignore.")
     ] = "label.png",
@@ -281,19 +346,27 @@ def index(
     Shards are only read; nothing is extracted. A class table is needed only if there are labels.
     """
     from dist_pca.shards.index import class_table, index_shards
+    from dist_pca.shards.manifest import check_classes
     from dist_pca.shards.progress import shown_progress
     from dist_pca.shards.walk import walk
 
     table = class_table(classes, label_set)
     with shown_progress("shards") as show:
         manifest = index_shards(
-            folder, classes=table, label_member=label_member, force=force, workers=workers, progress=show
+            folder,
+            classes=table,
+            image_member=image_member,
+            label_member=label_member,
+            force=force,
+            workers=workers,
+            progress=show,
         )
     if manifest.labelled:
         labels = f"labels in {manifest.label_member}"
     else:
         first = walk(folder / manifest.shards[0].name)[0]
         labels = f"no labels in {manifest.label_member} (the first sample has {', '.join(sorted(first.members))})"
+    _print_warnings(check_classes(manifest))
     typer.echo(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, {labels}")
 
 
@@ -322,7 +395,10 @@ def _print_skipped(skipped: "Sequence[Skipped]", kept: int) -> None:
     if skipped:
         from dist_pca.shards.report import skipped_table
 
-        console = plain_console(stderr=True)
-        console.print(skipped_table(skipped))
-        text = f"warning: {len(skipped):,} of {len(skipped) + kept:,} samples were skipped"
-        console.print(text, style="yellow", soft_wrap=True, highlight=False)
+        plain_console(stderr=True).print(skipped_table(skipped))
+        _print_warnings(f"{len(skipped):,} of {len(skipped) + kept:,} samples were skipped")
+
+
+def _print_warnings(*warnings: str) -> None:
+    for text in filter(None, warnings):
+        plain_console(stderr=True, soft_wrap=True).print(f"warning: {text}", style="yellow")

@@ -16,6 +16,8 @@ from dist_pca.files import write_whole
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dist-pca-shards"
 VERSION = 1
+MAX_SAMPLE_BYTES = 1 << 31
+"""Largest sample in a shard: samples are read whole."""
 _LONGEST_NAME = 255
 """Bytes that file systems allow in a name."""
 
@@ -61,6 +63,8 @@ class Manifest:
     """Digest of the inputs of the build (recipe, options, raw file names and sizes)."""
     label_member: str = "label.png"
     """Extension of the members that hold labels."""
+    image_member: str | None = None
+    """Extension of the members that hold images; None is any that images usually have."""
     location: str = field(default="", compare=False, repr=False)
     """Origin of the shards, a path or a URL; not stored. Files of a URL are downloaded into the folder."""
 
@@ -123,12 +127,42 @@ def save_manifest(manifest: Manifest, part_folder: Path | None = None) -> None:
     content = {"format": FORMAT, "version": VERSION} | _ADAPTER.dump_python(
         manifest, mode="json", exclude={"folder", "location"}
     )
+    if manifest.image_member is None:
+        del content["image_member"]
     write_whole(manifest.folder / MANIFEST_NAME, json.dumps(content, separators=(",", ":")), part_folder)
 
 
 def shards_digest(manifest: Manifest) -> str:
     """SHA-256 over the checksums of all shards in order: equal for the same samples in the same order, wherever."""
     return hashlib.sha256("\n".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
+
+
+def check_classes(manifest: Manifest) -> str:
+    """Warning that names the classes of which no label has a pixel; empty if there are none, or no labels.
+
+    Raises:
+        UserError: no label has a pixel of any class.
+    """
+    counts = manifest.pixel_counts
+    empty = [info.name for info, count in zip(manifest.classes, counts, strict=True) if count == 0]
+    if not manifest.labelled or not manifest.samples or not empty:
+        return ""
+    where = f"shards {manifest.location or manifest.folder}"
+    if not any(counts):
+        raise UserError(
+            f"{where}: no label has a pixel of any class, all {manifest.samples:,} are ignored; write in the recipe's "
+            "coding what their values mean"
+        )
+    pixels = sum(h * w for shard in manifest.shards for h, w in zip(shard.heights, shard.widths, strict=True))
+    remedy = "check that their values mean what the coding says"
+    if counts[0] and not any(counts[1:]) and counts[0] < pixels:
+        first, second = (info.name for info in manifest.classes[:2])
+        remedy = (
+            f"all pixels are {first} or ignored, as if masks of 0 and 255 were read as train ids: if 255 is {second}, "
+            f"write `ids: {{0: {first}, 255: {second}}}` in the coding of a recipe of your own (start from `dist-pca "
+            "shards recipes folder`) and build again"
+        )
+    return f"{where}: no label has a pixel of {', '.join(empty)}; {remedy}"
 
 
 def _check_format(path: Path, raw: Any) -> None:
@@ -174,4 +208,9 @@ def _check_columns(manifest: Manifest, shard: Shard) -> None:
             raise UserError(
                 f"{manifest.folder / MANIFEST_NAME}: {shard.name}: sample {key!r} is outside the file; "
                 "build the shards again with --force"
+            )
+        if length > MAX_SAMPLE_BYTES:
+            raise UserError(
+                f"{manifest.folder / MANIFEST_NAME}: {shard.name}: sample {key!r} has {length:,} bytes, and samples "
+                f"are read whole, up to {MAX_SAMPLE_BYTES:,}; write the shard again with smaller samples"
             )
