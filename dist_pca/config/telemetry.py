@@ -22,6 +22,9 @@ class TelemetryConfig(Section):
     """Name of the trackers' project or experiment."""
     tracker_options: dict[Tracker, dict[str, Any]] = {}
     """Arguments for initialising a tracker, by its name, for example `{wandb: {entity: us, mode: offline}}`."""
+    report: bool = True
+    """Write `report.html` into the run folder when training ends: result, curves, time and settings, as `dist-pca
+    report` does, but without what needs another pass of the network."""
     sample_keys: bool = False
     """Write samples.jsonl: for every step the sample keys of all ranks, in global order."""
     profile_start: Positive | None = None
