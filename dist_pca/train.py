@@ -94,6 +94,7 @@ def main(
         import torch.distributed as dist
 
         from dist_pca.data.stream import LOST_LOADER
+        from dist_pca.evaluation.training_pictures import training_pictures
         from dist_pca.evaluation.validation import validate
         from dist_pca.training.prepare import prepare_run
         from dist_pca.training.run_folder import is_finished
@@ -116,7 +117,7 @@ def main(
         # For exit.json, even if the ranks do not find each other.
         run.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with Trainer(prepared, stop, validate) as trainer:
+        with Trainer(prepared, stop, validate, training_pictures) as trainer:
             code = trainer.train()
     except UserError as error:
         message = str(error) if error.EXIT_CODE == ExitCode.DIVERGED else f"rank {rank}: {error}"
