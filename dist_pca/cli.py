@@ -23,6 +23,7 @@ from dist_pca.tools.cluster.commands import app as cluster_app
 from dist_pca.tools.doctor.commands import app as doctor_app
 from dist_pca.tools.matches.commands import app as matches_app
 from dist_pca.tools.planning.commands import app as planning_app
+from dist_pca.tools.report.commands import app as report_app
 from dist_pca.tools.study.commands import app as study_app
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.add_typer(evaluation_app)
 app.add_typer(cluster_app)
 app.add_typer(study_app)
 app.add_typer(matches_app)
+app.add_typer(report_app)
 app.add_typer(planning_app)
 app.add_typer(doctor_app)
 app.add_typer(shards_app, name="shards")

@@ -59,6 +59,20 @@ def _set_up_logging() -> None:
     logger.propagate = False
 
 
+def write_report(config: RunConfig) -> str:
+    """Write the run's report if it is asked for; returns what a message adds about it. A failure is one warning."""
+    if not config.telemetry.report:
+        return ""
+    from dist_pca.evaluation.run_report.report import write_run_report
+
+    try:
+        return f"; {write_run_report(config.folder)} shows the run"
+    # Training is done and saved: nothing about a report may end it as a failure.
+    except Exception as error:
+        _print(f"warning: no report of the run ({type(error).__name__}: {' '.join(str(error).split())})")
+        return ""
+
+
 def _fail(folder: Path, code: int, message: str) -> NoReturn:
     write_exit_status(folder, code, message)
     print_error(message)
@@ -80,6 +94,7 @@ def main(
         import torch.distributed as dist
 
         from dist_pca.data.stream import LOST_LOADER
+        from dist_pca.evaluation.training_pictures import training_pictures
         from dist_pca.evaluation.validation import validate
         from dist_pca.shards.manifest import check_classes
         from dist_pca.training.prepare import prepare_run
@@ -106,7 +121,7 @@ def main(
         # For exit.json, even if the ranks do not find each other.
         run.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with Trainer(prepared, stop, validate) as trainer:
+        with Trainer(prepared, stop, validate, training_pictures) as trainer:
             code = trainer.train()
     except UserError as error:
         message = str(error) if error.EXIT_CODE == ExitCode.DIVERGED else f"rank {rank}: {error}"
@@ -120,8 +135,9 @@ def main(
         saved = f"{run.folder}: saved after step {stop.step} of {run.training.steps}"
         message = saved if code == ExitCode.DONE else f"{stop.reason}: {saved}; run the same command again to resume"
         write_exit_status(run.folder, code, message)
-        if code != ExitCode.DONE:
-            _print(message)
+        report = write_report(run)
+        if code != ExitCode.DONE or report:
+            _print(message + report)
     if dist.is_initialized():
         dist.destroy_process_group()
     # A gloo thread that still owns a tensor aborts the process if it meets the interpreter's shutdown.

@@ -14,7 +14,7 @@ from tests.support.readme_lines import README, in_checkout, printed
 COMMANDS = {
     *("shards", "build", "merge", "verify", "index", "inspect"),
     *("train", "evaluate", "predict", "export", "bench", "association", "data", "resume", "table"),
-    *("doctor", "plan", "submit", "status", "study", "select", "matches"),
+    *("doctor", "plan", "submit", "status", "study", "select", "matches", "report"),
 }
 pytestmark = in_checkout
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 from typing_extensions import Self
 
-from dist_pca.config.section import Positive, Section
+from dist_pca.config.section import NonNegative, Positive, Section
 from dist_pca.errors import UserError
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "aim", "comet_ml", "clearml", "dvclive", "swanlab"]
@@ -22,6 +22,12 @@ class TelemetryConfig(Section):
     """Name of the trackers' project or experiment."""
     tracker_options: dict[Tracker, dict[str, Any]] = {}
     """Arguments for initialising a tracker, by its name, for example `{wandb: {entity: us, mode: offline}}`."""
+    report: bool = True
+    """Write `report.html` into the run folder when training ends: result, curves, time and settings, as `dist-pca
+    report` does, but without what needs another pass of the network."""
+    pictures_every: NonNegative = 0
+    """Steps between pictures of the current images for the trackers that show images: input, truth, prediction, pseudo
+    labels with their weight, mixed and masked images, and cycles. They change nothing that is computed. 0 is off."""
     sample_keys: bool = False
     """Write samples.jsonl: for every step the sample keys of all ranks, in global order."""
     profile_start: Positive | None = None

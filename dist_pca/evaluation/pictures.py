@@ -37,25 +37,45 @@ def comparison_picture(rows: Sequence[Row], classes: Sequence[ClassInfo], titles
     """
     with_truth = any(truth is not None for _, truth, _ in rows)
     headings = ["input", *(["truth"] if with_truth else []), *titles]
-    width = _GAP + len(headings) * (_CELL_WIDTH + _GAP)
-    heights = [round(_CELL_WIDTH * image.shape[0] / image.shape[1]) for image, _, _ in rows]
-    font = ImageFont.load_default(_FONT_SIZE)
-    legend = legend_picture(classes, width, font)
-    body = _GAP + _LINE + sum(height + _GAP for height in heights)
-    picture = Image.new("RGB", (width, body + legend.height), "white")
-    draw = ImageDraw.Draw(picture)
-    lefts = [_GAP + column * (_CELL_WIDTH + _GAP) for column in range(len(headings))]
-    for left, heading in zip(lefts, headings, strict=True):
-        draw.text((left + _CELL_WIDTH / 2, _GAP + _LINE / 2), heading, "black", font, anchor="mm")
-    top = _GAP + _LINE
-    for (image, truth, predictions), height in zip(rows, heights, strict=True):
-        size = (_CELL_WIDTH, height)
-        picture.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (lefts[0], top))
+    cells: list[list[Pixels | None]] = []
+    for image, truth, predictions in rows:
         labels = [*([truth] if with_truth else []), *predictions]
-        for left, label in zip(lefts[1:], labels, strict=True):
-            if label is not None:
-                colored = Image.fromarray(color_labels(label, classes))
-                picture.paste(colored.resize(size, Image.Resampling.NEAREST), (left, top))
+        cells.append([image, *(None if label is None else color_labels(label, classes) for label in labels)])
+    return grid_picture(cells, headings, classes)
+
+
+def grid_picture(
+    rows: Sequence[Sequence[Pixels | None]],
+    headings: Sequence[str],
+    classes: Sequence[ClassInfo],
+    *,
+    width: int = _CELL_WIDTH,
+) -> Image.Image:
+    """Draw rows of RGB images (height x width x 3) under headings, and a legend of the classes.
+
+    Args:
+        rows: Images; the first of each row gives the row's proportions, None leaves a place empty.
+        headings: Titles of the columns.
+        classes: Classes by train id.
+        width: Pixels that every image is resized to.
+    """
+    total = _GAP + len(headings) * (width + _GAP)
+    heights = [round(width * row[0].shape[0] / row[0].shape[1]) for row in rows if row[0] is not None]
+    font = ImageFont.load_default(_FONT_SIZE)
+    legend = legend_picture(classes, total, font)
+    body = _GAP + _LINE + sum(height + _GAP for height in heights)
+    picture = Image.new("RGB", (total, body + legend.height), "white")
+    draw = ImageDraw.Draw(picture)
+    lefts = [_GAP + column * (width + _GAP) for column in range(len(headings))]
+    for left, heading in zip(lefts, headings, strict=True):
+        draw.text((left + width / 2, _GAP + _LINE / 2), heading, "black", font, anchor="mm")
+    top = _GAP + _LINE
+    for row, height in zip(rows, heights, strict=True):
+        for place, (left, cell) in enumerate(zip(lefts, row, strict=True)):
+            if cell is not None:
+                # The colours of labels must not mix.
+                smooth = Image.Resampling.LANCZOS if place == 0 else Image.Resampling.NEAREST
+                picture.paste(Image.fromarray(cell).resize((width, height), smooth), (left, top))
         top += height + _GAP
     picture.paste(legend, (0, body))
     return picture

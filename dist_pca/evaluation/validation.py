@@ -21,8 +21,8 @@ def validate(
     rank: int,
     world_size: int,
     progress: Callable[[], object],
-) -> float:
-    """Compute the mean IoU of a network on labelled shards.
+) -> tuple[float, tuple[float, ...]]:
+    """Compute the mean IoU of a network on labelled shards, and the IoU of each class, which is nan for an absent one.
 
     Collective; images are divided over ranks. Each rank builds a full copy of the network, since under ZeRO 3 ranks
     with different numbers of images would wait for each other's parameters.
@@ -46,4 +46,4 @@ def validate(
         state[name].copy_(value)
     network.register_forward_pre_hook(lambda *_: progress() and None)
     scores = evaluate(network, manifest, classes, config, device=device, rank=rank, world_size=world_size, quiet=True)
-    return scores.mean_iou
+    return scores.mean_iou, scores.iou

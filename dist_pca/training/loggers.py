@@ -5,7 +5,7 @@ import json
 import logging
 import threading
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,23 @@ class Trackers:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log the values of a step to all trackers; one that fails is dropped, so that it cannot end the run."""
+        self._with_each(lambda tracker: tracker.log(dict(values), step=step))
+
+    def log_pictures(self, pictures: Mapping[str, Any], step: int) -> None:
+        """Log RGB images (height x width x 3, uint8) of a step to the trackers that show images, as `log` does."""
+
+        def log(tracker: Any) -> None:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: image.transpose(2, 0, 1)[None] for name, image in pictures.items()}, step)
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({name: [image] for name, image in pictures.items()}, step)
+
+        self._with_each(log)
+
+    def _with_each(self, action: Callable[[Any], None]) -> None:
         for tracker in tuple(self._open):
             try:
-                tracker.log(dict(values), step=step)
+                action(tracker)
             except Exception as error:
                 self._open.remove(tracker)
                 _log.warning("the run continues without %s: %s", tracker.name, error)

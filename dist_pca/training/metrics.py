@@ -57,6 +57,7 @@ METRICS = {
     "nats. The loss itself grows with the number of candidates and compares only at equal numbers",
     "communication_bytes_LEVEL": "bytes of keys, matches and gradients that a rank sends to others in one update",
     "validation_mean_iou": "mIoU on `data.validation`, in the steps that are validated",
+    "validation_iou": "IoU of each class there, by class name; null for a class that does not occur",
     "seconds_per_step": "wall time",
     "seconds": "the same by phase: `data` (waiting for it), `teacher` (its forward pass, and making "
     "views), `forward`, `association`, of it `communication` (waiting "
@@ -200,6 +201,10 @@ class MetricsLogger:
             record = {"step": step, **scalars, **self._means(), **self._throughput()}
             if self._is_rank0:
                 self._write(step, record)
+
+    def log_pictures(self, pictures: Mapping[str, Any], step: int) -> None:
+        """Log RGB images (height x width x 3, uint8) of step `step` (from 1) to the trackers; on rank 0 alone."""
+        self._trackers.log_pictures(pictures, step)
 
     def state(self) -> list[Window]:
         """Replace this rank's terms since the last line by their mean over ranks, which a checkpoint saves. Collective.

@@ -1,7 +1,7 @@
 """The trainer: processes, engine, data and logs of a run, and the loop over its steps."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from itertools import repeat
@@ -33,6 +33,7 @@ from dist_pca.training.environment import connect_store, init_distributed
 from dist_pca.training.metrics import MetricsLogger
 from dist_pca.training.non_finite import LossScale, NonFiniteSteps, zero_non_finite
 from dist_pca.training.optimizer import build_optimizer, learning_rate_factor
+from dist_pca.training.pictures import PictureLog
 from dist_pca.training.prepare import PreparedRun
 from dist_pca.training.profiling import PhaseClock, network_flops
 from dist_pca.training.run_folder import RunData, create_run
@@ -55,15 +56,22 @@ class Trainer:
     Setting up, training and leaving are collective.
     """
 
-    def __init__(self, run: PreparedRun, stop: StopRequest, validate: Callable[..., float]) -> None:
+    def __init__(
+        self,
+        run: PreparedRun,
+        stop: StopRequest,
+        validate: Callable[..., tuple[float, Sequence[float]]],
+        draw: Callable[..., Mapping[str, Any]] | None = None,
+    ) -> None:
         """Store what to train; nothing starts yet.
 
         Args:
             run: What to train.
             stop: Request to end early.
-            validate: Returns the mean IoU, as `dist_pca.evaluation.validation.validate`.
+            validate: Returns the mean IoU and the IoU of each class, as `dist_pca.evaluation.validation.validate`.
+            draw: Draws pictures, as `dist_pca.evaluation.training_pictures.training_pictures`; None draws none.
         """
-        self.run, self.stop, self.validate = run, stop, validate
+        self.run, self.stop, self.validate, self.draw = run, stop, validate, draw
         self._resources = ExitStack()
 
     def __enter__(self) -> Self:
@@ -105,6 +113,9 @@ class Trainer:
                 clock.enter("optimizer")
                 engine.step()
                 self.metrics.accumulate(micro.terms, micro.batch.batches)
+                if self.pictures is not None:
+                    clock.enter("log")
+                    self.pictures.log(step + 1, *micro.batch, micro.domains, micro.terms)
                 # Frees its activations before the next one's are allocated.
                 del micro
             norm = float(engine.get_global_grad_norm() or 0.0)
@@ -171,7 +182,7 @@ class Trainer:
             return None
         self.clock.enter("validation")
         network = ModelPart(self.engine, None) if self.ema is None else AveragePart(self.engine, self.ema)
-        mean_iou = self.validate(
+        mean_iou, iou = self.validate(
             network.tensors(),
             run.validation,
             run.classes,
@@ -181,7 +192,8 @@ class Trainer:
             world_size=self.environment.world_size,
             progress=partial(self.clock.enter, "validation"),
         )
-        self.metrics.accumulate({"validation_mean_iou": torch.tensor(mean_iou, device=self.device)}, ())
+        scores = {"validation_mean_iou": torch.tensor(mean_iou), "validation_iou": torch.tensor(iou)}
+        self.metrics.accumulate({name: score.to(self.device) for name, score in scores.items()}, ())
         return mean_iou
 
     def _save(self, step: int, mean_iou: float | None) -> None:
@@ -233,6 +245,9 @@ class Trainer:
                 saved=state.get("windows", []),
             )
         )
+        self.pictures = None
+        if self.draw is not None and config.telemetry.pictures_every:
+            self.pictures = PictureLog(config, run.classes, self.metrics, self.draw)
         # Before the schedule's factor.
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.sources = self._stream(stack, run.sources, "source", training.source_batch)

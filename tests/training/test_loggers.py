@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -74,6 +75,18 @@ def test_weights_and_biases_gets_the_lines_and_a_resumed_run_the_same_id(tmp_pat
     other = demo(tmp_path, "name=other", "telemetry.trackers=[wandb]")
     Trackers(other, 0).close()
     assert wandb["starts"][-1]["id"] != first["id"]
+
+
+def test_pictures_reach_the_trackers_as_images(tmp_path: Path, wandb: dict[str, Any]) -> None:
+    sys.modules["wandb"].Image = lambda pixels: ("picture", pixels.shape)  # type: ignore[attr-defined]
+    trackers = Trackers(demo(tmp_path, "telemetry.trackers=[wandb,tensorboard]"), 0)
+    trackers.log_pictures({"pictures/source": np.full((4, 6, 3), 7, np.uint8)}, 2)
+    trackers.close()
+    assert wandb["logged"] == [(2, {"pictures/source": [("picture", (4, 6, 3))]})]
+    events = EventAccumulator(str(tmp_path / "demo" / "tensorboard"))
+    events.Reload()
+    (event,) = events.Images("pictures/source")
+    assert (event.step, event.height, event.width) == (2, 4, 6)
 
 
 def test_tensorboard_lies_in_the_run_folder_and_drops_what_is_made_again(tmp_path: Path) -> None:

@@ -23,8 +23,15 @@ from dist_pca.shards.manifest import Manifest
 Manifests = tuple[Manifest, ...]
 
 
-def open_domains(data: DataConfig, classes: Sequence[ClassInfo]) -> tuple[Manifests, Manifests]:
-    """Open the labelled shards of source and target, known to have the classes of a run.
+def open_domains(
+    data: DataConfig, classes: Sequence[ClassInfo], *, target_labels: bool = True
+) -> tuple[Manifests, Manifests]:
+    """Open the shards of source and target, known to have the classes of a run.
+
+    Args:
+        data: Names the shards.
+        classes: The run's.
+        target_labels: Refuse a target without labels.
 
     Raises:
         UserError: shards cannot be read or have no labels, there is no target, or classes differ.
@@ -37,7 +44,7 @@ def open_domains(data: DataConfig, classes: Sequence[ClassInfo]) -> tuple[Manife
     if not targets:
         raise UserError("--target: the run has no data.target; name labelled shards of the target")
     for target in targets:
-        if not target.labelled:
+        if target_labels and not target.labelled:
             raise UserError(
                 f"--target {target.location}: has no labels, and matches can be judged only where target labels are "
                 "known; build these shards with labels, or name others"
@@ -121,14 +128,13 @@ def look(
         domain: Their domain.
         device: Where the networks run.
     """
-    assert batch.labels is not None
     images = batch.images.to(device)
     output = student(photometric_view(images, batch.indices, config.data.photometric, seed=config.seed, domain=domain))
     taught = None if teacher is None else teacher(images)
     return Domain(
         output.logits,
         output.features,
-        batch.labels.to(device),
+        None if batch.labels is None else batch.labels.to(device),
         teacher_logits=None if taught is None else taught.logits,
         teacher_features=None if taught is None else taught.features,
     )

@@ -9,9 +9,9 @@ import torch
 from dist_pca.config import Level, RunConfig
 from dist_pca.data.collate import Batch
 from dist_pca.errors import UserError
+from dist_pca.evaluation.cycles import JudgedCycles, judge
 from dist_pca.evaluation.load import find_checkpoint, load_run
 from dist_pca.tools.matches.crops import look
-from dist_pca.tools.matches.judge import JudgedCycles, judge
 from dist_pca.training.checkpoint import has_ema, whole_checkpoints
 
 TEACHER_SWITCHES = ("teacher_check", "teacher_weight", "teacher_matches", "teacher_keys")

@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from dist_pca.association.sampling import class_balanced
 from dist_pca.classes import ClassInfo
 from dist_pca.data.collate import Batch
+from dist_pca.evaluation.cycles import JudgedCycles
 from dist_pca.evaluation.pictures import legend_picture
 from dist_pca.objective.domains import IGNORE_INDEX
-from dist_pca.tools.matches.judge import JudgedCycles
 
 CORRECT, WRONG, UNJUDGED = (0, 205, 90), (240, 40, 40), (200, 200, 200)
 """Colours of lines to target pixels of the source's class, of another class, and of none."""

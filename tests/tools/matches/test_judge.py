@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_pca.config import AssociationConfig
+from dist_pca.evaluation.cycles import JudgedCycles, judge
 from dist_pca.objective.cycle_association import associate_level
 from dist_pca.objective.domains import Domain
-from dist_pca.tools.matches.judge import JudgedCycles, judge, summarise
+from dist_pca.tools.matches.judge import summarise
 from tests.tools.matches.scenes import LOOKS, NONE, SKY, SOURCE, TRUTH, random_domain, scene
 
 drawn = {

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dist_pca.config import AssociationConfig
-from dist_pca.tools.matches.judge import JudgedCycles, judge
+from dist_pca.evaluation.cycles import JudgedCycles, judge
 from dist_pca.tools.matches.picture import CORRECT, WRONG, matches_picture
 from tests.tools.matches.scenes import CAR, CLASSES, LOOKS, SOURCE, TRUTH, scene
 
