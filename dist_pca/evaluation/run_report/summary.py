@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dist_pca.data.remote import redact
+from dist_pca.data.addresses import redact
 from dist_pca.evaluation.run_report.curves import speed_charts
 from dist_pca.evaluation.run_report.page import Block, Cell, Code, Facts, Section, Table
 from dist_pca.evaluation.run_report.record import RunRecord
