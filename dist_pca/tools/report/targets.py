@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
+from dist_pca.console import plain_console
 from dist_pca.data.stream import EvaluationSample, evaluation_stream
 from dist_pca.evaluation.confusion import confusion_matrix
 from dist_pca.evaluation.inference import input_size, predict
@@ -94,10 +95,15 @@ def _samples(
     """All samples with their index, or `count` of them, `stride` apart."""
     step = 1 if count is None else stride
     total = manifest.samples if count is None else min(count, len(range(0, manifest.samples, stride)))
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     with closing(evaluation_stream(manifest, 0, step, classes=classes, workers=0)) as samples:
         shown = track(
-            islice(samples, total), title, total, console=console, transient=True, disable=not console.is_terminal
+            islice(samples, total),
+            escape(title),
+            total,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
         for place, sample in enumerate(shown):
             yield step * place, sample
