@@ -15,7 +15,9 @@ from rich.markup import escape
 from rich.progress import track
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
+from dist_pca.config import RunConfig
 from dist_pca.console import plain_console
+from dist_pca.data.class_table import missing_classes
 from dist_pca.data.stream import EvaluationSample, evaluation_stream
 from dist_pca.evaluation.confusion import confusion_matrix
 from dist_pca.evaluation.inference import input_size, predict
@@ -73,7 +75,7 @@ def predict_targets(column: Column, manifest: Manifest, count: int, device: torc
     stride = max(1, manifest.samples // max(1, count))
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     result = Predicted(classes, [])
-    for index, sample in _samples(manifest, classes, stride, None if scored else count, column.title):
+    for index, sample in _samples(manifest, classes, config, stride, None if scored else count, column.title):
         pixels = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)[None]
         size = (sample.image.shape[0], sample.image.shape[1])
         label = predict(model, pixels, input_size(config, *size), size, config.evaluation)[0].cpu()
@@ -84,19 +86,22 @@ def predict_targets(column: Column, manifest: Manifest, count: int, device: torc
             result.labels.append(label.numpy())
     if not scored:
         return result
-    scores = json.loads(score(counts, classes, manifest.samples).to_json()) | {"confusion": counts.tolist()}
+    missing = missing_classes(manifest, classes, config.evaluation.class_map)
+    scores = json.loads(score(counts, classes, manifest.samples, missing=missing).to_json())
+    scores |= {"confusion": counts.tolist()}
     step = int(column.checkpoint.rpartition("-")[2])
     return Predicted(classes, result.images, result.labels, score_record(scores, str(manifest.location), step))
 
 
 def _samples(
-    manifest: Manifest, classes: Sequence[ClassInfo], stride: int, count: int | None, title: str
+    manifest: Manifest, classes: Sequence[ClassInfo], config: RunConfig, stride: int, count: int | None, title: str
 ) -> Iterator[tuple[int, EvaluationSample]]:
     """All samples with their index, or `count` of them, `stride` apart."""
     step = 1 if count is None else stride
     total = manifest.samples if count is None else min(count, len(range(0, manifest.samples, stride)))
     console = plain_console(stderr=True)
-    with closing(evaluation_stream(manifest, 0, step, classes=classes, workers=0)) as samples:
+    class_map = config.evaluation.class_map
+    with closing(evaluation_stream(manifest, 0, step, classes=classes, class_map=class_map, workers=0)) as samples:
         shown = track(
             islice(samples, total),
             escape(title),
