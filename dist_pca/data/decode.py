@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from dist_pca.config import DataConfig
 from dist_pca.data.read import RawSample, ShardReader, read_selected
@@ -22,10 +22,12 @@ from dist_pca.shards.sample import (
     IMAGE_FORMATS,
     LABEL_FORMATS,
     ImageTooLarge,
-    as_rgb,
+    UnknownRange,
+    WrongSize,
     check_label_mode,
     decode_header,
     decode_pixels,
+    decode_rgb,
     image_member,
 )
 
@@ -136,17 +138,22 @@ def decode_sample(
         member = image_member(sample, None)
     except ValueError as error:
         raise CorruptSample(f"{where}: {error}; build the shards again") from None
-    image = _decode(sample[member], f"{where}: {member}", IMAGE_FORMATS, sample["__size__"], minimum_size)
+    size = sample["__size__"]
+    image = _decode(
+        sample[member], f"{where}: {member}", IMAGE_FORMATS, lambda header: decode_rgb(header, minimum_size, size)
+    )
     if label_member is None:
-        return as_rgb(image), None
+        return image, None
     if label_member not in sample:
         raise CorruptSample(f"{where}: no {label_member}, although the manifest lists labels; build the shards again")
-    label = _decode(sample[label_member], f"{where}: {label_member}", LABEL_FORMATS, sample["__size__"], None)
+    label = _decode(
+        sample[label_member], f"{where}: {label_member}", LABEL_FORMATS, lambda header: decode_pixels(header, size=size)
+    )
     try:
         check_label_mode(label)
     except ValueError as error:
         raise CorruptSample(f"{where}: {label_member}: {error}; build the shards again") from None
-    return as_rgb(image), label
+    return image, label
 
 
 def resized_size(size: tuple[int, int], shorter_edge: int) -> tuple[int, int]:
@@ -157,21 +164,19 @@ def resized_size(size: tuple[int, int], shorter_edge: int) -> tuple[int, int]:
 
 
 def _decode(
-    content: bytes, where: str, formats: tuple[str, ...], size: tuple[int, int], minimum_size: tuple[int, int] | None
+    content: bytes, where: str, formats: tuple[str, ...], decode: Callable[[ImageFile.ImageFile], Image.Image]
 ) -> Image.Image:
     try:
-        image = decode_header(io.BytesIO(content), formats)
+        header = decode_header(io.BytesIO(content), formats)
     except ImageTooLarge as error:
-        raise CorruptSample(f"{where}: {error}; build the shards again with --max-edge") from None
+        raise CorruptSample(f"{where}: {error}; build the shards again with --max-edge or --tile") from None
     except ValueError as error:
         raise CorruptSample(f"{where}: {error}; build the shards again") from error
-    if (image.height, image.width) != size:
-        raise CorruptSample(
-            f"{where}: {image.height} x {image.width} pixels where the manifest lists {size[0]} x {size[1]}; "
-            "build the shards again"
-        )
     try:
-        decode_pixels(image, minimum_size)
+        return decode(header)
+    except WrongSize as error:
+        raise CorruptSample(f"{where}: {error}; build the shards again with --force") from None
+    except UnknownRange as error:
+        raise CorruptSample(f"{where}: {error}; state their `range` in a recipe and build the shards again") from None
     except ValueError as error:
         raise CorruptSample(f"{where}: {error}; copy the shard again or build it again") from error
-    return image

@@ -12,12 +12,14 @@ from torch import nn
 from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
-from dist_pca.evaluation.image_files import read_image, result_names
+from dist_pca.evaluation.image_files import result_names
 from dist_pca.evaluation.inference import predict, proportional_input_size
 from dist_pca.evaluation.label_files import overlay, save_label, save_whole
 from dist_pca.evaluation.prediction_files import Values
 from dist_pca.evaluation.views import MAX_WHOLE
 from dist_pca.files import write_json
+from dist_pca.shards.images import ValueRange, open_image
+from dist_pca.shards.sample import MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ def predict_images(
     labels: bool = True,
     overlays: bool = True,
     on_error: Literal["fail", "skip"] = "fail",
+    value_range: ValueRange | None = None,
+    max_pixels: int = MAX_PIXELS,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Predicted:
     """Predict labels of images of any size, one at a time, and write the results at the images' size.
@@ -58,6 +62,8 @@ def predict_images(
         labels: Write label maps.
         overlays: Write the images with colours overlaid.
         on_error: What to do with an unreadable image: stop, or skip it.
+        value_range: Range of images of more than 8 bits.
+        max_pixels: Larger images are refused.
         progress: Called with the number of images done.
 
     Raises:
@@ -67,7 +73,7 @@ def predict_images(
     for done, (path, name) in enumerate(result_names(images).items()):
         progress(done)
         try:
-            image = np.array(read_image(path))
+            image = np.array(open_image(path, value_range, max_pixels))
         except UserError as error:
             if on_error == "fail":
                 raise

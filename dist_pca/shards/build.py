@@ -166,6 +166,7 @@ def _write(
             classes=plan.classes,
             encoding=plan.encoding,
             on_error=plan.on_error,
+            values=plan.recipe.values,
         )
         for name, samples in zip(names, plan.shards[part], strict=True)
         if name not in done

@@ -1,16 +1,37 @@
-"""Raw image files: detect damage by a full decode, and keep their bytes if possible."""
+"""Raw image files: which ones can be read, their decoding to upright 8-bit RGB, and their encoding in shards."""
 
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from PIL import Image, ImageFile
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from dist_pca.errors import UserError
-from dist_pca.shards.sample import as_rgb, decode_header, decode_pixels
+from dist_pca.shards.sample import (
+    MAX_PIXELS,
+    ImageTooLarge,
+    UnknownRange,
+    as_rgb,
+    decode_header,
+    decode_pixels,
+    decode_rgb,
+    is_deep,
+    stated_maximum,
+)
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+Image.init()
+_RASTER_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF", "TGA"),
+    *("DIB", "PCX", "PSD", "QOI", "SGI", "SUN", "DDS", "XBM"),
+)
+"""Formats of Pillow that hold one picture, without those that it hands to other programs or cannot decode."""
+FILE_FORMATS = tuple(name for name in _RASTER_FORMATS if name in Image.OPEN)
+"""Formats of raw image files that this installation of Pillow reads."""
+SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*FILE_FORMATS, "MPO"))
+"""File name extensions of those formats, in lower case."""
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 ImageFormat = Literal["keep", "jpg", "png", "webp"]
@@ -25,28 +46,86 @@ class Encoding:
     max_edge: int | None = None
 
 
-def open_image(path: Path) -> ImageFile.ImageFile:
-    """Decode an image file without converting its mode.
+@dataclass(frozen=True)
+class ValueRange:
+    """Values that are black and white in images of more than 8 bits."""
+
+    low: float
+    high: float
+    clip: bool = False
+    """Whether values outside are taken as black and white; otherwise they are an error."""
+
+
+def open_image(path: Path, values: ValueRange | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image file to upright 8-bit RGB.
+
+    `format` of the result is the file's, or None if its bytes alone do not give this image.
+
+    Args:
+        path: The file.
+        values: Range of images of more than 8 bits; without it they must be 16-bit of the full range.
+        max_pixels: Larger images are refused before they are decoded.
 
     Raises:
-        UserError: it is not an image of a known format, has more than `MAX_PIXELS`, or is damaged.
+        UserError: it is not an image of a known format, has more than `max_pixels` or another range, or is damaged.
     """
-    image = open_header(path)
+    image = open_header(path, max_pixels)
     try:
-        decode_pixels(image)
+        if values is None or not is_deep(image):
+            return decode_rgb(image)
+        return as_rgb(_scaled(path, image, values))
+    except UnknownRange as error:
+        raise UserError(
+            f"{path}: has {error}, neither 8-bit nor 16-bit of the full range; state which values are black and white "
+            "as `range: [low, high]` in the recipe, or as --range for predictions"
+        ) from None
     except ValueError as error:
         raise UserError(
             f"{path}: {error}; copy the file again, or leave it out with --exclude or --on-error skip"
         ) from error
-    return image
 
 
-def open_header(path: Path) -> ImageFile.ImageFile:
+def open_unconverted(path: Path) -> Image.Image:
+    """Decode a label file, upright and without converting its mode; errors as in `open_image`."""
+    try:
+        return decode_pixels(open_header(path))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: {error}; copy the file again, or leave it out with --exclude or --on-error skip"
+        ) from error
+
+
+def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
     """Open an image file without decoding its pixels; errors as in `open_image`."""
     try:
-        return decode_header(path)
+        return decode_header(path, FILE_FORMATS, max_pixels)
+    except ImageTooLarge as error:
+        raise UserError(
+            f"{path}: {error}; raise --max-pixels, or leave it out with --exclude or --on-error skip"
+        ) from None
     except ValueError as error:
-        raise UserError(f"{path}: {error}; replace it, or leave it out with --exclude or --on-error skip") from error
+        reason = (path.is_file() and _tiff_bands(path)) or str(error)
+        raise UserError(f"{path}: {reason}; replace it, or leave it out with --exclude or --on-error skip") from error
+
+
+def sixteen_bit_channels(path: Path, image: Image.Image) -> npt.NDArray[np.uint16]:
+    """All 16 bits of an image of several channels (height x width x channels), of which `image` has the high bytes.
+
+    Raises:
+        UserError: the format does not allow it.
+    """
+    # Decoding the file again as if it had the other byte order gives the low bytes.
+    again = open_header(path, max_pixels=image.width * image.height)
+    again.tile = [(*tile[:3], _other_byte_order(tile[3])) for tile in again.tile]  # type: ignore[misc]
+    unknown = UserError(f"{path}: the low bytes of several channels cannot be read from it; convert it to RGB as PNG")
+    if again.tile[0][0] not in ("zip", "raw", "libtiff"):
+        raise unknown
+    try:
+        low = np.asarray(decode_pixels(again))
+    except ValueError:
+        raise unknown from None
+    values: npt.NDArray[np.uint16] = np.asarray(image).astype(np.uint16) << 8 | low
+    return values
 
 
 def stored_size(image: Image.Image, encoding: Encoding) -> tuple[int, int]:
@@ -59,18 +138,80 @@ def stored_size(image: Image.Image, encoding: Encoding) -> tuple[int, int]:
 
 
 def encode_image(path: Path, image: Image.Image, encoding: Encoding) -> tuple[str, bytes]:
-    """Extension and bytes as which a decoded image is stored; the file's own bytes if format and size are kept."""
+    """Extension and bytes as which an image is stored; the file's own bytes if format and size are kept.
+
+    Args:
+        path: The image's file.
+        image: Result of `open_image`, or a part of it.
+        encoding: How it is to be stored.
+    """
     own = _EXTENSIONS.get(image.format or "")
     extension = (own or "png") if encoding.image_format == "keep" else encoding.image_format
     size = stored_size(image, encoding)
     if extension == own and size == image.size:
         return extension, path.read_bytes()
-    rgb = as_rgb(image)
-    if size != rgb.size:
-        rgb = rgb.resize(size, Image.Resampling.LANCZOS)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if extension == "png":
-        rgb.save(buffer, "PNG")
+        image.save(buffer, "PNG")
     else:
-        rgb.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}[extension], quality=encoding.quality)
+        image.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}[extension], quality=encoding.quality)
     return extension, buffer.getvalue()
+
+
+def _scaled(path: Path, image: ImageFile.ImageFile, wanted: ValueRange) -> Image.Image:
+    """Decode a deep image to 8 bits, the range's low end black and its high end white.
+
+    Raises:
+        UserError: there are values outside the range, or that are not numbers.
+        ValueError: the file is damaged.
+    """
+    stated = stated_maximum(image)
+    pixels = decode_pixels(image)
+    single = pixels.mode[0] in "IF"
+    values: npt.NDArray[Any] = np.asarray(pixels) if single else sixteen_bit_channels(path, pixels)
+    colors = values if single else values[..., [name not in "aAX" for name in pixels.getbands()]]
+    if stated is not None:  # Pillow has scaled it to 16 bits
+        colors = np.rint(colors * (stated / 65535))
+    low, high = colors.min(), colors.max()
+    if np.isnan(low):
+        raise UserError(f"{path}: has values that are not numbers (NaN); replace them or leave the image out")
+    if not wanted.clip and not wanted.low <= low <= high <= wanted.high:
+        raise UserError(
+            f"{path}: has values {low:g} to {high:g} outside the recipe's range {wanted.low:g} to {wanted.high:g}; "
+            "widen the range, or add `clip: true` to the recipe to cut them off"
+        )
+    share = (colors.astype(np.float64) - wanted.low) / (wanted.high - wanted.low)
+    eight_bits = np.rint(share.clip(0, 1) * 255).astype(np.uint8)
+    if single:
+        return Image.fromarray(eight_bits)
+    bands = iter(Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(eight_bits, -1, 0))
+    return Image.merge(
+        pixels.mode,
+        [own if name in "aAX" else next(bands) for name, own in zip(pixels.getbands(), pixels.split(), strict=True)],
+    )
+
+
+def _other_byte_order(arguments: Any) -> Any:
+    """Decoder arguments of a tile whose raw mode, such as RGB;16B, has the other byte order."""
+    if isinstance(arguments, tuple):
+        return (_other_byte_order(arguments[0]), *arguments[1:])
+    little = np.little_endian if str(arguments)[-1] == "N" else str(arguments)[-1] == "L"
+    return f"{str(arguments)[:-1]}{'B' if little else 'L'}"
+
+
+def _tiff_bands(path: Path) -> str | None:
+    """Why Pillow does not read a TIFF, in terms of bands and bits; None if it is not one, or if that is not why."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            if head[:4] not in (b"II*\0", b"MM\0*"):
+                return None
+            tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+            file.seek(tags.next)
+            tags.load(file)
+            bands, bits = int(tags.get(277, 1)), tags.get(258, (1,))
+    except Exception:  # a damaged file, which is reported as such
+        return None
+    return f"is a TIFF of {bands} bands of {bits[0]} bits, not of grey or RGB, with or without alpha, of 8 or 16 bits"

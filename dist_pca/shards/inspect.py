@@ -1,5 +1,6 @@
 """Summarise a shard folder: statistics, and a picture of some samples with their labels."""
 
+import io
 import math
 import tarfile
 from dataclasses import asdict, dataclass
@@ -17,8 +18,9 @@ from dist_pca.shards.manifest import Manifest
 from dist_pca.shards.sample import (
     IMAGE_FORMATS,
     LABEL_FORMATS,
-    as_rgb,
-    decode_image,
+    decode_header,
+    decode_pixels,
+    decode_rgb,
     image_member,
     read_sample,
 )
@@ -173,14 +175,13 @@ def save_grid(manifest: Manifest, path: Path, samples: int = 12) -> None:
 
 def _tile(manifest: Manifest, members: dict[str, bytes]) -> Image.Image:
     extension = image_member(members, manifest.label_member)
-    image = as_rgb(decode_image(members[extension], IMAGE_FORMATS))
+    image = decode_rgb(decode_header(io.BytesIO(members[extension]), IMAGE_FORMATS))
     size = (_TILE_WIDTH, max(1, round(image.height * _TILE_WIDTH / image.width)))
     image = image.resize(size, Image.Resampling.BILINEAR)
     if manifest.label_member not in members:
         return image
-    label = np.asarray(
-        decode_image(members[manifest.label_member], LABEL_FORMATS).resize(size, Image.Resampling.NEAREST)
-    )
+    ids = decode_pixels(decode_header(io.BytesIO(members[manifest.label_member]), LABEL_FORMATS))
+    label = np.asarray(ids.resize(size, Image.Resampling.NEAREST))
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(manifest.classes)] = [info.color for info in manifest.classes]
     blended = Image.blend(image, Image.fromarray(palette[label]), _LABEL_OPACITY)

@@ -1,33 +1,35 @@
 """Convert label files from a data set's own coding to 8-bit train ids."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageFile
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
-from dist_pca.shards.images import open_header, open_image
+from dist_pca.shards.images import open_header, open_unconverted, sixteen_bit_channels
 from dist_pca.shards.recipe import IGNORE, Coding
+from dist_pca.shards.sample import is_deep
 
 TrainIds = npt.NDArray[np.uint8]
 Codes = npt.NDArray[Any]
 _UNKNOWN = 254
 """Marker of values outside the table; class tables have at most 254 classes, 0 to 253."""
+_COLORS_AT_ONCE = 4096
+_WEBP_CHUNKS = 64
 
 
 def lookup_table(coding: Coding, classes: tuple[ClassInfo, ...]) -> TrainIds:
-    """Build a table of the train id of every raw value: 2**16 ids, or 2**24 colours as 0xRRGGBB."""
+    """Build a table of the train id of every raw value: 2**16 ids, or 2**24 colours as 0xRRGGBB; 254 is no entry."""
     train_ids = {info.name: index for index, info in enumerate(classes)} | {IGNORE: IGNORE_INDEX}
-    size = 1 << (24 if coding.kind == "color" else 16)
-    table = np.full(size, IGNORE_INDEX if coding.other == "ignore" else _UNKNOWN, np.uint8)
+    table = np.full(1 << (24 if coding.kind == "color" else 16), _UNKNOWN, np.uint8)
     if coding.kind == "color":
         for entry in coding.colors:
-            red, green, blue = entry.color
-            table[red << 16 | green << 8 | blue] = train_ids[entry.name]
+            table[_packed(np.array(entry.color))] = train_ids[entry.name]
     elif coding.ids:
         for raw, name in coding.ids.items():
             table[raw] = train_ids[name]
@@ -38,7 +40,7 @@ def lookup_table(coding: Coding, classes: tuple[ClassInfo, ...]) -> TrainIds:
 
 
 def read_label(path: Path, coding: Coding, table: TrainIds) -> TrainIds:
-    """Decode a label file to train ids (height x width, 255 for ignore).
+    """Decode a label file to train ids (height x width, 255 for ignore), upright.
 
     Args:
         path: The label file.
@@ -46,20 +48,51 @@ def read_label(path: Path, coding: Coding, table: TrainIds) -> TrainIds:
         table: `lookup_table` of that coding.
 
     Raises:
-        UserError: the file is not a readable image, lacks the channels that the coding needs, or has values outside
-            the table and the coding does not ignore them.
+        UserError: the file is not a readable image, is of a lossy format, lacks the channels that the coding needs, or
+            has values outside the table and the coding does not ignore them.
     """
-    codes = _READERS[coding.kind](path, coding)
+    codes = read_codes(path, coding)
     train_ids: TrainIds = table.take(codes)
-    if coding.other == "error" and (unknown := train_ids == _UNKNOWN).any():
-        values = np.unique(codes[unknown])
-        shown = ", ".join(f"#{value:06x}" if coding.kind == "color" else str(value) for value in values[:5])
+    unknown = train_ids == _UNKNOWN
+    if coding.tolerance and unknown.any():
+        train_ids[unknown] = _nearest(codes[unknown], coding, table)
+        unknown = train_ids == _UNKNOWN
+    if not unknown.any():
+        return train_ids
+    if coding.other == "error":
+        values, pixels = np.unique(codes[unknown], return_counts=True)
+        shown = ", ".join(shown_code(value, coding) for value in values[:5])
         more = f" and {len(values) - 5} more" if len(values) > 5 else ""
         raise UserError(
-            f"{path}: label values outside the recipe's table: {shown}{more}, {unknown.sum()} pixels; "
+            f"{path}: label values outside the recipe's table: {shown}{more}, {pixels.sum()} pixels; "
             "add them to the recipe's coding or set coding.other to ignore"
         )
+    train_ids[unknown] = IGNORE_INDEX
     return train_ids
+
+
+def read_codes(path: Path, coding: Coding) -> Codes:
+    """Decode a label file, upright, to its own ids or to colours as 0xRRGGBB (height x width).
+
+    Raises:
+        UserError: as in `read_label`, but for values outside the table.
+    """
+    header = open_header(path)
+    if _is_lossy(path, header) and not coding.tolerance:
+        option = "give coding.tolerance, how far a colour may be off" if coding.kind == "color" else "save them as PNG"
+        raise UserError(
+            f"{path}: a label in {header.format}, whose lossy compression changes label values; get the labels in a "
+            f"lossless format, or {option}"
+        )
+    codes = _READERS[coding.kind](path, coding)
+    if coding.kind != "color" and codes.size and not 0 <= codes.min() <= codes.max() < 1 << 16:
+        raise UserError(f"{path}: has ids {codes.min()} to {codes.max()}; give ids from 0 to 65535")
+    return codes
+
+
+def shown_code(code: int, coding: Coding) -> str:
+    """Write a raw label value as in a recipe: an id, or a colour in hexadecimal."""
+    return f"#{code:06x}" if coding.kind == "color" else str(code)
 
 
 def encode_label(train_ids: TrainIds) -> bytes:
@@ -69,42 +102,72 @@ def encode_label(train_ids: TrainIds) -> bytes:
     return buffer.getvalue()
 
 
+def _packed(colors: Codes) -> Codes:
+    """Colours (... x 3) as 0xRRGGBB."""
+    red, green, blue = np.moveaxis(colors.astype(np.uint32), -1, 0)
+    packed: Codes = red << 16 | green << 8 | blue
+    return packed
+
+
+def _nearest(codes: Codes, coding: Coding, table: TrainIds) -> TrainIds:
+    """Train ids of the nearest colours in the table; unknown where a channel differs by more than the tolerance."""
+    values, places = np.unique(codes, return_inverse=True)
+    known = np.array([entry.color for entry in coding.colors])
+    found = np.full(len(values), _UNKNOWN, np.uint8)
+    for start in range(0, len(values), _COLORS_AT_ONCE):
+        part = values[start : start + _COLORS_AT_ONCE]
+        colors = np.stack([part >> 16, part >> 8 & 255, part & 255], axis=-1).astype(np.int64)
+        difference = np.abs(colors[:, None] - known)
+        nearest = (difference**2).sum(-1).argmin(-1)
+        close = difference.max(-1)[np.arange(len(part)), nearest] <= coding.tolerance
+        found[start : start + _COLORS_AT_ONCE][close] = table[_packed(known[nearest[close]])]
+    return found[places.reshape(-1)]
+
+
+def _is_lossy(path: Path, header: ImageFile.ImageFile) -> bool:
+    if header.format != "WEBP":
+        return header.format in {"JPEG", "MPO", "AVIF", "JPEG2000"}
+    # The chunk of lossless WebP; extended files have others before it.
+    return b"VP8L" not in path.read_bytes()[:_WEBP_CHUNKS]
+
+
 def _read_index(path: Path, coding: Coding) -> Codes:
-    image = open_image(path)
+    header = open_header(path)
+    grey_bits = re.search(r";([24])", str(header.tile[0][3])) if header.tile and header.mode == "L" else None
+    image = open_unconverted(path)
     # Pillow opens a 16-bit grey image in mode I;16 or, in older releases, I; palette images stay indices.
-    if image.mode not in {"L", "P", "I", "I;16", "I;16B"}:
+    if image.mode not in {"1", "L", "P", "I", "I;16", "I;16B"}:
         raise UserError(
             f"{path}: has image mode {image.mode}, but the recipe's coding `index` needs one channel of ids or a "
             "palette; set coding.kind to channel or color"
         )
-    return np.asarray(image)
+    codes: Codes = np.asarray(image)
+    if image.mode == "1":
+        return codes.astype(np.uint8)
+    # Pillow spreads grey values of 2 and 4 bits over 0 to 255.
+    return codes // {"2": 85, "4": 17}[grey_bits[1]] if grey_bits else codes
 
 
 def _read_channel(path: Path, coding: Coding) -> Codes:
-    image = open_image(path)
+    header = open_header(path)
+    deep = is_deep(header)
+    image = open_unconverted(path)
     bands = len(image.getbands())
     if image.mode == "P" or bands <= coding.channel:
         raise UserError(
             f"{path}: image mode {image.mode} has no channel {coding.channel}; set coding.channel in the recipe"
         )
     if bands == 1:
-        return np.asarray(image)
-    codes: Codes = np.asarray(image)[..., coding.channel]
-    # Pillow decodes several 16-bit channels to their high bytes only. Decoding the file again as if it were
-    # little-endian gives the low bytes.
-    again = open_header(path)
-    rawmode = str(again.tile[0][3])
-    if not rawmode.endswith(";16B"):
-        return codes
-    again.tile = [(*tile[:3], rawmode.replace(";16B", ";16L")) for tile in again.tile]  # type: ignore[misc]
-    low: Codes = np.asarray(again)[..., coding.channel]
-    return codes.astype(np.uint16) << 8 | low
+        return _read_index(path, coding)
+    codes: Codes = (sixteen_bit_channels(path, image) if deep else np.asarray(image))[..., coding.channel]
+    return codes
 
 
 def _read_color(path: Path, coding: Coding) -> Codes:
-    red, green, blue = np.moveaxis(np.asarray(open_image(path).convert("RGB"), np.uint32), -1, 0)
-    codes: Codes = red << 16 | green << 8 | blue
-    return codes
+    image = open_unconverted(path)
+    if image.mode[0] in "IF":
+        raise UserError(f"{path}: has image mode {image.mode}, which is no colour; set coding.kind to index")
+    return _packed(np.asarray(image.convert("RGB")))
 
 
 _READERS = {"index": _read_index, "channel": _read_channel, "color": _read_color}

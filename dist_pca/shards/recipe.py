@@ -1,8 +1,9 @@
 """Recipes: how one data set's raw files become samples. Read from typed YAML; errors name the wrong key."""
 
+import math
 import re
 from collections.abc import Hashable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -13,6 +14,7 @@ from dist_pca.classes import LABEL_SETS, ClassInfo, label_set
 from dist_pca.config.section import NonNegative, Positive, Section
 from dist_pca.errors import UserError, explain, nearest
 from dist_pca.resources import resource
+from dist_pca.shards.images import ValueRange
 
 IGNORE = "ignore"
 """Written in place of a class name; means no class."""
@@ -34,7 +36,8 @@ class Pairing(Section):
     match: str
     """Regular expression that must match the whole image path."""
     replace: str
-    """Template of the label path, in which \\1, \\2, ... are the groups of `match`."""
+    """Template of the label path, in which \\1, \\2, ... are the groups of `match`; if it ends in `.*`, the label has
+    the extension of any image format."""
 
     @field_validator("match")
     @classmethod
@@ -50,12 +53,22 @@ class Split(Section):
     """Images of one split and their labels."""
 
     images: tuple[str, ...] = Field(min_length=1)
-    """Globs relative to the root; `**` spans folders. Files that are not images are skipped."""
+    """Globs relative to the root; `**` spans folders. Hidden files and folders are no images, and files with an unknown
+    extension are passed over."""
     label: Pairing | None = None
     """Where labels are; None if the split has no labels."""
     list_file: str | None = None
     """Text file below the root that lists the images of the split, one per line, as a path or the end of a path, with
     or without extension."""
+
+    @field_validator("images")
+    @classmethod
+    def _check_globs(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            parts = PurePosixPath(pattern).parts
+            if not parts or pattern.startswith("/") or ".." in parts or not pattern.isprintable():
+                raise ValueError(f"{pattern[:80]!r} is no glob below the root; give one such as images/**/*")
+        return value
 
 
 class Coding(Section):
@@ -72,6 +85,9 @@ class Coding(Section):
     """Class names (or `ignore`) of colours for kind `color`; a class may have several colours."""
     other: Literal["ignore", "error"] = "error"
     """What to do with values that are not in the table."""
+    tolerance: Byte = 0
+    """Largest difference in a channel (0 to 255) at which kind `color` takes the nearest colour of the table; for
+    labels in a lossy format."""
 
     @model_validator(mode="after")
     def _check_table(self) -> Self:
@@ -79,6 +95,8 @@ class Coding(Section):
             raise ValueError("kind `color` takes its table from `colors`, not from `ids`")
         if self.kind != "color" and self.colors:
             raise ValueError(f"kind `{self.kind}` takes its table from `ids`, not from `colors`")
+        if self.kind != "color" and self.tolerance:
+            raise ValueError(f"tolerance: kind `{self.kind}` takes ids as they are; remove the key")
         if max(self.ids, default=0) > 65535:
             raise ValueError(f"ids: {max(self.ids)} does not fit in 16 bits")
         return self
@@ -103,6 +121,10 @@ class Recipe(Section):
     """Class table, in train-id order."""
     classes_file: str | None = None
     """YAML file below the root that holds the class table, a list of {name, color}."""
+    range: tuple[float, float] | None = None
+    """Values that are black and white in images of more than 8 bits; None if these are 16-bit of the full range."""
+    clip: bool = False
+    """Whether values outside `range` are taken as black and white; otherwise they are an error."""
     coding: Coding
     splits: dict[str, Split] = Field(min_length=1)
 
@@ -118,6 +140,18 @@ class Recipe(Section):
         if self.classes_file is None:
             _check_table(self.coding, self._known_classes())
         return self
+
+    @field_validator("range")
+    @classmethod
+    def _check_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not -math.inf < value[0] < value[1] < math.inf:
+            raise ValueError("give two numbers, the lower one first")
+        return value
+
+    @property
+    def values(self) -> ValueRange | None:
+        """Range of images of more than 8 bits, if the recipe states it."""
+        return None if self.range is None else ValueRange(*self.range, clip=self.clip)
 
     def _known_classes(self) -> tuple[ClassInfo, ...]:
         if self.label_set is not None:

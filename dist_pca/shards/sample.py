@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from dist_pca.classes import IGNORE_INDEX
 from dist_pca.shards.manifest import Manifest, Shard
@@ -27,9 +27,20 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats of image members."""
 LABEL_FORMATS = ("PNG",)
 """Formats of label members."""
-FILE_FORMATS = (*IMAGE_FORMATS, "BMP", "TIFF", "PPM")
-"""Formats of raw image files."""
-
+Transpose = Image.Transpose
+_TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+"""How an image is turned upright, by its EXIF orientation."""
+_ORIENTATION_ENTRIES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+"""Entries of `Image.info` in which Pillow finds an orientation, and chunks of a PNG that become them."""
+_ORIENTATION_MARKS = (b"eXIf", *(entry.encode() for entry in _ORIENTATION_ENTRIES))
 HEADER_ERRORS = (ValueError, OverflowError, RecursionError)
 """What tarfile raises for numbers in headers that are none or too large, and for headers nested too deeply."""
 _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
@@ -48,7 +59,15 @@ _PLAIN_HEADER = re.compile(
 
 
 class ImageTooLarge(ValueError):
-    """Raised for an image of more than `MAX_PIXELS`."""
+    """Raised for an image with more pixels than allowed."""
+
+
+class WrongSize(ValueError):
+    """Raised for an image of another size than the manifest lists."""
+
+
+class UnknownRange(ValueError):
+    """Raised for an image that is neither 8-bit nor 16-bit of the full range, whose values could mean any shade."""
 
 
 def read_sample(manifest: Manifest, shard: Shard, index: int) -> dict[str, bytes]:
@@ -108,66 +127,157 @@ def image_member(members: Collection[str], label_member: str | None) -> str:
     return found
 
 
-def decode_header(source: Path | IO[bytes], formats: tuple[str, ...] = FILE_FORMATS) -> ImageFile.ImageFile:
+def decode_header(
+    source: Path | IO[bytes], formats: tuple[str, ...], max_pixels: int = MAX_PIXELS
+) -> ImageFile.ImageFile:
     """Read an image's format and size, not its pixels.
 
     Raises:
-        ImageTooLarge: it has more than `MAX_PIXELS`.
+        ImageTooLarge: it has more than `max_pixels`.
         ValueError: it is not an image of one of the formats.
     """
     # A named pipe would be waited for.
     if isinstance(source, Path) and source.exists() and not source.is_file():
         raise ValueError("not a regular file")
+    bound = Image.MAX_IMAGE_PIXELS
+    if max_pixels > MAX_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of large images, and of damaged metadata
             image = Image.open(source, formats=formats)
         pixels = image.width * image.height
     except FileNotFoundError:
         raise ValueError("no such file") from None
     except Image.DecompressionBombError:
-        pixels = MAX_PIXELS + 1
+        pixels = max_pixels + 1
     except Exception as error:  # damaged files make decoders raise exceptions of any type
         raise ValueError(f"unreadable image ({error})") from error
-    if pixels > MAX_PIXELS:
-        raise ImageTooLarge(f"more than {MAX_PIXELS:,} pixels")
+    finally:
+        Image.MAX_IMAGE_PIXELS = bound
+    if pixels > max_pixels:
+        raise ImageTooLarge(f"more than {max_pixels:,} pixels")
     return image
 
 
-def decode_pixels(image: Image.Image, minimum_size: tuple[int, int] | None = None) -> None:
-    """Decode an image whose header has been read.
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation of an image, 1 to 8; 1 if it has none. The pixels of a PNG may be decoded to find it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = image.getexif().get(ExifTags.Base.Orientation)
+        return int(found) if found in _TURNS else 1
+    except Exception:  # viewers show an image whose EXIF data are damaged as it is stored
+        return 1
+
+
+def upright_size(image: ImageFile.ImageFile) -> tuple[int, int]:
+    """Width and height of an image member when it is upright."""
+    return image.size[::-1] if orientation(image) >= 5 else image.size
+
+
+def decode_pixels(
+    image: ImageFile.ImageFile, minimum_size: tuple[int, int] | None = None, size: tuple[int, int] | None = None
+) -> Image.Image:
+    """Decode an image whose header has been read, and turn it upright as its EXIF orientation says.
 
     Args:
         image: Result of `decode_header`.
         minimum_size: Height and width; a JPEG may be decoded at a half, a quarter or an eighth of its size, if the
             result is at least this large. None decodes it at its full size.
+        size: Height and width that the image must have; None if any will do.
 
     Raises:
+        WrongSize: it has another size.
         ValueError: it is damaged.
     """
+    width, height = image.size if size is None else upright_size(image)
+    if size is not None and (height, width) != size:
+        raise WrongSize(f"{height} x {width} pixels where the manifest lists {size[0]} x {size[1]}")
     try:
         if minimum_size is not None:
-            image.draft(None, (minimum_size[1], minimum_size[0]))
+            image.draft(None, minimum_size if orientation(image) >= 5 else minimum_size[::-1])
         image.load()
+        # A TIFF is upright once Pillow has loaded it, and has no orientation then.
+        turn = _TURNS.get(orientation(image))
+        if turn is None:
+            return image
+        upright = image.transpose(turn)
     except Exception as error:
         raise ValueError(f"damaged image ({error})") from error
+    upright.format = image.format
+    for entry in _ORIENTATION_ENTRIES:
+        upright.info.pop(entry, None)
+    return upright
+
+
+def decode_rgb(
+    image: ImageFile.ImageFile, minimum_size: tuple[int, int] | None = None, size: tuple[int, int] | None = None
+) -> Image.Image:
+    """Decode an image to upright 8-bit RGB; of 16 bits the high byte is kept. Arguments as for `decode_pixels`.
+
+    Raises:
+        WrongSize: it has another size.
+        UnknownRange: it is neither 8-bit nor 16-bit of the full range.
+        ValueError: it is damaged, or its colours cannot be converted.
+    """
+    deep, stated = is_deep(image), stated_maximum(image) is not None
+    pixels = decode_pixels(image, minimum_size, size)
+    try:
+        rgb = as_rgb(_high_bytes(pixels, image.format, stated) if deep else pixels)
+    except UnknownRange:
+        raise
+    except Exception as error:
+        raise ValueError(f"mode {pixels.mode} cannot be converted to RGB ({error})") from error
+    rgb.format = image.format
+    return rgb
+
+
+def is_deep(image: ImageFile.ImageFile) -> bool:
+    """Whether a channel of an image, of which the header alone has been read, has more than 8 bits."""
+    codec, arguments = (image.tile[0][0], image.tile[0][3]) if image.tile else ("", "")
+    raw_mode, *more = arguments if isinstance(arguments, tuple) else (arguments,)
+    several_deep = re.search(";16[BLN]", str(raw_mode)) is not None
+    return image.mode[0] in "IF" or several_deep or (codec.startswith("ppm") and more[0] > 255)
+
+
+def stated_maximum(image: ImageFile.ImageFile) -> int | None:
+    """Largest value of 9 to 15 bits that the header of a PGM or PPM states, and Pillow scales to the full range."""
+    if not image.tile or not image.tile[0][0].startswith("ppm"):
+        return None
+    maximum = int(image.tile[0][3][1])  # type: ignore[index]
+    return maximum if 255 < maximum < 65535 else None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB; of 16-bit grey the high byte is kept, where Pillow would clip at 255."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """Convert an image of 8 bits per channel to RGB."""
     if "transparency" in image.info:
         image = image.convert("RGBA")
     # Image.convert copies even an image that is in RGB already.
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def decode_image(content: bytes, formats: tuple[str, ...]) -> Image.Image:
-    """Decode an image or label member at its full size; errors as in `decode_header` and `decode_pixels`."""
-    image = decode_header(io.BytesIO(content), formats)
-    decode_pixels(image)
-    return image
+def _high_bytes(pixels: Image.Image, kind: str | None, stated: bool) -> Image.Image:
+    """Reduce a deep image to the high bytes of its channels, which Pillow has done if there are several channels.
+
+    Raises:
+        UnknownRange: the values are not those of 16 bits without a sign, or none has the highest bit, and the file does
+            not state their range.
+    """
+    if pixels.mode[0] in "IF":
+        values = np.asarray(pixels)
+        low, high = np.nanmin(values), np.nanmax(values)
+        if pixels.mode == "F" or (pixels.mode == "I" and kind not in ("PNG", "PPM")):
+            what = "floating-point" if pixels.mode == "F" else "signed or 32-bit"
+            raise UnknownRange(f"{what} values {low:g} to {high:g}")
+        if 0 < high < 1 << 15 and not stated:
+            raise UnknownRange(f"16-bit values {low} to {high}")
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    colors = np.asarray(pixels)[..., [name not in "aAX" for name in pixels.getbands()]]
+    low, high = int(colors.min()), int(colors.max())
+    if 0 < high < 1 << 7 and not stated:
+        raise UnknownRange(f"16-bit values of about {low << 8} to {high + 1 << 8}")
+    return pixels
 
 
 def check_label_mode(label: Image.Image) -> None:
@@ -180,16 +290,21 @@ def check_label_mode(label: Image.Image) -> None:
         raise ValueError(f"mode {label.mode}, not 8-bit train ids")
 
 
-def image_size(source: IO[bytes], *, whole: bool) -> tuple[int, int]:
-    """Width and height of an encoded image member; if `whole`, all of it is decoded.
+def image_size(source: io.BytesIO, *, whole: bool) -> tuple[int, int]:
+    """Width and height of an encoded image member when upright; if `whole`, all of it is decoded.
 
     Raises:
-        ValueError: it is not a JPEG, PNG or WebP image, is too large, or is damaged.
+        ValueError: it is not a JPEG, PNG or WebP image, is too large, or is damaged, or is neither 8-bit nor 16-bit of
+            the full range.
     """
     image = decode_header(source, IMAGE_FORMATS)
-    if whole:
-        decode_pixels(image)
-    return image.size
+    if whole or is_deep(image):
+        return decode_rgb(image).size
+    # In a PNG the orientation may follow the pixels, so that Pillow decodes all of them to find it.
+    content = source.getvalue()
+    if image.format == "PNG" and not any(mark in content for mark in _ORIENTATION_MARKS):
+        return image.size
+    return upright_size(image)
 
 
 def label_counts(source: IO[bytes], size: tuple[int, int], classes: int) -> list[int]:
@@ -203,11 +318,11 @@ def label_counts(source: IO[bytes], size: tuple[int, int], classes: int) -> list
     Raises:
         ValueError: it is not such a label, or has a value that is neither a class nor ignore.
     """
-    label = decode_header(source, LABEL_FORMATS)
+    label = decode_pixels(decode_header(source, LABEL_FORMATS))
     check_label_mode(label)
     if label.size != size:
-        raise ValueError(f"{label.width} x {label.height} pixels where the image has {size[0]} x {size[1]}")
-    decode_pixels(label)
+        turned = " when upright, which labels keep to" if label.size == size[::-1] else ""
+        raise ValueError(f"{label.width} x {label.height} pixels where the image has {size[0]} x {size[1]}{turned}")
     counts = np.bincount(np.asarray(label).ravel(), minlength=256)
     unknown = [value for value in counts.nonzero()[0].tolist() if value >= classes and value != IGNORE_INDEX]
     if unknown:

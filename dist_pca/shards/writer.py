@@ -13,12 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.files import PART, file_sha256, write_whole
-from dist_pca.shards.images import Encoding, encode_image, open_image, stored_size
+from dist_pca.shards.images import Encoding, ValueRange, encode_image, open_header, open_image, stored_size
 from dist_pca.shards.labels import TrainIds, encode_label, lookup_table, read_label
 from dist_pca.shards.manifest import Shard
 from dist_pca.shards.plan import OnError
 from dist_pca.shards.pool import Report
 from dist_pca.shards.recipe import Coding
+from dist_pca.shards.sample import orientation
 from dist_pca.shards.scan import RawSample
 
 
@@ -36,6 +37,8 @@ class ShardJob:
     classes: tuple[ClassInfo, ...]
     encoding: Encoding
     on_error: OnError
+    values: ValueRange | None = None
+    """Range of images of more than 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def _encode(
 ) -> tuple[dict[str, bytes], tuple[int, int], TrainIds | None]:
     """Members of a sample by extension, its stored (width, height), and its labels if it has any."""
     path = job.root / raw.image
-    image = open_image(path)
+    image = open_image(path, job.values)
     size = stored_size(image, job.encoding)
     extension, encoded = encode_image(path, image, job.encoding)
     description = {"source": raw.image, "height": size[1], "width": size[0]}
@@ -143,9 +146,19 @@ def _encode(
     if (width, height) != image.size:
         raise UserError(
             f"{job.root / raw.label}: {width} x {height} pixels where its image {raw.image} has "
-            f"{image.width} x {image.height}; give labels of the image's size or leave both out with --exclude"
+            f"{image.width} x {image.height}{_size_remedy(path, image, (width, height))}"
         )
     if size != image.size:
         train_ids = np.asarray(Image.fromarray(train_ids).resize(size, Image.Resampling.NEAREST))
     members["label.png"] = encode_label(train_ids)
     return members, size, train_ids
+
+
+def _size_remedy(path: Path, image: Image.Image, label_size: tuple[int, int]) -> str:
+    tag = orientation(open_header(path))
+    if tag >= 5 and label_size == image.size[::-1]:
+        return (
+            f" once its EXIF orientation, {tag}, turns it upright, which labels keep to; turn the label likewise, or "
+            "remove the orientation from the image if it is wrong"
+        )
+    return "; give labels of the image's size or leave both out with --exclude"

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dist_pca.data.decode import decode_sample
 from dist_pca.errors import UserError
+from tests.support.raw_data import png16
 from tests.support.shards import png, sample_members
 
 
@@ -22,6 +23,14 @@ def sample(**members: bytes) -> dict[str, Any]:
 def encoded(mode: str, file_format: str, size: tuple[int, int] = (40, 24)) -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size, 1).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+def turned(tag: int, size: tuple[int, int]) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, "JPEG", exif=exif)
     return buffer.getvalue()
 
 
@@ -91,6 +100,9 @@ def test_huge_images_are_refused_before_decoding(size: tuple[int, int]) -> None:
         ({"png": sample_members(0)["png"][:-500]}, "png: damaged"),
         ({"png": encoded("RGB", "PNG", (30, 24))}, "png: 24 x 30 pixels where the manifest lists 24 x 40"),
         ({"png": encoded("RGB", "PNG")}, r"no label\.png"),
+        ({"png": png16(np.full((24, 40, 1), 4095))}, "png: 16-bit values 4095 to 4095; state their `range`"),
+        ({"png": png16(np.full((24, 40, 3), 4095))}, "png: 16-bit values of about 3840 to 4096; state their `range`"),
+        ({"jpg": turned(5, (40, 24))}, "jpg: 40 x 24 pixels where the manifest lists 24 x 40"),
         ({"png": encoded("RGB", "PNG"), "label_png": encoded("RGB", "PNG")}, r"label\.png: mode RGB"),
         ({"png": encoded("RGB", "PNG"), "label_png": encoded("I;16", "PNG")}, r"label\.png: mode I;16"),
         ({"png": encoded("RGB", "PNG"), "label_png": encoded("L", "JPEG")}, r"label\.png: unreadable"),

@@ -1,11 +1,13 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from dist_pca.classes import LABEL_SETS
 from dist_pca.errors import UserError
 from dist_pca.resources import names
-from dist_pca.shards.recipe import load_recipe
+from dist_pca.shards.images import ValueRange
+from dist_pca.shards.recipe import Recipe, Split, load_recipe
 
 RECIPE = """
 name: mine
@@ -121,3 +123,18 @@ def test_a_faulty_class_table_is_refused(tmp_path: Path, text: str, message: str
     (tmp_path / "classes.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_recipe("folder").class_table(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["/data/*", "", ".", "./", "../*.png", "a/../../b", "a\0b", "a\nb"])
+def test_a_glob_that_is_none_below_the_root_is_refused(pattern: str) -> None:
+    with pytest.raises(ValidationError, match="is no glob below the root"):
+        Split(images=("images/*", pattern))
+
+
+@pytest.mark.parametrize("bounds", [(1, 0), (1, 1), (0, float("inf")), (float("nan"), 1)])
+def test_a_range_runs_from_a_lower_number_to_a_higher_one(bounds: tuple[float, float]) -> None:
+    recipe = load_recipe("folder").model_dump()
+    with pytest.raises(ValidationError, match="give two numbers, the lower one first"):
+        Recipe.model_validate(recipe | {"range": bounds})
+    values = Recipe.model_validate(recipe | {"range": (0, 4095), "clip": True}).values
+    assert values == ValueRange(0, 4095, clip=True)

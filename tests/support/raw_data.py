@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,24 @@ def random_image(seed: int, height: int = 12, width: int = 20) -> Image.Image:
 def save(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
+
+
+def with_orientation(image: Image.Image, tag: int, path: Path, **options: Any) -> Path:
+    """Save an image as a camera that was turned does: with turned pixels, and an EXIF orientation that says so."""
+    inverse = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    same = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 7: "TRANSVERSE"}
+    turn = inverse.get(tag) or (Image.Transpose[same[tag]] if tag in same else None)
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image if turn is None else image.transpose(turn)).save(path, exif=exif, **options)
+    return path
+
+
+def blocks(height: int = 64, width: int = 96) -> Image.Image:
+    """Squares of 16 pixels of one colour, which lossy compression changes little."""
+    small = np.random.default_rng(3).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+    return Image.fromarray(np.kron(small, np.ones((16, 16, 1), np.uint8)))
 
 
 def palette_image(ids: Ids) -> Image.Image:
@@ -40,6 +59,30 @@ def png16(values: Ids) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(values: npt.NDArray[Any], kind: int = 1) -> bytes:
+    """An uncompressed TIFF of height x width x bands of any type, which Pillow cannot write for several deep bands.
+
+    `kind` is the sample format: 1 without a sign, 2 with one, 3 a float.
+    """
+    height, width, bands = values.shape
+    data = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    bits = struct.pack(f"<{bands}H", *[8 * values.dtype.itemsize] * bands)
+    formats = struct.pack(f"<{bands}H", *[kind] * bands)
+    entries = [
+        *((256, 4, 1, width), (257, 4, 1, height), (259, 3, 1, 1), (262, 3, 1, 2 if bands == 3 else 1)),
+        *((277, 3, 1, bands), (278, 4, 1, height), (279, 4, 1, len(data)), (284, 3, 1, 1)),
+    ]
+    end = 8 + 2 + 12 * (len(entries) + 3) + 4
+    places = {258: (bits, end), 339: (formats, end + len(bits))}
+    entries.append((273, 4, 1, end + len(bits) + len(formats)))
+    for tag, (content, place) in places.items():
+        value = place if len(content) > 4 else int.from_bytes(content.ljust(4, b"\0"), "little")
+        entries.append((tag, 3, bands, value))
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    return header + directory + struct.pack("<I", 0) + bits + formats + data
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -87,5 +130,6 @@ def make_folder(root: Path, samples: int = 4, classes: int = 3, extension: str =
     for number in range(samples):
         save(random_image(number), root / f"images/{number:03d}.{extension}")
         save(Image.fromarray(np.roll(label, number)), root / f"labels/{number:03d}.png")
+    root.mkdir(parents=True, exist_ok=True)
     entries = [f"- {{name: class {index}, color: [{index * 40}, 100, 200]}}\n" for index in range(classes)]
     (root / "classes.yaml").write_text("".join(entries))
