@@ -251,6 +251,15 @@ def predict(
         Literal["fail", "skip"],
         typer.Option(help="What to do with an unreadable image: stop the command, or skip and report it."),
     ] = "fail",
+    value_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            "--range", metavar="LOW HIGH", help="Values that are black and white in images of more than 8 bits."
+        ),
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Refuse images of more pixels.", show_default="178956970")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:
     """Predict the labels of images with a trained run, on the GPU if there is one.
@@ -265,12 +274,15 @@ def predict(
     from dist_pca.evaluation.predict_images import predict_images
     from dist_pca.evaluation.prediction_files import prediction_values
     from dist_pca.files import refuse_existing
+    from dist_pca.shards.find import described
+    from dist_pca.shards.images import ValueRange
+    from dist_pca.shards.sample import MAX_PIXELS
 
     if not labels and not overlays:
         raise UserError("--no-labels --no-overlay: nothing to write; remove one of them")
     if not force:
         refuse_existing(out, "--out")
-    files = find_images(images, out)
+    found = find_images(images, out)
     config, classes, model = load_run(run, checkpoint, weights=weights)
     values = prediction_values(classes, coding)
     config = _with_options(
@@ -286,10 +298,10 @@ def predict(
     console = plain_console(stderr=True, soft_wrap=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images, left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(files))
+        task = bar.add_task("", total=len(found.images))
         done = predict_images(
             model.to(device),
-            files,
+            found.images,
             out,
             classes,
             config,
@@ -298,8 +310,12 @@ def predict(
             labels=labels,
             overlays=overlays,
             on_error=on_error,
+            value_range=None if value_range is None else ValueRange(*value_range),
+            max_pixels=max_pixels or MAX_PIXELS,
             progress=lambda count: bar.update(task, completed=count),
         )
+    if found.passed_over:
+        console.print(f"passed over: {described(found.passed_over)}", style="yellow", markup=False)
     for line in done.skipped:
         console.print(f"skipped {line}", style="yellow", markup=False)
     written = ((f"labels ({values.description})", labels), ("overlays", overlays))

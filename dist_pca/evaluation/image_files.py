@@ -4,32 +4,37 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-
-from PIL import Image, ImageOps
+from pathlib import Path, PurePosixPath
 
 from dist_pca.errors import UserError
+from dist_pca.shards.find import Found, described
+from dist_pca.shards.find import find_images as find_below
 from dist_pca.shards.images import SUFFIXES
-from dist_pca.shards.sample import as_rgb, decode_header, decode_pixels
 
 
-def find_images(sources: Sequence[str], out: Path) -> list[Path]:
+def find_images(sources: Sequence[str], out: Path) -> Found:
     """Expand files, folders and globs to image files, each once, in the given order, sorted within folders and globs.
 
-    A folder stands for all images below it, by extension, without hidden files and without those in `out`.
+    A folder stands for all images below it. A file is taken whatever its name; below folders and in globs images are
+    found by extension, without hidden files and without those in `out`.
 
     Raises:
         UserError: a source does not exist, or contains no image.
     """
     found: dict[Path, Path] = {}
+    passed_over: dict[str, tuple[Path, ...]] = {}
     for source in sources:
-        files = list(_files(source, out.resolve()))
-        if not files:
+        below = _found(source)
+        images = [path for path in below.images if not path.resolve().is_relative_to(out.resolve())]
+        if not images:
+            reason = f" (passed over: {described(below.passed_over)})" if below.passed_over else ""
             kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-            raise UserError(f"{source}: no image there; give image files, folders or globs ({kinds})")
-        for path in files:
+            raise UserError(f"{source}: no image there{reason}; give image files, folders or globs ({kinds})")
+        for path in images:
             found.setdefault(path.resolve(), path)
-    return list(found.values())
+        for why, paths in below.passed_over.items():
+            passed_over[why] = (*passed_over.get(why, ()), *paths)
+    return Found(tuple(found.values()), passed_over)
 
 
 def result_names(images: Sequence[Path]) -> dict[Path, str]:
@@ -56,35 +61,14 @@ def result_names(images: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read an image in 8-bit RGB, rotated according to its EXIF data.
-
-    Raises:
-        UserError: it is not an image of a known format, too large, or damaged.
-    """
-    try:
-        image: Image.Image = decode_header(path)
-        decode_pixels(image)
-        return as_rgb(ImageOps.exif_transpose(image))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: {error}; replace it, or leave it out with --on-error skip") from error
-
-
-def _files(source: str, out: Path) -> list[Path]:
+def _found(source: str) -> Found:
     path = Path(source)
     if path.is_dir():
-        return sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in SUFFIXES
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            and file.is_file()
-            and not file.resolve().is_relative_to(out)
-        )
+        return find_below(path, ["**/*"])
     if path.exists():
-        return [path]
-    if glob.has_magic(source):
-        # Path.glob does not support absolute patterns.
-        names = glob.glob(source, recursive=True)  # noqa: PTH207
-        return sorted(Path(name) for name in names if Path(name).is_file())
-    raise UserError(f"{source}: no such file or folder")
+        return Found((path,), {})
+    parts = PurePosixPath(source).parts
+    first = next((index for index, part in enumerate(parts) if glob.has_magic(part)), None)
+    if first is None:
+        raise UserError(f"{source}: {'a link to nothing' if path.is_symlink() else 'no such file or folder'}")
+    return find_below(Path(*parts[:first]), ["/".join(parts[first:])])

@@ -5,6 +5,7 @@ A digest identifies a plan: two plans with the same digest write the same bytes.
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,8 @@ from dist_pca.shards.images import Encoding, ImageFormat
 from dist_pca.shards.recipe import Recipe, load_recipe
 from dist_pca.shards.scan import RawSample, scan
 
-BUILDER_VERSION = 1
+_log = logging.getLogger("dist_pca.shards")
+BUILDER_VERSION = 2
 """Part of every digest; increase it whenever the same raw files and options give other bytes."""
 
 SAMPLES_PER_SHARD = 256
@@ -153,7 +155,7 @@ def make_plan(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     root = Path(root)
     split = recipe.split(split)
-    samples = scan(
+    found = scan(
         recipe,
         root,
         split,
@@ -162,11 +164,14 @@ def make_plan(
         unlabelled=unlabelled,
         need_labels=on_error == "fail",
     )
+    if found.passed_over:
+        _log.warning("root %s: passed over %s", root, found.passed_over)
+    samples = found.samples
     return Plan(
         recipe=recipe,
         root=root,
         split=split,
-        samples=tuple(samples),
+        samples=samples,
         sizes=tuple((_size(root, sample.image), _size(root, sample.label)) for sample in samples),
         classes=recipe.class_table(root, required=samples[0].label is not None),
         encoding=Encoding(image_format, quality, max_edge),

@@ -1,14 +1,17 @@
 """Find the samples among raw files: globs, split lists, selection, and each image's label."""
 
 import hashlib
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from dist_pca.errors import UserError
+from dist_pca.shards.find import Found, described, find_images
 from dist_pca.shards.images import SUFFIXES
 from dist_pca.shards.recipe import Pairing, Recipe, Split
 
@@ -24,6 +27,15 @@ class RawSample:
     label: str | None
 
 
+@dataclass(frozen=True)
+class Scan:
+    """Samples of a split, sorted by path, and the files that match its globs and are no images."""
+
+    samples: tuple[RawSample, ...]
+    passed_over: str
+    """Number of those files by reason; empty if there are none."""
+
+
 def scan(
     recipe: Recipe,
     root: Path,
@@ -33,8 +45,8 @@ def scan(
     exclude: Sequence[str] = (),
     unlabelled: bool = False,
     need_labels: bool = True,
-) -> list[RawSample]:
-    """List a split's samples, sorted by path.
+) -> Scan:
+    """List a split's samples.
 
     Args:
         recipe: Layout of the data set.
@@ -52,39 +64,71 @@ def scan(
     if not root.is_dir():
         raise UserError(f"root {root}: no such folder; give the folder that holds the raw data set")
     rules = recipe.splits[split]
-    images = _images(root, rules)
-    if not images:
+    found = find_images(root, rules.images)
+    passed_over = described(found.passed_over, root)
+    if not found.images:
         raise UserError(
             f"root {root}: no image matches {', '.join(rules.images)} (recipe {recipe.name}, split {split}); "
-            f"{_remedy(root, rules)}"
+            f"{_remedy(root, rules, passed_over)}"
         )
+    images = _relative(root, found)
     if rules.list_file is not None:
         images = _listed(images, root / rules.list_file)
     images = _selected(images, include, exclude)
     keys = unique_keys(images)
     if unlabelled or rules.label is None:
-        return [RawSample(key, image, None) for key, image in zip(keys, images, strict=True)]
-    labels = [_label_of(image, rules.label, recipe) for image in images]
+        labels: list[str | None] = [None] * len(images)
+    else:
+        labels = [*_labels(root, images, rules.label, recipe, need_labels)]
+    samples = (RawSample(*sample) for sample in zip(keys, images, labels, strict=True))
+    return Scan(tuple(samples), passed_over)
+
+
+def _relative(root: Path, found: Found) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in found.images]
+
+
+def _labels(root: Path, images: Sequence[str], pairing: Pairing, recipe: Recipe, needed: bool) -> list[str]:
+    files = lru_cache(maxsize=64)(_files_by_stem)
+    labels = [_label_file(root, _label_of(image, pairing, recipe), files) for image in images]
     missing = [(image, label) for image, label in zip(images, labels, strict=True) if not (root / label).is_file()]
-    if missing and (need_labels or len(missing) == len(images)):
+    if missing and (needed or len(missing) == len(images)):
         image, label = missing[0]
         raise UserError(
             f"root {root}: {len(missing)} of {len(images)} images have no label, the first is {image} "
             f"(expected {label}); add the labels, leave the images out with --exclude or --on-error skip, "
             "or build with --unlabelled"
         )
-    return [RawSample(*sample) for sample in zip(keys, images, labels, strict=True)]
+    return labels
 
 
-def _images(root: Path, rules: Split) -> list[str]:
-    paths = {path for pattern in rules.images for path in root.glob(pattern)}
-    files = (path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path.relative_to(root).as_posix() for path in files)
+def _label_file(root: Path, label: str, files: Callable[[Path], dict[str, list[str]]]) -> str:
+    """Path of a label relative to the root, the extension found if it is `.*`."""
+    if not label.endswith(".*"):
+        return label
+    folder, _, stem = label[:-2].rpartition("/")
+    names = files(root / folder).get(stem, [])
+    if len(names) > 1:
+        raise UserError(f"root {root}: labels {' and '.join(names)} in {folder} are of the same image; remove one")
+    return label if not names else f"{folder}/{names[0]}" if folder else names[0]
 
 
-def _remedy(root: Path, rules: Split) -> str:
+def _files_by_stem(folder: Path) -> dict[str, list[str]]:
+    """Names of a folder's image files by name without extension."""
+    names: dict[str, list[str]] = {}
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+                names.setdefault(path.stem, []).append(path.name)
+    return names
+
+
+def _remedy(root: Path, rules: Split, passed_over: str) -> str:
+    if passed_over:
+        return f"passed over there: {passed_over}; convert them to a format that can be read, such as PNG"
     # Archives are often unpacked one folder too deep.
-    lower = next((folder for folder in sorted(root.iterdir()) if folder.is_dir() and _images(folder, rules)), None)
+    folders = (folder for folder in sorted(root.iterdir()) if folder.is_dir())
+    lower = next((folder for folder in folders if find_images(folder, rules.images).images), None)
     if lower is not None:
         return f"give {lower} as the root, which has matching images"
     held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
@@ -137,9 +181,12 @@ def _label_of(image: str, pairing: Pairing, recipe: Recipe) -> str:
     if match is None:
         raise UserError(f"recipe {recipe.name}: label.match {pairing.match!r} does not match the image {image}")
     try:
-        return match.expand(pairing.replace)
+        label = match.expand(pairing.replace)
     except (re.error, IndexError) as error:
         raise UserError(f"recipe {recipe.name}: label.replace {pairing.replace!r} is no template ({error})") from None
+    if label.startswith("/") or ".." in PurePosixPath(label).parts:
+        raise UserError(f"recipe {recipe.name}: label.replace gives {label!r}, which is outside the root; change it")
+    return label
 
 
 def unique_keys(images: Sequence[str]) -> list[str]:
@@ -153,4 +200,4 @@ def unique_keys(images: Sequence[str]) -> list[str]:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]

@@ -1,14 +1,12 @@
-import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from dist_pca.errors import UserError
-from dist_pca.evaluation.image_files import find_images, read_image, result_names
+from dist_pca.evaluation.image_files import find_images, result_names
 
 
 def image(path: Path, mode: str = "RGB", size: tuple[int, int] = (6, 4)) -> Path:
@@ -23,13 +21,35 @@ def test_files_folders_and_globs_are_found_each_file_once(tmp_path: Path) -> Non
     image(tmp_path / "a" / ".hidden" / "4.png")
     (tmp_path / "a" / "notes.txt").write_text("x")
     sources = [str(odd), f"{tmp_path}/a", f"{tmp_path}/**/*.png", str(first)]
-    assert find_images(sources, tmp_path / "out") == [odd, first, second]
+    assert find_images(sources, tmp_path / "out").images == (odd, first, second)
+
+
+def test_globs_keep_to_images_and_what_is_passed_over_is_counted(tmp_path: Path) -> None:
+    first, second = image(tmp_path / "a" / "1.png"), image(tmp_path / "a" / "b" / "2.gif", "P")
+    image(tmp_path / "a" / ".ipynb_checkpoints" / "1.png")
+    image(tmp_path / "a" / "._1.png")
+    (tmp_path / "a" / "classes.yaml").write_text("[]")
+    (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    for source in (f"{tmp_path}/a/**", f"{tmp_path}/a"):
+        found = find_images([source], tmp_path / "out")
+        assert found.images == (first, second)
+        assert {reason: len(paths) for reason, paths in found.passed_over.items()} == {
+            ".yaml file": 1,
+            "link to nothing": 1,
+        }
+
+
+def test_a_folder_of_files_that_cannot_be_read_says_which(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.heic").touch()
+    with pytest.raises(UserError, match=r"no image there \(passed over: 3 \.heic file \(.*0\.heic, \.\.\.\)\)"):
+        find_images([str(tmp_path)], tmp_path / "out")
 
 
 def test_results_of_an_earlier_call_are_not_taken_for_images(tmp_path: Path) -> None:
     first = image(tmp_path / "1.png")
     image(tmp_path / "out" / "overlays" / "1.png")
-    assert find_images([str(tmp_path)], tmp_path / "out") == [first]
+    assert find_images([str(tmp_path)], tmp_path / "out").images == (first,)
 
 
 @pytest.mark.parametrize("source", ["nowhere.png", "empty", "*.jpg"])
@@ -65,31 +85,3 @@ def test_no_two_names_are_the_same_on_any_file_system(files: list[Path]) -> None
     assert list(names) == files
     assert len({name.casefold() for name in names.values()}) == len(files)
     assert not any(name.startswith("/") or ".." in Path(name).parts for name in names.values())
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"])
-def test_images_of_any_mode_are_read_in_rgb(tmp_path: Path, mode: str) -> None:
-    path = image(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), mode)
-    read = read_image(path)
-    assert (read.mode, read.size) == ("RGB", (6, 4))
-
-
-def test_an_image_is_read_the_way_up_that_viewers_show_it(tmp_path: Path) -> None:
-    pixels = np.zeros((4, 6, 3), np.uint8)
-    pixels[0] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    read = np.asarray(read_image(tmp_path / "a.png"))
-    assert read.shape == (6, 4, 3)
-    assert (read[:, -1] == 255).all()
-    assert not read[:, :-1].any()
-
-
-def test_what_is_no_image_or_cut_short_is_named(tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("not an image")
-    whole = image(tmp_path / "cut.png", size=(64, 64))
-    os.truncate(whole, whole.stat().st_size // 2)
-    for name in ("text.png", "cut.png"):
-        with pytest.raises(UserError, match=rf"{name}: .*--on-error skip$"):
-            read_image(tmp_path / name)

@@ -304,7 +304,7 @@ def test_skipped_samples_are_reported_and_change_no_other_shard(raw: Path, tmp_p
     report = json.loads((tmp_path / "out/skipped.json").read_text())
     assert [entry["image"] for entry in report] == [f"images/{number:03d}.png" for number in (5, 8, 9, 20)]
     assert report[0]["reason"].startswith("damaged image")
-    assert report[3]["reason"] == "labels/020.png: no such file"
+    assert report[3]["reason"] == "labels/020.*: no such file"
     assert str(tmp_path) not in json.dumps(report)
     whole, out = files(tmp_path / "whole"), files(tmp_path / "out")
     changed = {name for name in whole if whole[name] != out.get(name)}
