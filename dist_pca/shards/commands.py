@@ -156,6 +156,7 @@ def build(
     A finished build is not repeated.
     """
     from dist_pca.shards.build import build_part, build_shards
+    from dist_pca.shards.manifest import check_classes
     from dist_pca.shards.plan import PlanOptions, make_plan, parse_bytes
     from dist_pca.shards.staging import STAGING, read_skipped
 
@@ -183,6 +184,7 @@ def build(
 
     start = time.perf_counter()
     done = 0
+    warnings = []
     try:
         with shown_progress("images") as show:
 
@@ -199,6 +201,7 @@ def build(
             else:
                 manifest = build_shards(recipe, root, out, workers=workers, force=force, progress=count, **options)
                 samples, shards, skipped = manifest.samples, len(manifest.shards), read_skipped(out)
+                warnings.append(check_classes(manifest))
                 stored = sum(shard.bytes for shard in manifest.shards)
     except KeyboardInterrupt:
         if (out / STAGING).exists():
@@ -209,6 +212,7 @@ def build(
     speed = f"{done / seconds:,.0f}" if done else nothing_done
     title = str(out) if task is None else f"{out}, task {task} of {tasks}"
     _print_skipped(skipped, samples)
+    _print_warnings(*warnings)
     plain_console().print(
         summary_table(title, samples=samples, shards=shards, stored=stored, seconds=seconds, speed=speed)
     )
@@ -220,10 +224,12 @@ def merge(
 ) -> None:
     """Join the parts made by [bold]build --task[/] into one shard folder, byte for byte that of a single build."""
     from dist_pca.shards.build import merge_parts
+    from dist_pca.shards.manifest import check_classes
     from dist_pca.shards.staging import read_skipped
 
     manifest = merge_parts(out)
     _print_skipped(read_skipped(out), manifest.samples)
+    _print_warnings(check_classes(manifest))
     typer.echo(f"{out}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
 
 
@@ -281,6 +287,7 @@ def index(
     Shards are only read; nothing is extracted. A class table is needed only if there are labels.
     """
     from dist_pca.shards.index import class_table, index_shards
+    from dist_pca.shards.manifest import check_classes
     from dist_pca.shards.progress import shown_progress
     from dist_pca.shards.walk import walk
 
@@ -294,6 +301,7 @@ def index(
     else:
         first = walk(folder / manifest.shards[0].name)[0]
         labels = f"no labels in {manifest.label_member} (the first sample has {', '.join(sorted(first.members))})"
+    _print_warnings(check_classes(manifest))
     typer.echo(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, {labels}")
 
 
@@ -322,7 +330,11 @@ def _print_skipped(skipped: "Sequence[Skipped]", kept: int) -> None:
     if skipped:
         from dist_pca.shards.report import skipped_table
 
-        console = plain_console(stderr=True)
-        console.print(skipped_table(skipped))
-        text = f"warning: {len(skipped):,} of {len(skipped) + kept:,} samples were skipped"
-        console.print(text, style="yellow", soft_wrap=True, highlight=False)
+        plain_console(stderr=True).print(skipped_table(skipped))
+        _print_warnings(f"{len(skipped):,} of {len(skipped) + kept:,} samples were skipped")
+
+
+def _print_warnings(*warnings: str) -> None:
+    console = plain_console(stderr=True)
+    for text in filter(None, warnings):
+        console.print(f"warning: {text}", style="yellow", soft_wrap=True, highlight=False)

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from dist_pca.classes import LABEL_SETS, ClassInfo, label_set
 from dist_pca.errors import UserError
 from dist_pca.files import file_sha256
-from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, save_manifest
+from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, check_classes, save_manifest
 from dist_pca.shards.pool import Progress, Report, run_jobs
 from dist_pca.shards.recipe import Coding, Recipe, Split
 from dist_pca.shards.sample import image_member, image_size, label_counts
@@ -57,7 +57,7 @@ def index_shards(
 
     Raises:
         UserError: a shard is not a plain tar of regular files, a sample has no image, only some samples have labels, a
-            label does not fit its image or the class table, or a key occurs twice.
+            label does not fit its image or the class table, no label has a pixel of a class, or a key occurs twice.
     """
     folder = Path(folder)
     paths = _shards(folder, force)
@@ -74,6 +74,7 @@ def index_shards(
                 "add it, or move samples without labels to a separate folder"
             )
     manifest = Manifest(folder, RECIPE, 1, "all", labelled, table or (), shards, label_member=label_member.lower())
+    check_classes(manifest)
     try:
         save_manifest(manifest)
     except OSError as error:

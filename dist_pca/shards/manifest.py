@@ -131,6 +131,33 @@ def shards_digest(manifest: Manifest) -> str:
     return hashlib.sha256("\n".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
 
 
+def check_classes(manifest: Manifest) -> str:
+    """Warning that names the classes of which no label has a pixel; empty if there are none, or no labels.
+
+    Raises:
+        UserError: no label has a pixel of any class.
+    """
+    counts = manifest.pixel_counts
+    empty = [info.name for info, count in zip(manifest.classes, counts, strict=True) if count == 0]
+    if not manifest.labelled or not manifest.samples or not empty:
+        return ""
+    where = f"shards {manifest.location or manifest.folder}"
+    if not any(counts):
+        raise UserError(
+            f"{where}: no label has a pixel of any class, all {manifest.samples:,} are ignored; write in the recipe's "
+            "coding what their values mean"
+        )
+    pixels = sum(h * w for shard in manifest.shards for h, w in zip(shard.heights, shard.widths, strict=True))
+    remedy = "check that their values mean what the coding says"
+    if counts[0] and not any(counts[1:]) and counts[0] < pixels:
+        first, second = (info.name for info in manifest.classes[:2])
+        remedy = (
+            f"all pixels are {first} or ignored, as if masks of 0 and 255 were read as train ids: if 255 is {second}, "
+            f"write `ids: {{0: {first}, 255: {second}}}` in the coding of a recipe of your own and build again"
+        )
+    return f"{where}: no label has a pixel of {', '.join(empty)}; {remedy}"
+
+
 def _check_format(path: Path, raw: Any) -> None:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{path}: not a manifest of dist-pca shards; create one with `dist-pca shards build`")

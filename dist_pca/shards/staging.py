@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.files import write_json, write_whole
-from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, load_manifest, save_manifest
+from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, check_classes, load_manifest, save_manifest
 from dist_pca.shards.plan import OnError, Plan
 from dist_pca.shards.writer import Skipped, Written, read_written
 
@@ -191,7 +191,7 @@ def publish(out: Path, plan: Outline) -> Manifest:
     """Move the finished shards of a plan to their final names, and the manifest last.
 
     Raises:
-        UserError: a shard is missing, or more than half of the samples were skipped.
+        UserError: a shard is missing, more than half of the samples were skipped, or no label has a pixel of a class.
     """
     staging = out / STAGING
     written = {name: finished(staging, plan, name) for name in plan.shards}
@@ -207,6 +207,7 @@ def publish(out: Path, plan: Outline) -> Manifest:
     manifest = Manifest(
         staging, plan.recipe, plan.recipe_version, plan.split, plan.labelled, plan.classes, shards, plan.fingerprint
     )
+    check_classes(replace(manifest, folder=out))
     if skipped:
         write_json(staging / SKIPPED_NAME, [asdict(sample) for sample in skipped])
     # From here on the build is committed: if this process is killed, the next one finishes the move.

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,25 @@ import webdataset
 from PIL import Image
 
 from dist_pca.classes import LABEL_SETS
+from dist_pca.data.decode import decode_sample
+from dist_pca.data.read import ShardReader
 from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
-from dist_pca.shards.manifest import Manifest, load_manifest
+from dist_pca.shards.index import index_shards
+from dist_pca.shards.manifest import Manifest, check_classes, load_manifest
+from dist_pca.shards.recipe import load_recipe
+from dist_pca.shards.verify import verify
 from tests.support.raw_data import (
+    blocks,
     make_camvid,
     make_cityscapes,
     make_folder,
     make_gta5,
     make_synthia,
+    png16,
     random_image,
     save,
+    with_orientation,
 )
 
 CITYSCAPES_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13}
@@ -297,6 +306,88 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=r"out: build stopped: .*No space left"):
         build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("extension", ["jpg", "tif", "png"])
+def test_images_that_the_camera_turned_fit_labels_of_the_upright_image(tmp_path: Path, extension: str) -> None:
+    make_folder(tmp_path / "raw", samples=0)
+    label = np.zeros((64, 96), np.uint8)
+    label[:, 48:] = 1
+    for tag in range(1, 9):
+        with_orientation(blocks(), tag, tmp_path / f"raw/images/{tag}.{extension}")
+        save(Image.fromarray(label), tmp_path / f"raw/labels/{tag}.png")
+    manifest = build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1)
+    assert {*manifest.shards[0].heights, *manifest.shards[0].widths} == {64, 96}
+    with closing(ShardReader(manifest, keep_open=1)) as reader:
+        for index in range(8):
+            image, train_ids = decode_sample(reader.read(0, index), label_member="label.png")
+            assert np.abs(np.asarray(image).astype(int) - np.asarray(blocks())).mean() < 8
+            assert np.array_equal(np.asarray(train_ids), label)
+            half, _ = decode_sample(reader.read(0, index), label_member=None, minimum_size=(32, 48))
+            assert half.size in ((48, 32), (96, 64))
+    assert verify(tmp_path / "out", deep=True, workers=1).problems == []
+    indexed = index_shards(tmp_path / "out", classes=manifest.classes, force=True, workers=1)
+    assert indexed.shards == manifest.shards
+
+
+def test_a_label_of_the_turned_pixels_is_refused_with_the_orientation(tmp_path: Path) -> None:
+    make_folder(tmp_path / "raw", samples=0)
+    with_orientation(blocks(), 6, tmp_path / "raw/images/1.jpg")
+    save(Image.new("L", (64, 96)), tmp_path / "raw/labels/1.png")
+    message = r"labels/1\.png: 64 x 96 .* has 96 x 64 once its EXIF orientation, 6, turns it upright, .* remove the"
+    with pytest.raises(UserError, match=message) as refused:
+        build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1)
+    assert "--exclude" not in str(refused.value)
+
+
+def test_a_recipe_states_the_range_of_deep_images(tmp_path: Path) -> None:
+    make_folder(tmp_path / "raw", samples=1)
+    ramp = np.arange(240, dtype=np.uint16).reshape(12, 20, 1) * 17
+    (tmp_path / "raw/images/000.png").write_bytes(png16(ramp))
+    with pytest.raises(UserError, match=r"images/000\.png: has 16-bit values 0 to 4063.*`range: \[low, high\]`"):
+        build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1)
+    recipe = load_recipe("folder").model_copy(update={"range": (0.0, 4080.0)})
+    (sample,) = _samples(build_shards(recipe, tmp_path / "raw", tmp_path / "out", workers=1))
+    stored = np.asarray(Image.open(io.BytesIO(sample["png"])))
+    assert stored.dtype == np.uint8
+    assert np.array_equal(stored[..., 0], np.rint(ramp[..., 0] / 16))
+    with pytest.raises(UserError, match="holds another build"):
+        build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1)
+
+
+def test_masks_of_0_and_255_are_a_warning_that_names_the_coding(tmp_path: Path) -> None:
+    make_folder(tmp_path / "raw", samples=2, classes=2)
+    for number in range(2):
+        mask = np.zeros((12, 20), np.uint8)
+        mask[number:6] = 255
+        save(Image.fromarray(mask), tmp_path / f"raw/labels/{number:03d}.png")
+    manifest = build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1)
+    warning = check_classes(manifest)
+    assert "no label has a pixel of class 1;" in warning
+    assert "`ids: {0: class 0, 255: class 1}`" in warning
+    recipe = load_recipe("folder")
+    coding = recipe.coding.model_copy(update={"ids": {0: "class 0", 255: "class 1"}})
+    fixed = build_shards(recipe.model_copy(update={"coding": coding}), tmp_path / "raw", tmp_path / "b", workers=1)
+    assert check_classes(fixed) == ""
+    assert fixed.pixel_counts == [240 * 2 - 220, 220]
+
+
+def test_labels_without_a_pixel_of_any_class_are_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path / "raw", samples=2)
+    for path in (tmp_path / "raw/labels").iterdir():
+        save(Image.new("L", (20, 12), 255), path)
+    with pytest.raises(UserError, match=r"out: no label has a pixel of any class, all 2 are ignored"):
+        build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_what_is_passed_over_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path / "raw", samples=2)
+    (tmp_path / "raw/images/001.heic").touch()
+    (tmp_path / "raw/images/gone.png").symlink_to("nowhere.png")
+    build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1)
+    (message,) = caplog.messages
+    assert message.endswith("passed over 1 .heic file (images/001.heic), 1 link to nothing (images/gone.png)")
 
 
 def test_the_room_does_not_import_torch() -> None:

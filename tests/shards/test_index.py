@@ -10,10 +10,10 @@ from dist_pca.data.read import ShardReader
 from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.index import class_table, index_shards
-from dist_pca.shards.manifest import load_manifest
+from dist_pca.shards.manifest import check_classes, load_manifest
 from dist_pca.shards.verify import verify
 from tests.support.foreign_shards import label, sample, write
-from tests.support.raw_data import make_folder
+from tests.support.raw_data import blocks, make_folder, png16, with_orientation
 
 CLASSES = tuple(ClassInfo(name, (0, 0, index)) for index, name in enumerate("abc"))
 
@@ -94,6 +94,35 @@ def test_a_sample_that_does_not_fit_is_named(tmp_path: Path, members: dict[str, 
         index_shards(folder, classes=CLASSES, workers=1)
     assert "\n" not in str(caught.value)
     assert not (folder / "manifest.json").exists()
+
+
+def test_labels_keep_to_the_upright_image(tmp_path: Path) -> None:
+    upright = {
+        **sample("1", height=64, width=96),
+        "jpg": with_orientation(blocks(), 8, tmp_path / "a.jpg").read_bytes(),
+    }
+    manifest = index_shards(write(tmp_path / "theirs", [upright]), classes=CLASSES, workers=1)
+    assert (manifest.shards[0].heights, manifest.shards[0].widths) == ([64], [96])
+    lying = {**upright, "label.png": label(np.zeros((96, 64), np.uint8))}
+    message = r"'1': 64 x 96 pixels where the image has 96 x 64 when upright, which labels keep to"
+    with pytest.raises(UserError, match=message):
+        index_shards(write(tmp_path / "lying", [lying]), classes=CLASSES, workers=1)
+
+
+def test_deep_images_that_are_not_of_the_full_range_are_refused(tmp_path: Path) -> None:
+    dark: dict[str, bytes | str] = {"__key__": "1", "png": png16(np.full((12, 20, 1), 4095))}
+    with pytest.raises(UserError, match="sample '1': 16-bit values 4095 to 4095"):
+        index_shards(write(tmp_path / "theirs", [dark]), workers=1)
+
+
+def test_labels_of_nothing_are_refused_and_an_empty_class_is_a_warning(tmp_path: Path) -> None:
+    nothing = {**sample("1"), "label.png": label(np.full((12, 20), 255, np.uint8))}
+    with pytest.raises(UserError, match="theirs: no label has a pixel of any class"):
+        index_shards(write(tmp_path / "theirs", [nothing]), classes=CLASSES, workers=1)
+    assert not (tmp_path / "theirs/manifest.json").exists()
+    two = {**sample("1"), "label.png": label(np.full((12, 20), 1, np.uint8))}
+    manifest = index_shards(write(tmp_path / "two", [two]), classes=CLASSES, workers=1)
+    assert "no label has a pixel of a, c; check that their values" in check_classes(manifest)
 
 
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
