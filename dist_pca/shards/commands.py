@@ -11,7 +11,7 @@ from rich.table import Table
 from dist_pca.classes import LABEL_SETS
 from dist_pca.console import plain_console
 from dist_pca.errors import UserError
-from dist_pca.resources import names
+from dist_pca.resources import names, resource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +38,14 @@ dist-pca shards build camvid --root raw/camvid --out data/day --include '0006R0/
 dist-pca shards build my_recipe.yaml --root raw/mine --out data/mine --max-edge 1280 --shard-size 512MB
 
 dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task $SLURM_ARRAY_TASK_ID --tasks 8
+"""
+
+_CHECK_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca shards check raw/mine --recipe folder
+
+dist-pca shards check raw/cityscapes --recipe cityscapes --split val --json
 """
 
 _MERGE_EXAMPLES = """
@@ -89,10 +97,15 @@ def _root() -> None:
 
 
 @app.command("recipes")
-def list_recipes() -> None:
-    """List the recipes that come with dist-pca."""
+def list_recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe, as a start for one of your own.")] = None,
+) -> None:
+    """List the recipes that come with dist-pca, or print one of them."""
     from dist_pca.shards.recipe import load_recipe
 
+    if name is not None:
+        typer.echo(resource("shards", name).read_text(encoding="utf-8"), nl=False)
+        return
     table = Table("recipe", "splits", "data set")
     for name in names("shards"):
         recipe = load_recipe(name)
@@ -216,6 +229,48 @@ def build(
     plain_console().print(
         summary_table(title, samples=samples, shards=shards, stored=stored, seconds=seconds, speed=speed)
     )
+
+
+@app.command("check", epilog=_CHECK_EXAMPLES)
+def check(
+    root: Annotated[Path, typer.Argument(help="Folder of the raw data set.", show_default=False)],
+    recipe: Annotated[str, typer.Option(help="A shipped recipe or the path of a YAML file.", show_default=False)],
+    split: Annotated[str | None, typer.Option(help="Split of the recipe.", show_default="all of them")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="As for build.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="As for build.")] = None,
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Leave labels out.")] = False,
+    workers: _Workers = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Check a raw data set before building shards from it; the exit code is 1 if a build would refuse a file.
+
+    Shows sizes, formats, value ranges, orientations, label values and what they mean, files that are passed over,
+    classes without a pixel, and images of one split that look like one of another. Writes nothing.
+    """
+    from dist_pca.shards.check import check_raw
+    from dist_pca.shards.progress import shown_progress
+    from dist_pca.shards.report import check_tables
+
+    with shown_progress("images") as show:
+        found = check_raw(
+            recipe,
+            root,
+            split=split,
+            include=include or (),
+            exclude=exclude or (),
+            unlabelled=unlabelled,
+            workers=workers,
+            progress=show,
+        )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        plain_console().print(check_tables(found))
+        count = len(found.problems)
+        said = "nothing that a build would refuse" if count == 0 else f"a build would refuse {count:,}"
+        typer.echo(f"{root}: {said} in {sum(part.images for part in found.splits):,} images")
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @app.command("merge", epilog=_MERGE_EXAMPLES)

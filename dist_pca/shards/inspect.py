@@ -113,7 +113,7 @@ def render(summary: Summary) -> Group:
     facts.add_column(style="bold")
     facts.add_column()
     facts.add_row("folder", Text(summary.folder))
-    facts.add_row("recipe", f"{summary.recipe}, version {summary.recipe_version}, split {summary.split}")
+    facts.add_row("recipe", Text(f"{summary.recipe}, version {summary.recipe_version}, split {summary.split}"))
     facts.add_row("samples", f"{summary.samples:,}{'' if summary.labelled else ', without labels'}")
     facts.add_row("shards", f"{summary.shards:,}, {summary.bytes / 1e6:,.1f} MB")
     facts.add_row("image size", _sizes(summary))

@@ -153,7 +153,8 @@ def check_classes(manifest: Manifest) -> str:
         first, second = (info.name for info in manifest.classes[:2])
         remedy = (
             f"all pixels are {first} or ignored, as if masks of 0 and 255 were read as train ids: if 255 is {second}, "
-            f"write `ids: {{0: {first}, 255: {second}}}` in the coding of a recipe of your own and build again"
+            f"write `ids: {{0: {first}, 255: {second}}}` in the coding of a recipe of your own (start from `dist-pca "
+            "shards recipes folder`) and build again"
         )
     return f"{where}: no label has a pixel of {', '.join(empty)}; {remedy}"
 

@@ -1,4 +1,7 @@
-"""Tables that the shards commands print: a plan, skipped samples, problems."""
+"""Tables that the shards commands print: a plan, a check of raw data, skipped samples, problems.
+
+Names of files, classes and recipes are `Text`: in a plain string rich would read [red] as a colour.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from dist_pca.shards.check import Check, SplitCheck
 from dist_pca.shards.plan import Plan, raw_bytes
 from dist_pca.shards.verify import Verification
 from dist_pca.shards.writer import Skipped
@@ -23,9 +27,9 @@ def plan_tables(plan: Plan, out: Path) -> Group:
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.add_column(style="bold")
     facts.add_column()
-    facts.add_row("recipe", f"{plan.recipe.name}, version {plan.recipe.version}")
+    facts.add_row("recipe", Text(f"{plan.recipe.name}, version {plan.recipe.version}"))
     others = f", of {', '.join(plan.recipe.splits)}" if len(plan.recipe.splits) > 1 else ""
-    facts.add_row("split", f"{plan.split}{others}")
+    facts.add_row("split", Text(f"{plan.split}{others}"))
     facts.add_row("samples", f"{len(plan.samples):,}{'' if plan.labelled else ', without labels'}")
     facts.add_row("raw files", f"{stored / 1e6:,.1f} MB")
     facts.add_row("shards", f"{len(counts):,}, each of {per_shard} samples")
@@ -42,7 +46,7 @@ def plan_tables(plan: Plan, out: Path) -> Group:
 
 def summary_table(title: str, *, samples: int, shards: int, stored: int, seconds: float, speed: str) -> Table:
     """Table with one row about what was built."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for name in ("samples", "shards", "MB", "seconds", "images/s"):
         table.add_column(name, justify="right")
     table.add_row(f"{samples:,}", f"{shards:,}", f"{stored / 1e6:,.1f}", f"{seconds:.1f}", speed)
@@ -59,10 +63,56 @@ def skipped_table(skipped: Sequence[Skipped]) -> Group:
 
 def problem_table(found: Verification) -> Group:
     """Table of the problems that a verification found."""
-    table = Table("file", "sample", "problem", title=found.folder, title_justify="left")
+    table = Table("file", "sample", "problem", title=Text(found.folder), title_justify="left")
     for problem in found.problems[:_ROWS]:
         table.add_row(Text(problem.file), Text(problem.key), Text(problem.problem))
     return Group(table, *_more(len(found.problems)))
+
+
+def check_tables(found: Check) -> Group:
+    """Tables of what a raw data set is, what a build would refuse, and what is odd."""
+    parts: list[Table | Text | str] = []
+    for split in found.splits:
+        parts.append(_split_table(split))
+        if split.label_values:
+            parts.append(_label_table(split))
+    if found.problems:
+        table = Table("split", "file", "problem", title="what a build would refuse", title_justify="left")
+        for problem in found.problems[:_ROWS]:
+            table.add_row(Text(problem.split), Text(problem.file), Text(problem.problem))
+        parts += [table, *_more(len(found.problems))]
+    parts += [Text(f"odd: {line}", style="yellow") for line in found.odd]
+    return Group(*parts)
+
+
+def _split_table(split: SplitCheck) -> Table:
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=Text(f"split {split.name}"))
+    facts.title_justify = "left"
+    facts.add_column(style="bold")
+    facts.add_column()
+    facts.add_row("images", f"{split.images:,}{'' if split.labelled else ', without labels'}")
+    facts.add_row("formats", ", ".join(f"{count:,} {kind}" for kind, count in split.formats.items()))
+    if split.smallest is not None and split.largest is not None:
+        bounds = " to ".join(dict.fromkeys(f"{width} x {height}" for width, height in (split.smallest, split.largest)))
+        facts.add_row("sizes", bounds if split.sizes <= 2 else f"{bounds}, {split.sizes:,} different ones")
+    facts.add_row("8-bit values", f"{split.darkest} to {split.brightest}")
+    if split.orientations:
+        turned = ", ".join(f"{count:,} of {tag}" for tag, count in sorted(split.orientations.items()))
+        facts.add_row("EXIF orientation", turned)
+    if split.passed_over:
+        facts.add_row("passed over", Text(split.passed_over))
+    if split.empty_classes:
+        facts.add_row("classes without a pixel", Text(", ".join(split.empty_classes)))
+    return facts
+
+
+def _label_table(split: SplitCheck) -> Table:
+    table = Table("label value", "meaning", title_justify="left")
+    table.add_column("share of pixels", justify="right")
+    table.add_column("images with it", justify="right")
+    for entry in split.label_values[:_ROWS]:
+        table.add_row(entry.value, Text(entry.meaning), f"{entry.share:.2%}", f"{entry.images:,}")
+    return table
 
 
 def _more(count: int) -> list[str]:

@@ -129,25 +129,39 @@ def _reason(error: UserError, root: Path, raw: RawSample) -> str:
     return str(error).replace(f"{root}/", "").removeprefix(f"{raw.image}: ").partition("; ")[0]
 
 
+def read_pair(
+    root: Path, raw: RawSample, coding: Coding, table: TrainIds, values: ValueRange | None
+) -> tuple[Image.Image, TrainIds | None]:
+    """Read a sample's image, upright in 8-bit RGB, and its train ids (height x width) if it has a label.
+
+    Raises:
+        UserError: one of them cannot be read, or they differ in size.
+    """
+    path = root / raw.image
+    image = open_image(path, values)
+    if raw.label is None:
+        return image, None
+    train_ids = read_label(root / raw.label, coding, table)
+    height, width = train_ids.shape
+    if (width, height) != image.size:
+        raise UserError(
+            f"{root / raw.label}: {width} x {height} pixels where its image {raw.image} has "
+            f"{image.width} x {image.height}{_size_remedy(path, image, (width, height))}"
+        )
+    return image, train_ids
+
+
 def _encode(
     job: ShardJob, raw: RawSample, table: TrainIds
 ) -> tuple[dict[str, bytes], tuple[int, int], TrainIds | None]:
     """Members of a sample by extension, its stored (width, height), and its labels if it has any."""
-    path = job.root / raw.image
-    image = open_image(path, job.values)
+    image, train_ids = read_pair(job.root, raw, job.coding, table, job.values)
     size = stored_size(image, job.encoding)
-    extension, encoded = encode_image(path, image, job.encoding)
+    extension, encoded = encode_image(job.root / raw.image, image, job.encoding)
     description = {"source": raw.image, "height": size[1], "width": size[0]}
     members = {extension: encoded, "json": json.dumps(description).encode()}
-    if raw.label is None:
+    if train_ids is None:
         return members, size, None
-    train_ids = read_label(job.root / raw.label, job.coding, table)
-    height, width = train_ids.shape
-    if (width, height) != image.size:
-        raise UserError(
-            f"{job.root / raw.label}: {width} x {height} pixels where its image {raw.image} has "
-            f"{image.width} x {image.height}{_size_remedy(path, image, (width, height))}"
-        )
     if size != image.size:
         train_ids = np.asarray(Image.fromarray(train_ids).resize(size, Image.Resampling.NEAREST))
     members["label.png"] = encode_label(train_ids)

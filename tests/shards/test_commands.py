@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from dist_pca.cli import main
+from dist_pca.resources import resource
+from dist_pca.shards.recipe import load_recipe
 from tests.support.foreign_shards import sample, write
 from tests.support.raw_data import make_folder
 
@@ -99,7 +101,68 @@ def test_index_makes_a_folder_that_inspect_draws(run, tmp_path: Path, capsys) ->
     assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("command", ["recipes", "build", "merge", "verify", "index", "inspect"])
+def test_check_exits_with_one_where_a_build_would_refuse(run, raw: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    check = ("check", raw, "--recipe", "folder", "--workers", 1)
+    assert run(*check) == 0
+    assert capsys.readouterr().out.endswith(f"{raw}: nothing that a build would refuse in 6 images\n")
+    (raw / "images/002.png").write_bytes(b"nonsense")
+    assert run(*check) == 1
+    printed = capsys.readouterr().out
+    assert "images/002.png" in printed
+    assert printed.endswith(f"{raw}: a build would refuse 1 in 6 images\n")
+    assert run(*check, "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["file"] for entry in found["problems"]] == ["images/002.png"]
+    assert found["splits"][0]["images"] == 6
+
+
+def test_names_are_printed_as_they_are(run, raw: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    (raw / "classes.yaml").write_text(
+        "".join(f"- {{name: {n}, color: [1, 2, 3]}}\n" for n in ("'[/a]'", "'[red]'", "c"))
+    )
+    (raw / "images/005.png").rename(raw / "images/[bold]5[x].png")
+    (raw / "labels/005.png").rename(raw / "labels/[bold]5[x].png")
+    (raw / "images/004.png").write_bytes(b"nonsense")
+    (raw / "images/000.png").unlink()
+    recipe = tmp_path / "[b]mine.yaml"
+    text = resource("shards", "folder").read_text()
+    recipe.write_text(text.replace("name: folder", "name: '[red]own[/i]'"))
+    out = tmp_path / "val[a]"
+    arguments = (recipe, "--root", raw, "--out", out, "--workers", 1, "--on-error", "skip")
+    assert run("build", *arguments, "--dry-run") == 0
+    planned = capsys.readouterr().out
+    for name in ("[red]own[/i], version 1", "images/[bold]5[x].png", "[/a]", "[red]", "val[a]"):
+        assert name in planned
+    assert run("build", *arguments) == 0
+    assert "val[a]" in capsys.readouterr().out
+    assert run("inspect", out) == 0
+    shown = capsys.readouterr().out
+    for name in ("[/a]", "[red]", "val[a]", "[red]own[/i], version 1"):
+        assert name in shown
+    (out / "shard-[x].tar").touch()
+    assert run("verify", out, "--deep", "--workers", 1) == 1
+    assert "shard-[x].tar" in capsys.readouterr().out
+    assert run("check", raw, "--recipe", recipe, "--workers", 1) == 1
+    assert "[/a]" in capsys.readouterr().out
+
+
+def test_a_shipped_recipe_is_printed_to_start_from(run, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert run("recipes", "folder") == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert load_recipe(tmp_path / "mine.yaml") == load_recipe("folder")
+    assert run("recipes", "nowhere") == 2
+
+
+def test_a_class_without_a_pixel_is_a_warning(run, raw: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    with (raw / "classes.yaml").open("a") as file:
+        file.write("- {name: never, color: [1, 2, 3]}\n")
+    assert run(*_build(raw, tmp_path / "out")) == 0
+    assert "warning: shards " in capsys.readouterr().err
+    assert run("index", tmp_path / "out", "--force", "--classes", raw / "classes.yaml", "--workers", 1) == 0
+    assert "no label has a pixel of never;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["recipes", "check", "build", "merge", "verify", "index", "inspect"])
 def test_help_is_there_for_every_command(run, command: str, capsys) -> None:  # type: ignore[no-untyped-def]
     assert run(command, "--help") == 0
     assert f"Usage: dist-pca shards {command}" in capsys.readouterr().out

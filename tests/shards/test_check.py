@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_pca.errors import UserError
+from dist_pca.shards.build import build_shards
+from dist_pca.shards.check import Check, check_raw
+from dist_pca.shards.recipe import Recipe, load_recipe
+from tests.support.raw_data import blocks, make_folder, png16, random_image, save, with_orientation
+
+
+def two_splits() -> Recipe:
+    recipe = load_recipe("folder").model_dump()
+    label = {"match": r"(\w+)/images/(.+)\.[^./]+", "replace": r"\1/labels/\2.*"}
+    splits = {name: {"images": [f"{name}/images/**/*"], "label": label} for name in ("train", "val")}
+    return Recipe.model_validate(recipe | {"splits": splits})
+
+
+def odd(found: Check, words: str) -> list[str]:
+    return [line for line in found.odd if words in line]
+
+
+def test_a_sound_folder_is_described_and_nothing_is_written(tmp_path: Path) -> None:
+    make_folder(tmp_path / "raw", samples=5)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    found = check_raw("folder", tmp_path / "raw", workers=1)
+    assert (found.problems, found.odd) == ([], [])
+    (split,) = found.splits
+    assert (split.images, split.formats, split.sizes, split.smallest) == (5, {"PNG RGB": 5}, 1, (20, 12))
+    assert {(entry.value, entry.meaning, entry.images) for entry in split.label_values} == {
+        ("0", "class 0", 5),
+        ("1", "class 1", 5),
+        ("2", "class 2", 5),
+        ("255", "ignore", 5),
+    }
+    assert [entry.share for entry in split.label_values] == [0.25] * 4
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_every_file_that_a_build_refuses_is_listed_with_the_builds_reason(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    make_folder(raw, samples=7)
+    (raw / "images/000.png").write_bytes(b"nonsense")
+    (raw / "labels/001.png").unlink()
+    save(Image.new("L", (20, 12), 77), raw / "labels/002.png")
+    save(Image.new("L", (20, 11)), raw / "labels/003.png")
+    Image.new("L", (20, 12)).save(raw / "labels/004.png", "JPEG")
+    (raw / "images/005.png").write_bytes(png16(np.full((12, 20, 1), 99)))
+    found = check_raw("folder", raw, workers=1)
+    assert [problem.file for problem in found.problems] == [f"images/{number:03d}.png" for number in range(6)]
+    words = ["unreadable image", "no such file", "77, 240 pixels", "20 x 11 pixels", "in JPEG", "16-bit values 99"]
+    for number, (problem, word) in enumerate(zip(found.problems, words, strict=True)):
+        assert word in problem.problem
+        assert str(tmp_path) not in problem.problem
+        only = [f"images/{number:03d}.png"]
+        with pytest.raises(UserError, match=word.replace("no such file", "have no label")):
+            build_shards("folder", raw, tmp_path / "out", include=only, workers=1)
+
+
+def test_what_is_odd_and_no_error_is_named(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    make_folder(raw, samples=2, classes=2)
+    for number in range(2):
+        save(Image.fromarray(np.array([[0, 255]] * 2, np.uint8)), raw / f"labels/{number:03d}.png")
+        save(Image.new("RGB", (2, 2), (9, 9, 9)), raw / f"images/{number:03d}.png")
+    with_orientation(Image.new("RGB", (2, 2)), 3, raw / "images/000.png")
+    (raw / "images/x.heic").touch()
+    found = check_raw("folder", raw, workers=1)
+    assert found.problems == []
+    assert odd(found, "passed over 1 .heic file (images/x.heic)")
+    assert odd(found, "no label has a pixel of class 1")
+    assert odd(found, "0 and 255 alone; if 255 is a class, name it in `coding.ids`")
+    assert odd(found, "1 images are turned upright")
+    assert odd(found, "no image is brighter than 9 of 255")
+    assert found.splits[0].orientations == {3: 1}
+
+
+def test_labels_of_nothing_are_a_problem_of_the_split(tmp_path: Path) -> None:
+    make_folder(tmp_path, samples=1)
+    save(Image.new("L", (20, 12), 255), tmp_path / "labels/000.png")
+    (problem,) = check_raw("folder", tmp_path, workers=1).problems
+    assert (problem.file, problem.problem) == ("", "no label has a pixel of any class")
+
+
+def test_images_of_one_split_that_look_like_one_of_another_are_counted(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        make_folder(tmp_path / name, samples=3)
+    (tmp_path / "train/classes.yaml").rename(tmp_path / "classes.yaml")
+    for name in ("train", "val"):
+        for number in range(3):
+            seed = number if name == "train" else 10 + number
+            save(
+                random_image(seed, 12, 16).resize((64, 48), Image.Resampling.BILINEAR),
+                tmp_path / f"{name}/images/{number:03d}.png",
+            )
+            save(Image.new("L", (64, 48)), tmp_path / f"{name}/labels/{number:03d}.png")
+    assert not odd(check_raw(two_splits(), tmp_path, workers=1), "look like")
+    copy = random_image(1, 12, 16).resize((96, 72), Image.Resampling.BILINEAR)
+    save(copy, tmp_path / "val/images/002.jpg")
+    (tmp_path / "val/images/002.png").unlink()
+    save(Image.new("L", (96, 72)), tmp_path / "val/labels/002.png")
+    (line,) = odd(check_raw(two_splits(), tmp_path, workers=1), "look like")
+    assert line == (
+        "splits train and val: 1 images of val look like one of train, such as val/images/002.jpg and "
+        "train/images/001.png"
+    )
+
+
+def test_flat_images_are_not_called_alike(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        make_folder(tmp_path / name, samples=1)
+        save(Image.new("RGB", (64, 48), (7, 7, 7)), tmp_path / f"{name}/images/000.png")
+        save(Image.new("L", (64, 48)), tmp_path / f"{name}/labels/000.png")
+    (tmp_path / "train/classes.yaml").rename(tmp_path / "classes.yaml")
+    assert not odd(check_raw(two_splits(), tmp_path, workers=1), "look like")
+
+
+def test_a_split_that_is_not_there_is_odd_where_others_are_and_an_error_alone(tmp_path: Path) -> None:
+    make_folder(tmp_path / "train", samples=1)
+    (tmp_path / "train/classes.yaml").rename(tmp_path / "classes.yaml")
+    assert odd(check_raw(two_splits(), tmp_path, workers=1), "no image matches val/images")
+    with pytest.raises(UserError, match="no image matches val/images"):
+        check_raw(two_splits(), tmp_path, split="val", workers=1)
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+    make_folder(tmp_path, samples=20)
+    save(blocks(), tmp_path / "images/003.png")
+    told: list[tuple[int, int, int]] = []
+    alone = check_raw("folder", tmp_path, workers=1, progress=lambda *numbers: told.append(numbers))
+    assert told[-1] == (20, 20, 0)
+    assert len(alone.problems) == 1
+    assert check_raw("folder", tmp_path, workers=2) == alone
