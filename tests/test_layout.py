@@ -9,7 +9,7 @@ import dist_pca
 
 PACKAGE = Path(dist_pca.__file__).parent
 ROOMS = (
-    *("errors", "console", "classes", "cores", "options", "files", "distributed", "resources"),
+    *("errors", "console", "classes", "cores", "options", "files", "owner_file", "distributed", "resources"),
     *("config", "association", "shards", "data", "model", "objective"),
     *("resilience", "training", "evaluation"),
     *("train", "tools", "doctor", "cluster", "cli"),

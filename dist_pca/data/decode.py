@@ -135,7 +135,7 @@ def decode_sample(
     """
     where = f"{sample['__url__']}: sample {sample['__key__']!r}"
     try:
-        member = image_member(sample, None)
+        member = image_member(sample, None, sample.get("__image__"))
     except ValueError as error:
         raise CorruptSample(f"{where}: {error}; build the shards again") from None
     size = sample["__size__"]

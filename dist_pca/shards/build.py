@@ -60,7 +60,7 @@ def build_shards(
     stage.sweep(out)
     if not force and not _cut_short(out) and stage.is_built(out, plan.fingerprint):
         return load_manifest(out)
-    with _made(out), stage.whole_folder(out) as staging:
+    with _made(out), stage.whole_folder(out, plan.fingerprint) as staging:
         try:
             if not force and stage.is_built(out, plan.fingerprint):  # whole_folder may have finished a killed build
                 shutil.rmtree(staging, ignore_errors=True)

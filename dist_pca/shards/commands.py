@@ -51,17 +51,11 @@ dist-pca shards check raw/cityscapes --recipe cityscapes --split val --json
 _MERGE_EXAMPLES = """
 [bold]Examples[/]
 
-dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task 0 --tasks 2
-
-dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task 1 --tasks 2
-
 dist-pca shards merge data/gta5
 """
 
 _VERIFY_EXAMPLES = """
 [bold]Examples[/]
-
-dist-pca shards verify data/gta5
 
 dist-pca shards verify data/gta5 --deep --json
 """
@@ -73,6 +67,8 @@ dist-pca shards index data/theirs --label-set cityscapes_19
 
 dist-pca shards index data/theirs --classes classes.yaml --label-member seg.png
 
+dist-pca shards index data/theirs --classes classes.yaml --image-member input.jpg --label-member mask.png
+
 dist-pca shards index data/unlabelled
 """
 
@@ -82,8 +78,6 @@ _INSPECT_EXAMPLES = """
 dist-pca shards inspect data/gta5
 
 dist-pca shards inspect data/gta5 --grid gta5.png --samples 20
-
-dist-pca shards inspect data/gta5 --json
 """
 
 _Workers = Annotated[int | None, typer.Option(min=1, help="Number of worker processes.", show_default="one per core")]
@@ -331,6 +325,12 @@ def index(
         Path | None, typer.Option(help="Class table by train id: a YAML list of {name: road, color: \\[128, 64, 128]}.")
     ] = None,
     label_set: Annotated[str | None, typer.Option(help=f"Class table by name: {', '.join(LABEL_SETS)}.")] = None,
+    image_member: Annotated[
+        str | None,
+        typer.Option(
+            help="Extension of the members that hold images, such as input.jpg.", show_default="jpg, jpeg, png or webp"
+        ),
+    ] = None,
     label_member: Annotated[
         str, typer.Option(help="Extension of the members that hold labels: 8-bit PNGs of train ids, 255 for ignore.")
     ] = "label.png",
@@ -349,7 +349,13 @@ def index(
     table = class_table(classes, label_set)
     with shown_progress("shards") as show:
         manifest = index_shards(
-            folder, classes=table, label_member=label_member, force=force, workers=workers, progress=show
+            folder,
+            classes=table,
+            image_member=image_member,
+            label_member=label_member,
+            force=force,
+            workers=workers,
+            progress=show,
         )
     if manifest.labelled:
         labels = f"labels in {manifest.label_member}"

@@ -1,10 +1,10 @@
 """Write a manifest for WebDataset shards that were made by other tools."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from dist_pca.classes import LABEL_SETS, ClassInfo, label_set
 from dist_pca.errors import UserError
@@ -15,6 +15,7 @@ from dist_pca.shards.recipe import Coding, Recipe, Split
 from dist_pca.shards.sample import image_member, image_size, label_counts
 from dist_pca.shards.walk import SampleSlice, walk
 
+T = TypeVar("T")
 RECIPE = "index"
 """Recipe name in the manifest of an indexed folder."""
 
@@ -24,22 +25,25 @@ _COMPRESSED = ("*.tar.*", "*.tgz", "*.tbz2", "*.txz", "*.tzst")
 @dataclass(frozen=True)
 class _Job:
     path: Path
+    image_member: str | None
     label_member: str
     classes: int | None
 
 
 @dataclass(frozen=True)
 class _Found:
-    """An indexed shard, and its first sample without labels, if any."""
+    """An indexed shard, and its first sample without labels with the members that it has, if there is one."""
 
     shard: Shard
     lacking: str | None
+    members: str
 
 
 def index_shards(
     folder: str | Path,
     *,
     classes: Sequence[ClassInfo] | None = None,
+    image_member: str | None = None,
     label_member: str = "label.png",
     force: bool = False,
     workers: int | None = None,
@@ -50,6 +54,7 @@ def index_shards(
     Args:
         folder: Folder with the shards, `*.tar`.
         classes: Class table by train id; needed if there are labels.
+        image_member: Extension of the members that hold images; None takes jpg, jpeg, png or webp.
         label_member: Extension of the members that hold labels: 8-bit PNGs of train ids, 255 for ignore.
         force: Replace an existing manifest.
         workers: Processes, one shard each; None is one per core.
@@ -62,7 +67,8 @@ def index_shards(
     folder = Path(folder)
     paths = _shards(folder, force)
     table = None if classes is None else tuple(classes)
-    jobs = [_Job(path, label_member.lower(), None if table is None else len(table)) for path in paths]
+    image_member = None if image_member is None else image_member.lower()
+    jobs = [_Job(path, image_member, label_member.lower(), None if table is None else len(table)) for path in paths]
     found = run_jobs(_index, jobs, total=len(jobs), workers=workers, progress=progress)
     shards = tuple(entry.shard for entry in found)
     _check_keys(folder, shards)
@@ -70,10 +76,21 @@ def index_shards(
     for entry in found:
         if labelled and entry.lacking is not None:
             raise UserError(
-                f"{folder / entry.shard.name}: sample {entry.lacking!r} has no {label_member} while others have; "
+                f"{folder / entry.shard.name}: sample {entry.lacking!r} has no {label_member} while others have, but "
+                f"{entry.members}; "
                 "add it, or move samples without labels to a separate folder"
             )
-    manifest = Manifest(folder, RECIPE, 1, "all", labelled, table or (), shards, label_member=label_member.lower())
+    manifest = Manifest(
+        folder=folder,
+        recipe=RECIPE,
+        recipe_version=1,
+        split="all",
+        labelled=labelled,
+        classes=table or (),
+        shards=shards,
+        label_member=label_member.lower(),
+        image_member=image_member,
+    )
     check_classes(manifest)
     try:
         save_manifest(manifest)
@@ -123,7 +140,7 @@ def _index(job: _Job, report: Report) -> _Found:
     slices = walk(job.path)
     if not slices:
         raise UserError(f"{job.path}: contains no sample; remove the file")
-    sizes, pixel_counts, lacking = [], [], None
+    sizes, pixel_counts, lacking, members = [], [], None, ""
     with job.path.open("rb") as file:
         for sample in slices:
             try:
@@ -134,7 +151,7 @@ def _index(job: _Job, report: Report) -> _Found:
             if counts is not None:
                 pixel_counts.append(counts)
             elif lacking is None:
-                lacking = sample.key
+                lacking, members = sample.key, ", ".join(sorted(sample.members))
     shard = Shard(
         name=job.path.name,
         bytes=job.path.stat().st_size,
@@ -147,13 +164,17 @@ def _index(job: _Job, report: Report) -> _Found:
         pixel_counts=pixel_counts,
     )
     report(1, shard.bytes)
-    return _Found(shard, lacking)
+    return _Found(shard, lacking, members)
 
 
 def _look(file: BinaryIO, sample: SampleSlice, job: _Job) -> tuple[tuple[int, int], list[int] | None]:
     """Image size (width, height) of a sample, and its pixels per class if it has labels."""
-    extension = image_member(sample.members, job.label_member)
-    size = image_size(_member(file, sample, extension), whole=False)
+    try:
+        extension = image_member(sample.members, job.label_member, job.image_member)
+    except ValueError as error:
+        where = f"{job.path}: sample {sample.key!r}"
+        raise UserError(f"{where}: {error}; name the image's with --image-member, or write the shard again") from None
+    size = _named(extension, lambda: image_size(_member(file, sample, extension), whole=False))
     if job.label_member not in sample.members:
         return size, None
     if job.classes is None:
@@ -161,7 +182,16 @@ def _look(file: BinaryIO, sample: SampleSlice, job: _Job) -> tuple[tuple[int, in
             f"{job.path}: sample {sample.key!r} has a {job.label_member}; define its classes with --classes or "
             "--label-set"
         )
-    return size, label_counts(_member(file, sample, job.label_member), size, job.classes)
+    classes, label = job.classes, job.label_member
+    return size, _named(label, lambda: label_counts(_member(file, sample, label), size, classes))
+
+
+def _named(member: str, read: Callable[[], T]) -> T:
+    """Read a member, whose errors begin with its name."""
+    try:
+        return read()
+    except ValueError as error:
+        raise ValueError(f"{member}: {error}") from error
 
 
 def _member(file: BinaryIO, sample: SampleSlice, extension: str) -> io.BytesIO:

@@ -174,7 +174,7 @@ def save_grid(manifest: Manifest, path: Path, samples: int = 12) -> None:
 
 
 def _tile(manifest: Manifest, members: dict[str, bytes]) -> Image.Image:
-    extension = image_member(members, manifest.label_member)
+    extension = image_member(members, manifest.label_member, manifest.image_member)
     image = decode_rgb(decode_header(io.BytesIO(members[extension]), IMAGE_FORMATS))
     size = (_TILE_WIDTH, max(1, round(image.height * _TILE_WIDTH / image.width)))
     image = image.resize(size, Image.Resampling.BILINEAR)

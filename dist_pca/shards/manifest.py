@@ -16,6 +16,8 @@ from dist_pca.files import write_whole
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dist-pca-shards"
 VERSION = 1
+MAX_SAMPLE_BYTES = 1 << 31
+"""Largest sample in a shard: samples are read whole."""
 _LONGEST_NAME = 255
 """Bytes that file systems allow in a name."""
 
@@ -61,6 +63,8 @@ class Manifest:
     """Digest of the inputs of the build (recipe, options, raw file names and sizes)."""
     label_member: str = "label.png"
     """Extension of the members that hold labels."""
+    image_member: str | None = None
+    """Extension of the members that hold images; None is any that images usually have."""
     location: str = field(default="", compare=False, repr=False)
     """Origin of the shards, a path or a URL; not stored. Files of a URL are downloaded into the folder."""
 
@@ -123,6 +127,8 @@ def save_manifest(manifest: Manifest, part_folder: Path | None = None) -> None:
     content = {"format": FORMAT, "version": VERSION} | _ADAPTER.dump_python(
         manifest, mode="json", exclude={"folder", "location"}
     )
+    if manifest.image_member is None:
+        del content["image_member"]
     write_whole(manifest.folder / MANIFEST_NAME, json.dumps(content, separators=(",", ":")), part_folder)
 
 
@@ -202,4 +208,9 @@ def _check_columns(manifest: Manifest, shard: Shard) -> None:
             raise UserError(
                 f"{manifest.folder / MANIFEST_NAME}: {shard.name}: sample {key!r} is outside the file; "
                 "build the shards again with --force"
+            )
+        if length > MAX_SAMPLE_BYTES:
+            raise UserError(
+                f"{manifest.folder / MANIFEST_NAME}: {shard.name}: sample {key!r} has {length:,} bytes, and samples "
+                f"are read whole, up to {MAX_SAMPLE_BYTES:,}; write the shard again with smaller samples"
             )

@@ -113,15 +113,23 @@ def members_of(content: bytes, key: str) -> dict[str, bytes]:
     return {name.removeprefix(prefix).lower(): value for name, value in found if name.startswith(prefix)}
 
 
-def image_member(members: Collection[str], label_member: str | None) -> str:
+def image_member(members: Collection[str], label_member: str | None, wanted: str | None = None) -> str:
     """Find the extension of a sample's image member.
+
+    Args:
+        members: Extensions of the sample's members.
+        label_member: Extension of the labels.
+        wanted: Extension of the image; None is the first of `MEMBER_EXTENSIONS` that is there.
 
     Raises:
         ValueError: there is no image member, or it is the label member.
     """
-    found = next((extension for extension in MEMBER_EXTENSIONS if extension in members), None)
+    choice = MEMBER_EXTENSIONS if wanted is None else (wanted,)
+    found = next((extension for extension in choice if extension in members), None)
     if found is None:
-        raise ValueError(f"no image ({', '.join(MEMBER_EXTENSIONS)})")
+        seen = sorted(name for name in members if not name.startswith("__"))
+        listed = ", ".join(name[:40] for name in seen[:8]) or "none"
+        raise ValueError(f"no image ({', '.join(choice)}) among its members, which are {listed}")
     if found == label_member:
         raise ValueError(f"no image beside the labels in {label_member}")
     return found

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.files import write_json, write_whole
+from dist_pca.shards.build_lock import locked
 from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, check_classes, load_manifest, save_manifest
 from dist_pca.shards.plan import OnError, Plan
 from dist_pca.shards.writer import Skipped, Written, read_written
@@ -26,6 +27,7 @@ SKIPPED_NAME = "skipped.json"
 _DONE = ".built"
 _OUTLINE = "plan.json"
 _SHARDS = "shard-*.tar"
+_REMEDY = "wait until it ends and run this command again, or choose another --out"
 
 
 @dataclass(frozen=True)
@@ -96,17 +98,19 @@ def is_built(out: Path, fingerprint: str) -> bool:
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path, fingerprint: str | None = None) -> Iterator[Path]:
     """Create and lock the staging folder; first finish an earlier build that was killed while it was published.
+
+    `fingerprint` is that of the plan to build, for the message about another build.
 
     Raises:
         UserError: another build is running there.
     """
     with ExitStack() as held:
-        staging = _hold(held, out, fcntl.LOCK_EX)
+        staging = _hold(held, out, fcntl.LOCK_EX, fingerprint)
         if (staging / MANIFEST_NAME).exists():
             _put_in_place(out)
-            staging = _hold(held, out, fcntl.LOCK_EX)
+            staging = _hold(held, out, fcntl.LOCK_EX, fingerprint)
         yield staging
 
 
@@ -121,43 +125,33 @@ def task_folder(out: Path, wanted: Outline, task: int) -> Iterator[Path]:
         staging = _hold(held, out, fcntl.LOCK_SH)
         if (staging / MANIFEST_NAME).exists():
             raise UserError(f"shards {out}: a build was killed at its end; finish it with `dist-pca shards merge`")
-        with _locked(staging / "plan.lock", fcntl.LOCK_EX):
+        with locked(staging / "plan.lock", fcntl.LOCK_EX):
             if read_outline(staging) != wanted:
                 others = "tasks with another recipe, other options, other raw files or another --tasks are running"
                 for path in staging.glob("task-*.lock"):
-                    with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB, f"shards {out}: {others} there"):
+                    with locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB, f"shards {out}: {others} there; {_REMEDY}"):
                         pass
                 write_outline(staging, wanted)
-            busy = f"shards {out}: another process is running --task {task} there"
-            held.enter_context(_locked(staging / f"task-{task}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB, busy))
+            busy = f"shards {out}: another process is running --task {task} there; {_REMEDY}"
+            held.enter_context(locked(staging / f"task-{task}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB, busy))
         yield staging
 
 
-def _hold(held: ExitStack, out: Path, kind: int) -> Path:
+def _hold(held: ExitStack, out: Path, kind: int, fingerprint: str | None = None) -> Path:
     staging = out / STAGING
+    busy = f"shards {out}: another build is writing there; {_REMEDY}"
+    running = read_outline(staging)
+    if fingerprint is not None and running is not None and running.fingerprint != fingerprint:
+        others = "another build is writing there, of another recipe, options or raw files"
+        busy = f"shards {out}: {others}; choose another --out"
     while True:
-        staging.mkdir(parents=True, exist_ok=True)
-        lock = staging / "lock"
-        busy = f"shards {out}: another build is writing there"
-        handle = held.enter_context(_locked(lock, kind | fcntl.LOCK_NB, busy))
-        # A build that ended in the meantime has removed its folder, and the lock with it.
+        # A build that ends at this moment removes its folder, and the lock with it.
         with suppress(FileNotFoundError):
+            staging.mkdir(parents=True, exist_ok=True)
+            lock = staging / "lock"
+            handle = held.enter_context(locked(lock, kind | fcntl.LOCK_NB, busy))
             if os.path.samestat(lock.stat(), os.fstat(handle)):
                 return staging
-
-
-@contextmanager
-def _locked(path: Path, kind: int, busy: str = "") -> Iterator[int]:
-    """Lock a file and yield its descriptor; the system releases the lock when this process ends in any way."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, kind)
-        except BlockingIOError:
-            raise UserError(f"{busy}; wait for it or choose another --out") from None
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def read_outline(staging: Path) -> Outline | None:

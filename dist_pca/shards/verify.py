@@ -158,7 +158,7 @@ def _sample_problems(job: _Job, report: Report) -> Iterator[Problem]:
     for index, key in enumerate(shard.keys):
         try:
             members = read_sample(manifest, shard, index)
-            image = image_member(members, manifest.label_member)
+            image = image_member(members, manifest.label_member, manifest.image_member)
             yield from (Problem(shard.name, key, text) for text in _image_problems(shard, index, members, image))
             if manifest.labelled:
                 label = members.get(manifest.label_member)

@@ -1,17 +1,21 @@
 """List the samples inside a tar, possibly untrusted, by reading its headers only."""
 
+import os
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from dist_pca.errors import UserError
+from dist_pca.shards.manifest import MAX_SAMPLE_BYTES
 from dist_pca.shards.sample import HEADER_ERRORS
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
+_LONGEST_END = 1 << 26
+"""Bytes of padding after the last member, far beyond any blocking factor."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
@@ -45,7 +49,7 @@ def walk(path: Path) -> list[SampleSlice]:
         with path.open("rb") as file:
             _check_uncompressed(path, file.read(8))
             file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
+            with tarfile.open(fileobj=cast(IO[bytes], _Headers(file)), mode="r:") as archive:
                 slices, end = _group(path, archive)
                 if set(archive.pax_headers) - {"comment"}:
                     raise UserError(f"{path}: has global headers, which single samples lack; write the shard again")
@@ -53,6 +57,23 @@ def walk(path: Path) -> list[SampleSlice]:
     except (OSError, tarfile.TarError, *HEADER_ERRORS) as error:
         raise UserError(f"{path}: not a readable tar ({' '.join(str(error).split())}); copy it again") from error
     return slices
+
+
+class _Headers:
+    """A file from which headers are read, but none of a size that no header has; `tarfile` reads them whole."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        """Read bytes.
+
+        Raises:
+            tarfile.ReadError: there are more than a header has.
+        """
+        if size > _CHUNK:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._read(size)
 
 
 def _check_uncompressed(path: Path, beginning: bytes) -> None:
@@ -95,6 +116,11 @@ def _members(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             raise UserError(f"{path}: member {member.name!r}: has a negative size; copy the shard again")
         if not member.isreg() or member.issparse():
             raise UserError(f"{path}: member {member.name!r}: not a regular file; write the shard without it")
+        if member.size > MAX_SAMPLE_BYTES:
+            raise UserError(
+                f"{path}: member {member.name!r}: {member.size:,} bytes, and samples are read whole, up to "
+                f"{MAX_SAMPLE_BYTES:,}; write the shard without it"
+            )
         if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
             raise UserError(f"{path}: member {member.name!r}: the name is outside its folder; write the shard again")
         yield member
@@ -102,6 +128,9 @@ def _members(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 def _check_end(path: Path, file: IO[bytes], end: int) -> None:
     # Python's tarfile treats anything unreadable as the end of the archive.
+    beyond = file.seek(0, os.SEEK_END) - end
+    if beyond > _LONGEST_END:
+        raise UserError(f"{path}: {beyond:,} bytes after its last member; copy or write the shard again")
     file.seek(end)
     rest = file.read(_BLOCK)
     if len(rest) < _BLOCK:

@@ -1,15 +1,20 @@
+import io
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dist_pca.classes import ClassInfo, label_set
+from dist_pca.data.decode import decode_sample
 from dist_pca.data.read import ShardReader
 from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.index import class_table, index_shards
+from dist_pca.shards.inspect import grid
 from dist_pca.shards.manifest import check_classes, load_manifest
 from dist_pca.shards.verify import verify
 from tests.support.foreign_shards import label, sample, write
@@ -104,14 +109,14 @@ def test_labels_keep_to_the_upright_image(tmp_path: Path) -> None:
     manifest = index_shards(write(tmp_path / "theirs", [upright]), classes=CLASSES, workers=1)
     assert (manifest.shards[0].heights, manifest.shards[0].widths) == ([64], [96])
     lying = {**upright, "label.png": label(np.zeros((96, 64), np.uint8))}
-    message = r"'1': 64 x 96 pixels where the image has 96 x 64 when upright, which labels keep to"
+    message = r"'1': label\.png: 64 x 96 pixels where the image has 96 x 64 when upright, which labels keep to"
     with pytest.raises(UserError, match=message):
         index_shards(write(tmp_path / "lying", [lying]), classes=CLASSES, workers=1)
 
 
 def test_deep_images_that_are_not_of_the_full_range_are_refused(tmp_path: Path) -> None:
     dark: dict[str, bytes | str] = {"__key__": "1", "png": png16(np.full((12, 20, 1), 4095))}
-    with pytest.raises(UserError, match="sample '1': 16-bit values 4095 to 4095"):
+    with pytest.raises(UserError, match="sample '1': png: 16-bit values 4095 to 4095"):
         index_shards(write(tmp_path / "theirs", [dark]), workers=1)
 
 
@@ -123,6 +128,34 @@ def test_labels_of_nothing_are_refused_and_an_empty_class_is_a_warning(tmp_path:
     two = {**sample("1"), "label.png": label(np.full((12, 20), 1, np.uint8))}
     manifest = index_shards(write(tmp_path / "two", [two]), classes=CLASSES, workers=1)
     assert "no label has a pixel of a, c; check that their values" in check_classes(manifest)
+
+
+def test_members_of_any_name_are_indexed_read_and_verified(tmp_path: Path) -> None:
+    theirs = sample("1")
+    named = {"__key__": "1", "input.jpg": theirs["jpg"], "mask.png": theirs["label.png"], "thumb.png": b"no image"}
+    folder = write(tmp_path / "theirs", [named])
+    message = (
+        r"sample '1': no image \(jpg.*\) among its members, which are input\.jpg, mask\.png, thumb\.png; name .*--i"
+    )
+    with pytest.raises(UserError, match=message):
+        index_shards(folder, classes=CLASSES, workers=1)
+    manifest = index_shards(folder, classes=CLASSES, image_member="Input.jpg", label_member="mask.png", workers=1)
+    assert load_manifest(folder) == manifest
+    with closing(ShardReader(manifest, keep_open=1)) as reader:
+        image, train_ids = decode_sample(reader.read(0, 0), label_member="mask.png")
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(named["input.jpg"]))))  # type: ignore[arg-type]
+    assert train_ids is not None
+    assert verify(folder, deep=True, workers=1).problems == []
+    assert grid(manifest).size[0] > 0
+    with pytest.raises(UserError, match=r"no image \(photo\.jpg\) among its members, which are input\.jpg"):
+        index_shards(folder, classes=CLASSES, image_member="photo.jpg", force=True, workers=1)
+
+
+def test_a_member_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for member in ("jpg", "label.png"):
+        folder = write(tmp_path / member, [sample("0"), {**sample("1"), member: b"nonsense"}])
+        with pytest.raises(UserError, match=rf"sample '1': {member}: unreadable image"):
+            index_shards(folder, classes=CLASSES, workers=1)
 
 
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:

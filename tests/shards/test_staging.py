@@ -1,5 +1,6 @@
 """Builds that are killed, interrupted or shared out end in the very bytes of one build, and do nothing twice."""
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -278,6 +279,65 @@ def test_what_a_task_at_work_would_be_disturbed_by_is_refused(
             other(raw, out)
         build_task(raw, out, 1)
     assert len(finished_shards(out)) == 8
+
+
+@pytest.fixture
+def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without flock, as some of Lustre are mounted."""
+
+    def refuse(handle: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def paused(function: Callable[..., None], *arguments: Any, **options: Any) -> BaseProcess:
+    """The call in a process that stops inside its first shard, with its locks held, until it is killed or continued."""
+
+    def stop(samples: int, total: int, stored: int) -> None:
+        if samples == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    process = started(function, *arguments, progress=stop, **options)
+    os.waitid(os.P_PID, process.pid or 0, os.WSTOPPED)
+    return process
+
+
+def test_without_flock_builds_exclude_each_other_and_a_dead_ones_lock_is_taken_over(
+    raw: Path, tmp_path: Path, no_flock: None
+) -> None:
+    out = tmp_path / "out"
+    process = paused(build, raw, out)
+    with pytest.raises(UserError, match=r"another build is writing there; wait until it ends .* or choose another"):
+        build(raw, out)
+    with pytest.raises(UserError, match=r"of another recipe, options or raw files; choose another --out"):
+        build(raw, out, unlabelled=True)
+    with pytest.raises(UserError, match="another build is writing there"):
+        build_task(raw, out, 0)
+    process.kill()
+    process.join()
+    build(raw, out)
+    build(raw, tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_without_flock_tasks_work_side_by_side(raw: Path, tmp_path: Path, no_flock: None) -> None:
+    out = tmp_path / "out"
+    process = paused(build_task, raw, out, 0)
+    build_task(raw, out, 1)
+    for other, message in (
+        (lambda: build_task(raw, out, 0), "another process is running --task 0"),
+        (lambda: build_task(raw, out, 1, tasks=4), "another --tasks are running"),
+        (lambda: build(raw, out), "another build is writing there"),
+    ):
+        with pytest.raises(UserError, match=message):
+            other()
+    os.kill(process.pid or 0, signal.SIGCONT)
+    process.join()
+    build_task(raw, out, 2)
+    merge_parts(out)
+    build(raw, tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
 
 
 def test_a_build_takes_over_what_tasks_have_finished(raw: Path, tmp_path: Path) -> None:

@@ -209,3 +209,26 @@ def test_headers_nested_a_thousand_times_are_refused_in_one_line(tmp_path: Path)
     with pytest.raises(UserError, match="not a readable tar") as refused:
         walk(tmp_path / "a.tar")
     assert "\n" not in str(refused.value)
+
+
+def _sparse(path: Path, header: tarfile.TarInfo, size: int) -> Path:
+    """A tar of one header and a hole of so many bytes, which takes no room on the disk."""
+    with path.open("wb") as file:
+        file.write(header.tobuf(tarfile.USTAR_FORMAT if header.size < 1 << 33 else tarfile.GNU_FORMAT))
+        file.truncate(size)
+    return path
+
+
+@pytest.mark.timeout(20)
+def test_a_tar_of_a_terabyte_of_nothing_is_refused_at_once(tmp_path: Path) -> None:
+    small, large, header = _info("a.png"), _info("b.png"), _info("pax", tarfile.XHDTYPE)
+    large.size, header.size = 1 << 40, 8 << 30
+    for name, info, words in (
+        ("empty", small, "bytes after its last member"),
+        ("member", large, r"member 'b\.png': 1,099,511,627,776 bytes"),
+        ("header", header, r"not a readable tar \(a header of 8,589,934,592 bytes\)"),
+    ):
+        path = _sparse(tmp_path / f"{name}.tar", info, (1 << 40) + 4096)
+        with pytest.raises(UserError, match=rf"{name}\.tar: .*{words}") as refused:
+            walk(path)
+        assert "\n" not in str(refused.value)
