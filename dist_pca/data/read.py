@@ -52,8 +52,7 @@ class ShardReader:
         """Read one sample in WebDataset's form: `__key__`, `__url__` (path of the shard) and members by extension.
 
         `__size__` is the image's (height, width) and `__image__` the extension of its member, if the manifest has one.
-        Members stay in memory; those that are not
-        regular files with the sample's key are left out.
+        Members stay in memory; those that are not regular files with the sample's key are left out.
 
         Raises:
             CorruptSample: the sample is not a tar, or its key is a path outside its folder.

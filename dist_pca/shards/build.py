@@ -167,6 +167,7 @@ def _write(
             encoding=plan.encoding,
             on_error=plan.on_error,
             values=plan.recipe.values,
+            max_pixels=plan.max_pixels,
         )
         for name, samples in zip(names, plan.shards[part], strict=True)
         if name not in done

@@ -197,14 +197,14 @@ def _facts(job: _Job, raw: RawSample, table: npt.NDArray[np.uint8]) -> _Facts:
     header = open_header(job.root / raw.image)
     kind = f"{header.format} {header.mode}"
     codes: tuple[tuple[int, int], ...] = ()
-    image, _ = read_pair(job.root, RawSample(raw.key, raw.image, None), job.coding, table, job.values)
+    image, _ = read_pair(job.root, RawSample(raw.key, raw.image, None), job.coding, table, values=job.values)
     extremes = np.asarray(image)
     problem = ""
     try:
         if raw.label is not None:
             values, counts = np.unique(read_codes(job.root / raw.label, job.coding), return_counts=True)
             codes = tuple(zip(values.tolist(), counts.tolist(), strict=True))
-            read_pair(job.root, raw, job.coding, table, job.values)
+            read_pair(job.root, raw, job.coding, table, values=job.values)
     except UserError as error:
         problem = str(error)
     return _Facts(

@@ -27,15 +27,13 @@ app = typer.Typer(
 _BUILD_EXAMPLES = """
 [bold]Examples[/]
 
-dist-pca shards build gta5 --root raw/GTA5 --out data/gta5
-
 dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --dry-run
 
 dist-pca shards build cityscapes --root raw/cityscapes --out data/city_train --split train --unlabelled
 
 dist-pca shards build camvid --root raw/camvid --out data/day --include '0006R0/*'
 
-dist-pca shards build my_recipe.yaml --root raw/mine --out data/mine --max-edge 1280 --shard-size 512MB
+dist-pca shards build my_recipe.yaml --root raw/mine --out data/mine --tile 512 512 --overlap 64 --shard-size 512MB
 
 dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task $SLURM_ARRAY_TASK_ID --tasks 8
 """
@@ -48,12 +46,6 @@ dist-pca shards check raw/mine --recipe folder
 dist-pca shards check raw/cityscapes --recipe cityscapes --split val --json
 """
 
-_MERGE_EXAMPLES = """
-[bold]Examples[/]
-
-dist-pca shards merge data/gta5
-"""
-
 _VERIFY_EXAMPLES = """
 [bold]Examples[/]
 
@@ -64,8 +56,6 @@ _INDEX_EXAMPLES = """
 [bold]Examples[/]
 
 dist-pca shards index data/theirs --label-set cityscapes_19
-
-dist-pca shards index data/theirs --classes classes.yaml --label-member seg.png
 
 dist-pca shards index data/theirs --classes classes.yaml --image-member input.jpg --label-member mask.png
 
@@ -132,6 +122,16 @@ def build(
     max_edge: Annotated[
         int | None, typer.Option(min=1, help="Shrink images whose longer edge has more pixels than this.")
     ] = None,
+    tile: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            metavar="HEIGHT WIDTH", help="Cut images into tiles; those without a labelled pixel are left out."
+        ),
+    ] = None,
+    overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share.")] = 0,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Refuse images of more pixels.", show_default="178956970")
+    ] = None,
     samples_per_shard: Annotated[
         int | None, typer.Option(min=1, help="Samples in each shard.", show_default="256")
     ] = None,
@@ -165,6 +165,7 @@ def build(
     from dist_pca.shards.build import build_part, build_shards
     from dist_pca.shards.manifest import check_classes
     from dist_pca.shards.plan import PlanOptions, make_plan, parse_bytes
+    from dist_pca.shards.sample import MAX_PIXELS
     from dist_pca.shards.staging import STAGING, read_skipped
 
     if (task is None) != (tasks is None):
@@ -177,6 +178,9 @@ def build(
         "image_format": image_format,
         "quality": quality,
         "max_edge": max_edge,
+        "tile": tile,
+        "overlap": overlap,
+        "max_pixels": max_pixels or MAX_PIXELS,
         "samples_per_shard": samples_per_shard,
         "shard_size": None if shard_size is None else parse_bytes(shard_size),
         "on_error": on_error,
@@ -267,7 +271,7 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command("merge", epilog=_MERGE_EXAMPLES)
+@app.command("merge")
 def merge(
     out: Annotated[Path, typer.Argument(help="The --out folder of all parts.", show_default=False)],
 ) -> None:

@@ -39,11 +39,15 @@ ImageFormat = Literal["keep", "jpg", "png", "webp"]
 
 @dataclass(frozen=True)
 class Encoding:
-    """Image encoding: format, quality of lossy formats (1 to 100), longest edge in pixels (None: unchanged)."""
+    """Image encoding: format, quality of lossy formats (1 to 100), longest edge in pixels (None: unchanged), tiles."""
 
     image_format: ImageFormat = "keep"
     quality: int = 90
     max_edge: int | None = None
+    tile: tuple[int, int] | None = None
+    """Height and width of the tiles into which an image is cut; None stores it whole."""
+    overlap: int = 0
+    """Pixels that neighbouring tiles share."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,10 @@ def open_image(path: Path, values: ValueRange | None = None, max_pixels: int = M
         ) from error
 
 
-def open_unconverted(path: Path) -> Image.Image:
+def open_unconverted(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a label file, upright and without converting its mode; errors as in `open_image`."""
     try:
-        return decode_pixels(open_header(path))
+        return decode_pixels(open_header(path, max_pixels))
     except ValueError as error:
         raise UserError(
             f"{path}: {error}; copy the file again, or leave it out with --exclude or --on-error skip"
@@ -101,7 +105,7 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
         return decode_header(path, FILE_FORMATS, max_pixels)
     except ImageTooLarge as error:
         raise UserError(
-            f"{path}: {error}; raise --max-pixels, or leave it out with --exclude or --on-error skip"
+            f"{path}: {error}; raise the bound with --max-pixels, or leave it out with --exclude or --on-error skip"
         ) from None
     except ValueError as error:
         reason = (path.is_file() and _tiff_bands(path)) or str(error)
@@ -135,6 +139,26 @@ def stored_size(image: Image.Image, encoding: Encoding) -> tuple[int, int]:
         return image.size
     width, height = (max(1, round(edge * encoding.max_edge / longest)) for edge in image.size)
     return width, height
+
+
+def tile_boxes(size: tuple[int, int], encoding: Encoding) -> list[tuple[int, int, int, int]]:
+    """Tiles of an image of a width and height as left, top, right, bottom, row by row; the last ones end at its edge.
+
+    Every pixel is in a tile, and all tiles have the same size unless the image is smaller.
+    """
+    if encoding.tile is None:
+        return [(0, 0, *size)]
+    height, width = encoding.tile
+    return [
+        (left, top, min(left + width, size[0]), min(top + height, size[1]))
+        for top in _tile_starts(size[1], height, encoding.overlap)
+        for left in _tile_starts(size[0], width, encoding.overlap)
+    ]
+
+
+def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    last = max(0, length - tile)
+    return [*range(0, last, tile - overlap), last]
 
 
 def encode_image(path: Path, image: Image.Image, encoding: Encoding) -> tuple[str, bytes]:

@@ -13,7 +13,7 @@ from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.shards.images import open_header, open_unconverted, sixteen_bit_channels
 from dist_pca.shards.recipe import IGNORE, Coding
-from dist_pca.shards.sample import is_deep
+from dist_pca.shards.sample import MAX_PIXELS, is_deep
 
 TrainIds = npt.NDArray[np.uint8]
 Codes = npt.NDArray[Any]
@@ -39,19 +39,20 @@ def lookup_table(coding: Coding, classes: tuple[ClassInfo, ...]) -> TrainIds:
     return table
 
 
-def read_label(path: Path, coding: Coding, table: TrainIds) -> TrainIds:
+def read_label(path: Path, coding: Coding, table: TrainIds, max_pixels: int = MAX_PIXELS) -> TrainIds:
     """Decode a label file to train ids (height x width, 255 for ignore), upright.
 
     Args:
         path: The label file.
         coding: Meaning of its values.
         table: `lookup_table` of that coding.
+        max_pixels: Larger labels are refused before they are decoded.
 
     Raises:
         UserError: the file is not a readable image, is of a lossy format, lacks the channels that the coding needs, or
             has values outside the table and the coding does not ignore them.
     """
-    codes = read_codes(path, coding)
+    codes = read_codes(path, coding, max_pixels)
     train_ids: TrainIds = table.take(codes)
     unknown = train_ids == _UNKNOWN
     if coding.tolerance and unknown.any():
@@ -71,20 +72,20 @@ def read_label(path: Path, coding: Coding, table: TrainIds) -> TrainIds:
     return train_ids
 
 
-def read_codes(path: Path, coding: Coding) -> Codes:
+def read_codes(path: Path, coding: Coding, max_pixels: int = MAX_PIXELS) -> Codes:
     """Decode a label file, upright, to its own ids or to colours as 0xRRGGBB (height x width).
 
     Raises:
         UserError: as in `read_label`, but for values outside the table.
     """
-    header = open_header(path)
+    header = open_header(path, max_pixels)
     if _is_lossy(path, header) and not coding.tolerance:
         option = "give coding.tolerance, how far a colour may be off" if coding.kind == "color" else "save them as PNG"
         raise UserError(
             f"{path}: a label in {header.format}, whose lossy compression changes label values; get the labels in a "
             f"lossless format, or {option}"
         )
-    codes = _READERS[coding.kind](path, coding)
+    codes = _READERS[coding.kind](path, coding, max_pixels)
     if coding.kind != "color" and codes.size and not 0 <= codes.min() <= codes.max() < 1 << 16:
         raise UserError(f"{path}: has ids {codes.min()} to {codes.max()}; give ids from 0 to 65535")
     return codes
@@ -131,10 +132,10 @@ def _is_lossy(path: Path, header: ImageFile.ImageFile) -> bool:
     return b"VP8L" not in path.read_bytes()[:_WEBP_CHUNKS]
 
 
-def _read_index(path: Path, coding: Coding) -> Codes:
-    header = open_header(path)
+def _read_index(path: Path, coding: Coding, max_pixels: int) -> Codes:
+    header = open_header(path, max_pixels)
     grey_bits = re.search(r";([24])", str(header.tile[0][3])) if header.tile and header.mode == "L" else None
-    image = open_unconverted(path)
+    image = open_unconverted(path, max_pixels)
     # Pillow opens a 16-bit grey image in mode I;16 or, in older releases, I; palette images stay indices.
     if image.mode not in {"1", "L", "P", "I", "I;16", "I;16B"}:
         raise UserError(
@@ -148,23 +149,23 @@ def _read_index(path: Path, coding: Coding) -> Codes:
     return codes // {"2": 85, "4": 17}[grey_bits[1]] if grey_bits else codes
 
 
-def _read_channel(path: Path, coding: Coding) -> Codes:
-    header = open_header(path)
+def _read_channel(path: Path, coding: Coding, max_pixels: int) -> Codes:
+    header = open_header(path, max_pixels)
     deep = is_deep(header)
-    image = open_unconverted(path)
+    image = open_unconverted(path, max_pixels)
     bands = len(image.getbands())
     if image.mode == "P" or bands <= coding.channel:
         raise UserError(
             f"{path}: image mode {image.mode} has no channel {coding.channel}; set coding.channel in the recipe"
         )
     if bands == 1:
-        return _read_index(path, coding)
+        return _read_index(path, coding, max_pixels)
     codes: Codes = (sixteen_bit_channels(path, image) if deep else np.asarray(image))[..., coding.channel]
     return codes
 
 
-def _read_color(path: Path, coding: Coding) -> Codes:
-    image = open_unconverted(path)
+def _read_color(path: Path, coding: Coding, max_pixels: int) -> Codes:
+    image = open_unconverted(path, max_pixels)
     if image.mode[0] in "IF":
         raise UserError(f"{path}: has image mode {image.mode}, which is no colour; set coding.kind to index")
     return _packed(np.asarray(image.convert("RGB")))

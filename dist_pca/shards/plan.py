@@ -19,6 +19,7 @@ from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.shards.images import Encoding, ImageFormat
 from dist_pca.shards.recipe import Recipe, load_recipe
+from dist_pca.shards.sample import MAX_PIXELS
 from dist_pca.shards.scan import RawSample, scan
 
 _log = logging.getLogger("dist_pca.shards")
@@ -45,6 +46,9 @@ class PlanOptions(TypedDict, total=False):
     image_format: ImageFormat
     quality: int
     max_edge: int | None
+    tile: tuple[int, int] | None
+    overlap: int
+    max_pixels: int
     samples_per_shard: int | None
     shard_size: int | None
     on_error: OnError
@@ -66,6 +70,7 @@ class Plan:
     shard_size: int | None
     """Largest number of raw bytes in a shard; None if shards are split by number of samples."""
     on_error: OnError
+    max_pixels: int = MAX_PIXELS
 
     @property
     def labelled(self) -> bool:
@@ -124,6 +129,9 @@ def make_plan(
     image_format: ImageFormat = "keep",
     quality: int = 90,
     max_edge: int | None = None,
+    tile: tuple[int, int] | None = None,
+    overlap: int = 0,
+    max_pixels: int = MAX_PIXELS,
     samples_per_shard: int | None = None,
     shard_size: int | None = None,
     on_error: OnError = "fail",
@@ -140,14 +148,24 @@ def make_plan(
         image_format: `keep` stores JPEG, PNG and WebP files byte for byte and others as PNG.
         quality: Quality of images that are encoded as JPEG or WebP, 1 to 100.
         max_edge: Images with a longer edge (pixels) are shrunk to it, labels by nearest neighbour.
+        tile: Height and width of tiles, each of which becomes a sample; those without a labelled pixel, or without
+            labels those of one colour, are left out. None stores whole images.
+        overlap: Pixels that neighbouring tiles share.
+        max_pixels: Larger images are an error; what is stored must not exceed `MAX_PIXELS`.
         samples_per_shard: Samples in each shard but the last; None is 256, or as many as fit in `shard_size`.
         shard_size: Split by size instead: a shard has as many samples as fit in so many raw bytes, at least one.
         on_error: Whether a sample that cannot be stored stops the build or is skipped and reported.
 
     Raises:
         UserError: the recipe, the root or the selection is wrong, labels are missing, or both `samples_per_shard` and
-            `shard_size` are given.
+            `shard_size` are given, or both `tile` and `max_edge`.
     """
+    if tile is not None and (max_edge is not None or not 0 <= overlap < min(tile)):
+        raise UserError(
+            f"--tile {tile[0]} {tile[1]} --overlap {overlap}: give an overlap below the tile's edges, and no --max-edge"
+        )
+    if tile is None and overlap:
+        raise UserError(f"--overlap {overlap}: has no effect without --tile; add it")
     if samples_per_shard is not None and shard_size is not None:
         raise UserError("--samples-per-shard and --shard-size both set the size of shards; give only one of them")
     if samples_per_shard is None and shard_size is None:
@@ -174,7 +192,8 @@ def make_plan(
         samples=samples,
         sizes=tuple((_size(root, sample.image), _size(root, sample.label)) for sample in samples),
         classes=recipe.class_table(root, required=samples[0].label is not None),
-        encoding=Encoding(image_format, quality, max_edge),
+        encoding=Encoding(image_format, quality, max_edge, tile, overlap),
+        max_pixels=max_pixels,
         samples_per_shard=samples_per_shard,
         shard_size=shard_size,
         on_error=on_error,

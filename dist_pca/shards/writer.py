@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -10,16 +11,16 @@ import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from dist_pca.classes import ClassInfo
+from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.files import PART, file_sha256, write_whole
-from dist_pca.shards.images import Encoding, ValueRange, encode_image, open_header, open_image, stored_size
+from dist_pca.shards.images import Encoding, ValueRange, encode_image, open_header, open_image, stored_size, tile_boxes
 from dist_pca.shards.labels import TrainIds, encode_label, lookup_table, read_label
 from dist_pca.shards.manifest import Shard
 from dist_pca.shards.plan import OnError
 from dist_pca.shards.pool import Report
 from dist_pca.shards.recipe import Coding
-from dist_pca.shards.sample import orientation
+from dist_pca.shards.sample import MAX_PIXELS, orientation
 from dist_pca.shards.scan import RawSample
 
 
@@ -39,6 +40,7 @@ class ShardJob:
     on_error: OnError
     values: ValueRange | None = None
     """Range of images of more than 8 bits."""
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -102,23 +104,28 @@ def _write(job: ShardJob, part: Path, report: Report) -> Written:
         with TarWriter(file, encoder=False, user="root", group="root", mode=0o644, mtime=0) as writer:
             for raw in job.samples:
                 try:
-                    members, (width, height), train_ids = _encode(job, raw, table)
+                    image, train_ids = read_pair(
+                        job.root, raw, job.coding, table, values=job.values, max_pixels=job.max_pixels
+                    )
+                    _check_stored_size(job, raw, image)
                 except UserError as error:
                     if job.on_error == "fail":
                         raise
                     skipped.append(Skipped(raw.image, _reason(error, job.root, raw)))
                     report(1, 0)
                     continue
-                offset = writer.tarstream.offset
-                writer.write({"__key__": raw.key, **members})
-                shard.keys.append(raw.key)
-                shard.offsets.append(offset)
-                shard.lengths.append(writer.tarstream.offset - offset)
-                shard.heights.append(height)
-                shard.widths.append(width)
-                if train_ids is not None:
-                    shard.pixel_counts.append(Image.fromarray(train_ids).histogram()[: len(job.classes)])
-                report(1, shard.lengths[-1])
+                start = writer.tarstream.offset
+                for key, members, (width, height), stored_ids in _encoded(job, raw, image, train_ids):
+                    offset = writer.tarstream.offset
+                    writer.write({"__key__": key, **members})
+                    shard.keys.append(key)
+                    shard.offsets.append(offset)
+                    shard.lengths.append(writer.tarstream.offset - offset)
+                    shard.heights.append(height)
+                    shard.widths.append(width)
+                    if stored_ids is not None:
+                        shard.pixel_counts.append(Image.fromarray(stored_ids).histogram()[: len(job.classes)])
+                report(1, writer.tarstream.offset - start)
         file.flush()
         os.fsync(file.fileno())
     return Written(replace(shard, bytes=part.stat().st_size, sha256=file_sha256(part)), tuple(skipped))
@@ -130,7 +137,13 @@ def _reason(error: UserError, root: Path, raw: RawSample) -> str:
 
 
 def read_pair(
-    root: Path, raw: RawSample, coding: Coding, table: TrainIds, values: ValueRange | None
+    root: Path,
+    raw: RawSample,
+    coding: Coding,
+    table: TrainIds,
+    *,
+    values: ValueRange | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[Image.Image, TrainIds | None]:
     """Read a sample's image, upright in 8-bit RGB, and its train ids (height x width) if it has a label.
 
@@ -138,38 +151,59 @@ def read_pair(
         UserError: one of them cannot be read, or they differ in size.
     """
     path = root / raw.image
-    image = open_image(path, values)
+    image = open_image(path, values, max_pixels)
     if raw.label is None:
         return image, None
-    train_ids = read_label(root / raw.label, coding, table)
+    train_ids = read_label(root / raw.label, coding, table, max_pixels)
     height, width = train_ids.shape
     if (width, height) != image.size:
         raise UserError(
             f"{root / raw.label}: {width} x {height} pixels where its image {raw.image} has "
-            f"{image.width} x {image.height}{_size_remedy(path, image, (width, height))}"
+            f"{image.width} x {image.height}{_size_remedy(path, image, (width, height), max_pixels)}"
         )
     return image, train_ids
 
 
-def _encode(
-    job: ShardJob, raw: RawSample, table: TrainIds
-) -> tuple[dict[str, bytes], tuple[int, int], TrainIds | None]:
-    """Members of a sample by extension, its stored (width, height), and its labels if it has any."""
-    image, train_ids = read_pair(job.root, raw, job.coding, table, job.values)
-    size = stored_size(image, job.encoding)
-    extension, encoded = encode_image(job.root / raw.image, image, job.encoding)
-    description = {"source": raw.image, "height": size[1], "width": size[0]}
-    members = {extension: encoded, "json": json.dumps(description).encode()}
-    if train_ids is None:
-        return members, size, None
-    if size != image.size:
-        train_ids = np.asarray(Image.fromarray(train_ids).resize(size, Image.Resampling.NEAREST))
-    members["label.png"] = encode_label(train_ids)
-    return members, size, train_ids
+def _encoded(
+    job: ShardJob, raw: RawSample, image: Image.Image, train_ids: TrainIds | None
+) -> Iterator[tuple[str, dict[str, bytes], tuple[int, int], TrainIds | None]]:
+    """Key, members by extension, stored (width, height) and labels of an image, or of each of its tiles."""
+    tiled = job.encoding.tile is not None
+    for number, box in enumerate(tile_boxes(image.size, job.encoding)):
+        part = image.crop(box) if tiled else image
+        ids = train_ids[box[1] : box[3], box[0] : box[2]] if tiled and train_ids is not None else train_ids
+        if tiled and _is_empty(part, ids):
+            continue
+        size = stored_size(part, job.encoding)
+        extension, encoded = encode_image(job.root / raw.image, part, job.encoding)
+        description = {"source": raw.image, "height": size[1], "width": size[0]}
+        if tiled:
+            description |= {"top": box[1], "left": box[0]}
+        members = {extension: encoded, "json": json.dumps(description).encode()}
+        if ids is not None:
+            if size != part.size:
+                ids = np.asarray(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST))
+            members["label.png"] = encode_label(ids)
+        yield f"{raw.key}_{number}" if tiled else raw.key, members, size, ids
 
 
-def _size_remedy(path: Path, image: Image.Image, label_size: tuple[int, int]) -> str:
-    tag = orientation(open_header(path))
+def _is_empty(tile: Image.Image, train_ids: TrainIds | None) -> bool:
+    if train_ids is not None:
+        return bool((train_ids == IGNORE_INDEX).all())
+    return all(low == high for low, high in zip(*[iter(np.ravel(tile.getextrema()))] * 2, strict=True))
+
+
+def _check_stored_size(job: ShardJob, raw: RawSample, image: Image.Image) -> None:
+    width, height = stored_size(image, job.encoding)
+    if job.encoding.tile is None and width * height > MAX_PIXELS:
+        raise UserError(
+            f"{job.root / raw.image}: {width * height:,} pixels, and shards hold up to {MAX_PIXELS:,}; cut images with "
+            "--tile or shrink them with --max-edge"
+        )
+
+
+def _size_remedy(path: Path, image: Image.Image, label_size: tuple[int, int], max_pixels: int) -> str:
+    tag = orientation(open_header(path, max_pixels))
     if tag >= 5 and label_size == image.size[::-1]:
         return (
             f" once its EXIF orientation, {tag}, turns it upright, which labels keep to; turn the label likewise, or "

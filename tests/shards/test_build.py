@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from dist_pca.classes import LABEL_SETS
@@ -18,6 +20,7 @@ from dist_pca.data.decode import decode_sample
 from dist_pca.data.read import ShardReader
 from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
+from dist_pca.shards.images import Encoding, tile_boxes
 from dist_pca.shards.index import index_shards
 from dist_pca.shards.manifest import Manifest, check_classes, load_manifest
 from dist_pca.shards.recipe import load_recipe
@@ -30,6 +33,7 @@ from tests.support.raw_data import (
     make_gta5,
     make_synthia,
     png16,
+    png_header,
     random_image,
     save,
     with_orientation,
@@ -379,6 +383,75 @@ def test_labels_without_a_pixel_of_any_class_are_refused(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"out: no label has a pixel of any class, all 2 are ignored"):
         build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1)
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_tiles_cover_an_image_with_its_labels_and_empty_ones_are_left_out(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    make_folder(raw, samples=0)
+    label = np.zeros((50, 70), np.uint8)
+    label[:24, :24] = 255
+    label[:, 40:] = 1
+    with_orientation(random_image(4, 50, 70), 6, raw / "images/a.png")
+    save(Image.fromarray(label), raw / "labels/a.png")
+    manifest = build_shards("folder", raw, tmp_path / "out", workers=1, tile=(24, 24), overlap=4)
+    seen = np.zeros((50, 70), bool)
+    for sample in _samples(manifest):
+        place = json.loads(sample["json"])
+        top, left = place["top"], place["left"]
+        window = (slice(top, top + 24), slice(left, left + 24))
+        assert np.array_equal(_label(sample), label[window])
+        stored = np.asarray(Image.open(io.BytesIO(sample["png"])))
+        assert np.array_equal(stored, np.asarray(random_image(4, 50, 70))[window])
+        seen[window] = True
+    assert manifest.shards[0].keys == [f"images_a_{number}" for number in range(1, 12)]
+    assert (seen | (label == 255)).all()
+    assert verify(tmp_path / "out", deep=True, workers=1).problems == []
+    for options in ({"tile": (8, 8), "overlap": 8}, {"overlap": 2}, {"tile": (8, 8), "max_edge": 9}):
+        with pytest.raises(UserError, match="--overlap"):
+            build_shards("folder", raw, tmp_path / "no", workers=1, **options)
+
+
+def test_unlabelled_tiles_of_one_colour_are_left_out(tmp_path: Path) -> None:
+    make_folder(tmp_path / "raw", samples=0)
+    image = Image.new("RGB", (20, 10), (9, 9, 9))
+    image.paste(random_image(0, 10, 10), (10, 0))
+    save(image, tmp_path / "raw/images/a.png")
+    manifest = build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1, tile=(10, 10), unlabelled=True)
+    assert manifest.shards[0].keys == ["images_a_1"]
+
+
+@given(
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    tile=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    overlap=st.integers(0, 29),
+)
+def test_every_pixel_is_in_a_tile_of_the_wanted_size(
+    size: tuple[int, int], tile: tuple[int, int], overlap: int
+) -> None:
+    encoding = Encoding(tile=tile, overlap=min(overlap, min(tile) - 1))
+    boxes = tile_boxes(size, encoding)
+    seen = np.zeros(size[::-1], bool)
+    for left, top, right, bottom in boxes:
+        assert (bottom - top, right - left) == (min(tile[0], size[1]), min(tile[1], size[0]))
+        seen[top:bottom, left:right] = True
+    assert seen.all()
+    assert len(set(boxes)) == len(boxes)
+
+
+def test_the_bound_on_pixels_is_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "raw", samples=1)
+    arguments = ("folder", tmp_path / "raw", tmp_path / "out")
+    with pytest.raises(UserError, match=r"images/000\.png: more than 239 pixels; raise the bound with --max-pixels"):
+        build_shards(*arguments, workers=1, max_pixels=239)
+    assert build_shards(*arguments, workers=1, max_pixels=240).samples == 1
+    (tmp_path / "raw/images/000.png").write_bytes(png_header(13_500, 13_500))
+    with pytest.raises(UserError, match=r"000\.png: damaged image"):  # beyond Pillow's own bound, and not refused by it
+        build_shards(*arguments, workers=1, max_pixels=200_000_000, force=True)
+    monkeypatch.setattr("dist_pca.shards.writer.MAX_PIXELS", 100)
+    save(random_image(0), tmp_path / "raw/images/000.png")
+    with pytest.raises(UserError, match=r"000\.png: 240 pixels, and shards hold up to 100; cut images with --tile"):
+        build_shards(*arguments, workers=1, max_pixels=200_000_000, force=True)
+    assert build_shards(*arguments, workers=1, tile=(10, 10), force=True).samples == 4
 
 
 def test_what_is_passed_over_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
