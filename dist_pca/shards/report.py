@@ -46,7 +46,7 @@ def plan_tables(plan: Plan, out: Path) -> Group:
 
 def summary_table(title: str, *, samples: int, shards: int, stored: int, seconds: float, speed: str) -> Table:
     """Table with one row about what was built."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for name in ("samples", "shards", "MB", "seconds", "images/s"):
         table.add_column(name, justify="right")
     table.add_row(f"{samples:,}", f"{shards:,}", f"{stored / 1e6:,.1f}", f"{seconds:.1f}", speed)
@@ -63,7 +63,7 @@ def skipped_table(skipped: Sequence[Skipped]) -> Group:
 
 def problem_table(found: Verification) -> Group:
     """Table of the problems that a verification found."""
-    table = Table("file", "sample", "problem", title=found.folder, title_justify="left")
+    table = Table("file", "sample", "problem", title=Text(found.folder), title_justify="left")
     for problem in found.problems[:_ROWS]:
         table.add_row(Text(problem.file), Text(problem.key), Text(problem.problem))
     return Group(table, *_more(len(found.problems)))
