@@ -46,9 +46,8 @@ def report(
 
     What cannot be shown, because a file or shards are missing, is named at the end of the report.
     """
-    from rich.console import Console
-
+    from dist_pca.console import plain_console
     from dist_pca.tools.report.build import build_report
 
     built = build_report(runs, baseline, target, out, pictures=pictures)
-    Console(soft_wrap=True, highlight=False).print(built, markup=False)
+    plain_console(soft_wrap=True).print(built)
