@@ -1,7 +1,7 @@
 """Target images with what networks predict for them, and the scores of these predictions."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,11 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.markup import escape
 from rich.progress import track
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
-from dist_pca.config import RunConfig
 from dist_pca.console import plain_console
 from dist_pca.data.class_table import missing_classes
 from dist_pca.data.stream import EvaluationSample, evaluation_stream
@@ -75,7 +73,8 @@ def predict_targets(column: Column, manifest: Manifest, count: int, device: torc
     stride = max(1, manifest.samples // max(1, count))
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     result = Predicted(classes, [])
-    for index, sample in _samples(manifest, classes, config, stride, None if scored else count, column.title):
+    class_map = config.evaluation.class_map
+    for index, sample in _samples(manifest, classes, class_map, stride, None if scored else count, column.title):
         pixels = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)[None]
         size = (sample.image.shape[0], sample.image.shape[1])
         label = predict(model, pixels, input_size(config, *size), size, config.evaluation)[0].cpu()
@@ -86,29 +85,29 @@ def predict_targets(column: Column, manifest: Manifest, count: int, device: torc
             result.labels.append(label.numpy())
     if not scored:
         return result
-    missing = missing_classes(manifest, classes, config.evaluation.class_map)
-    scores = json.loads(score(counts, classes, manifest.samples, missing=missing).to_json())
-    scores |= {"confusion": counts.tolist()}
+    missing = missing_classes(manifest, classes, class_map)
+    of_all = score(counts, classes, manifest.samples, config.evaluation.label_sets, missing=missing)
+    scores = json.loads(of_all.to_json()) | {"confusion": counts.tolist()}
     step = int(column.checkpoint.rpartition("-")[2])
     return Predicted(classes, result.images, result.labels, score_record(scores, str(manifest.location), step))
 
 
 def _samples(
-    manifest: Manifest, classes: Sequence[ClassInfo], config: RunConfig, stride: int, count: int | None, title: str
+    manifest: Manifest,
+    classes: Sequence[ClassInfo],
+    class_map: Mapping[str, str],
+    stride: int,
+    count: int | None,
+    title: str,
 ) -> Iterator[tuple[int, EvaluationSample]]:
     """All samples with their index, or `count` of them, `stride` apart."""
     step = 1 if count is None else stride
     total = manifest.samples if count is None else min(count, len(range(0, manifest.samples, stride)))
     console = plain_console(stderr=True)
-    class_map = config.evaluation.class_map
-    with closing(evaluation_stream(manifest, 0, step, classes=classes, class_map=class_map, workers=0)) as samples:
+    stream = evaluation_stream(manifest, 0, step, classes=classes, class_map=class_map, workers=0)
+    with closing(stream) as samples:
         shown = track(
-            islice(samples, total),
-            escape(title),
-            total,
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
+            islice(samples, total), title, total, console=console, transient=True, disable=not console.is_terminal
         )
         for place, sample in enumerate(shown):
             yield step * place, sample
