@@ -96,14 +96,14 @@ def main(
         from dist_pca.data.stream import LOST_LOADER
         from dist_pca.evaluation.training_pictures import training_pictures
         from dist_pca.evaluation.validation import validate
-        from dist_pca.shards.manifest import check_classes
+        from dist_pca.shards.manifest import describe_empty_classes
         from dist_pca.training.prepare import prepare_run
         from dist_pca.training.run_folder import is_finished
         from dist_pca.training.trainer import Trainer
 
         world_size, local_ranks = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         prepared = prepare_run(run, world_size=world_size, resume=resume, local_ranks=local_ranks)
-        for warning in {check_classes(source) for source in prepared.sources} - {""}:
+        for warning in {describe_empty_classes(source) for source in prepared.sources} - {""}:
             if rank == 0:
                 _print(f"warning: {warning}")
         if is_finished(run):

@@ -38,6 +38,16 @@ dist-pca shards build my_recipe.yaml --root raw/mine --out data/mine --tile 512 
 dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task $SLURM_ARRAY_TASK_ID --tasks 8
 """
 
+_MERGE_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task 0 --tasks 2
+
+dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --task 1 --tasks 2
+
+dist-pca shards merge data/gta5
+"""
+
 _CHECK_EXAMPLES = """
 [bold]Examples[/]
 
@@ -163,7 +173,7 @@ def build(
     A finished build is not repeated.
     """
     from dist_pca.shards.build import build_part, build_shards
-    from dist_pca.shards.manifest import check_classes
+    from dist_pca.shards.manifest import describe_empty_classes
     from dist_pca.shards.plan import PlanOptions, make_plan, parse_bytes
     from dist_pca.shards.sample import MAX_PIXELS
     from dist_pca.shards.staging import STAGING, read_skipped
@@ -212,7 +222,7 @@ def build(
             else:
                 manifest = build_shards(recipe, root, out, workers=workers, force=force, progress=count, **options)
                 samples, shards, skipped = manifest.samples, len(manifest.shards), read_skipped(out)
-                warnings.append(check_classes(manifest))
+                warnings.append(describe_empty_classes(manifest))
                 stored = sum(shard.bytes for shard in manifest.shards)
     except KeyboardInterrupt:
         if (out / STAGING).exists():
@@ -271,18 +281,18 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command("merge")
+@app.command("merge", epilog=_MERGE_EXAMPLES)
 def merge(
     out: Annotated[Path, typer.Argument(help="The --out folder of all parts.", show_default=False)],
 ) -> None:
     """Join the parts made by [bold]build --task[/] into one shard folder, byte for byte that of a single build."""
     from dist_pca.shards.build import merge_parts
-    from dist_pca.shards.manifest import check_classes
+    from dist_pca.shards.manifest import describe_empty_classes
     from dist_pca.shards.staging import read_skipped
 
     manifest = merge_parts(out)
     _print_skipped(read_skipped(out), manifest.samples)
-    _print_warnings(check_classes(manifest))
+    _print_warnings(describe_empty_classes(manifest))
     typer.echo(f"{out}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
 
 
@@ -346,7 +356,7 @@ def index(
     Shards are only read; nothing is extracted. A class table is needed only if there are labels.
     """
     from dist_pca.shards.index import class_table, index_shards
-    from dist_pca.shards.manifest import check_classes
+    from dist_pca.shards.manifest import describe_empty_classes
     from dist_pca.shards.progress import shown_progress
     from dist_pca.shards.walk import walk
 
@@ -366,7 +376,7 @@ def index(
     else:
         first = walk(folder / manifest.shards[0].name)[0]
         labels = f"no labels in {manifest.label_member} (the first sample has {', '.join(sorted(first.members))})"
-    _print_warnings(check_classes(manifest))
+    _print_warnings(describe_empty_classes(manifest))
     typer.echo(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, {labels}")
 
 

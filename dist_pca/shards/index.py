@@ -9,7 +9,7 @@ from typing import BinaryIO, TypeVar
 from dist_pca.classes import LABEL_SETS, ClassInfo, label_set
 from dist_pca.errors import UserError
 from dist_pca.files import file_sha256
-from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, check_classes, save_manifest
+from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, describe_empty_classes, save_manifest
 from dist_pca.shards.pool import Progress, Report, run_jobs
 from dist_pca.shards.recipe import Coding, Recipe, Split
 from dist_pca.shards.sample import image_member, image_size, label_counts
@@ -91,7 +91,7 @@ def index_shards(
         label_member=label_member.lower(),
         image_member=image_member,
     )
-    check_classes(manifest)
+    describe_empty_classes(manifest)
     try:
         save_manifest(manifest)
     except OSError as error:

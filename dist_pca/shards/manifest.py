@@ -137,7 +137,7 @@ def shards_digest(manifest: Manifest) -> str:
     return hashlib.sha256("\n".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
 
 
-def check_classes(manifest: Manifest) -> str:
+def describe_empty_classes(manifest: Manifest) -> str:
     """Warning that names the classes of which no label has a pixel; empty if there are none, or no labels.
 
     Raises:

@@ -18,7 +18,7 @@ from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.files import write_json, write_whole
 from dist_pca.shards.build_lock import locked
-from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, check_classes, load_manifest, save_manifest
+from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, describe_empty_classes, load_manifest, save_manifest
 from dist_pca.shards.plan import OnError, Plan
 from dist_pca.shards.writer import Skipped, Written, read_written
 
@@ -201,7 +201,7 @@ def publish(out: Path, plan: Outline) -> Manifest:
     manifest = Manifest(
         staging, plan.recipe, plan.recipe_version, plan.split, plan.labelled, plan.classes, shards, plan.fingerprint
     )
-    check_classes(replace(manifest, folder=out))
+    describe_empty_classes(replace(manifest, folder=out))
     if skipped:
         write_json(staging / SKIPPED_NAME, [asdict(sample) for sample in skipped])
     # From here on the build is committed: if this process is killed, the next one finishes the move.

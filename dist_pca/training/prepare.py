@@ -19,7 +19,7 @@ from dist_pca.model.backbone import check_size
 from dist_pca.model.segmenter import Segmenter, backbone_options, build_segmenter, fit_to_crop
 from dist_pca.objective.class_weights import class_weights
 from dist_pca.objective.feature_distance import thing_classes
-from dist_pca.shards.manifest import Manifest, check_classes
+from dist_pca.shards.manifest import Manifest, describe_empty_classes
 from dist_pca.training.accumulation import fit_accumulation, fit_batches
 from dist_pca.training.checkpoint import latest_checkpoint
 from dist_pca.training.deepspeed_config import reconcile_launcher
@@ -76,7 +76,7 @@ def prepare_run(
     for key, batch in config.batches.items():
         micro_batch_size(batch, world_size=world_size, accumulation=config.training.accumulation, key=key)
     for manifest in sources:
-        check_classes(manifest)
+        describe_empty_classes(manifest)
     for manifest in (*sources, *targets):
         check_crop(manifest, config.data.shorter_edge, config.data.crop)
     build_sampler(config.data, sources, "source", config.seed, targets=targets)

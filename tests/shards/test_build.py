@@ -22,7 +22,7 @@ from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.images import Encoding, tile_boxes
 from dist_pca.shards.index import index_shards
-from dist_pca.shards.manifest import Manifest, check_classes, load_manifest
+from dist_pca.shards.manifest import Manifest, describe_empty_classes, load_manifest
 from dist_pca.shards.recipe import load_recipe
 from dist_pca.shards.verify import verify
 from tests.support.raw_data import (
@@ -366,13 +366,13 @@ def test_masks_of_0_and_255_are_a_warning_that_names_the_coding(tmp_path: Path) 
         mask[number:6] = 255
         save(Image.fromarray(mask), tmp_path / f"raw/labels/{number:03d}.png")
     manifest = build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1)
-    warning = check_classes(manifest)
+    warning = describe_empty_classes(manifest)
     assert "no label has a pixel of class 1;" in warning
     assert "`ids: {0: class 0, 255: class 1}`" in warning
     recipe = load_recipe("folder")
     coding = recipe.coding.model_copy(update={"ids": {0: "class 0", 255: "class 1"}})
     fixed = build_shards(recipe.model_copy(update={"coding": coding}), tmp_path / "raw", tmp_path / "b", workers=1)
-    assert check_classes(fixed) == ""
+    assert describe_empty_classes(fixed) == ""
     assert fixed.pixel_counts == [240 * 2 - 220, 220]
 
 

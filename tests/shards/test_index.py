@@ -15,7 +15,7 @@ from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.index import class_table, index_shards
 from dist_pca.shards.inspect import grid
-from dist_pca.shards.manifest import check_classes, load_manifest
+from dist_pca.shards.manifest import describe_empty_classes, load_manifest
 from dist_pca.shards.verify import verify
 from tests.support.foreign_shards import label, sample, write
 from tests.support.raw_data import blocks, make_folder, png16, with_orientation
@@ -127,7 +127,7 @@ def test_labels_of_nothing_are_refused_and_an_empty_class_is_a_warning(tmp_path:
     assert not (tmp_path / "theirs/manifest.json").exists()
     two = {**sample("1"), "label.png": label(np.full((12, 20), 1, np.uint8))}
     manifest = index_shards(write(tmp_path / "two", [two]), classes=CLASSES, workers=1)
-    assert "no label has a pixel of a, c; check that their values" in check_classes(manifest)
+    assert "no label has a pixel of a, c; check that their values" in describe_empty_classes(manifest)
 
 
 def test_members_of_any_name_are_indexed_read_and_verified(tmp_path: Path) -> None:

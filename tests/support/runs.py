@@ -27,7 +27,7 @@ def overrides(folder: Path, name: str, *more: str) -> list[str]:
             "training.log_every=1",
             "training.checkpoint_every=3",
         ),
-        *("training.source_batch=4", "training.target_batch=4", "optimizer.lr=1e-4"),
+        *("training.source_batch=4", "training.target_batch=4", "optimizer.lr=1e-4", "telemetry.report=false"),
         *more,
     ]
 
