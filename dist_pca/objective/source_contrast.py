@@ -50,7 +50,7 @@ def source_contrast(
     own = own[_first_of_each(flat_labels[own], flat_turns[own], anchors)]
     num_classes = _class_count(flat_labels[own])
     if world_size() > 1:
-        last = _last_turns(flat_labels[own], flat_turns[own], num_classes, anchors)
+        last = last_turns(flat_labels[own], flat_turns[own], num_classes, anchors)
         own = own[flat_turns[own] <= last[flat_labels[own]]]
 
     queries = F.normalize(features.flatten(2).mT.flatten(0, 1)[own], dim=1)
@@ -92,7 +92,7 @@ def _class_count(classes: torch.Tensor) -> int:
     return int(largest) + 1
 
 
-def _last_turns(classes: torch.Tensor, turns: torch.Tensor, num_classes: int, count: int) -> torch.Tensor:
+def last_turns(classes: torch.Tensor, turns: torch.Tensor, num_classes: int, count: int) -> torch.Tensor:
     """Turn of the last of the first `count` pixels of each class over all ranks, int64 [K]. Collective.
 
     Its digits are found from the highest to the lowest, by how many pixels of all ranks have each, so that no rank
