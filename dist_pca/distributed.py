@@ -80,6 +80,27 @@ def all_gather(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch
     return gathered
 
 
+def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all ranks, with gradient. Collective, as is the backward pass.
+
+    Every rank's loss depends on the sum, so the gradients of all ranks' copies are summed, too.
+    """
+    if world_size() == 1:
+        return x
+    total: torch.Tensor = _SumOverRanks.apply(x)
+    return total
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(gradient.contiguous())
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

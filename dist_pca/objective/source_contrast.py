@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from dist_pca.distributed import all_gather, world_size
+from dist_pca.distributed import all_gather, all_reduce_sum, sum_over_ranks, world_size
 from dist_pca.objective.reduction import world_mean
 
 IGNORE_INDEX = 255
+_TURNS, _DIGITS = 2**62, 256
+"""Number of a pixel's possible random priorities, its turns, and of values of the digit that is sought at a time."""
 
 
 def source_contrast(
@@ -41,24 +43,25 @@ def source_contrast(
     device, (count, pixels) = labels.device, labels.shape
     turns = torch.empty(count, pixels, dtype=torch.int64)
     for turn, seed in zip(turns, seeds, strict=True):
-        torch.randint(2**62, (pixels,), generator=torch.Generator().manual_seed(seed), out=turn)
+        torch.randint(_TURNS, (pixels,), generator=torch.Generator().manual_seed(seed), out=turn)
     flat_labels, flat_turns = labels.flatten(), turns.flatten().to(device)
     # A pixel that is not among its rank's first `anchors` of a class cannot be among the first of all ranks.
     own = (flat_labels != IGNORE_INDEX).nonzero()[:, 0]
     own = own[_first_of_each(flat_labels[own], flat_turns[own], anchors)]
-    classes, class_turns = all_gather(torch.stack([flat_labels[own], flat_turns[own]], dim=1)).unbind(dim=1)
-    drawn = _first_of_each(classes, class_turns, anchors)
-    before = _rows_before(own)
-    own = own[drawn[before : before + len(own)]]
+    num_classes = _class_count(flat_labels[own])
+    if world_size() > 1:
+        last = last_turns(flat_labels[own], flat_turns[own], num_classes, anchors)
+        own = own[flat_turns[own] <= last[flat_labels[own]]]
 
     queries = F.normalize(features.flatten(2).mT.flatten(0, 1)[own], dim=1)
-    keys, key_classes = all_gather(queries), classes[drawn]
+    places, key_classes = _places(flat_labels[own], num_classes)
+    # Every rank puts its rows into their places, and zeros elsewhere.
+    keys = sum_over_ranks(queries.new_zeros(len(key_classes), queries.shape[1]).index_copy(0, places, queries))
     # s_ij / t
     logits = queries @ keys.T / temperature
     same = flat_labels[own][:, None] == key_classes
     positive = same.clone()
-    rows = torch.arange(len(own), device=device)
-    positive[rows, drawn[:before].sum() + rows] = False
+    positive[torch.arange(len(own), device=device), places] = False
     counted = positive.any(dim=1) & ~same.all(dim=1)
     logits, same, positive = logits[counted], same[counted], positive[counted]
     # ln sum_{n in N_i} exp(s_in / t)
@@ -81,9 +84,42 @@ def _first_of_each(classes: torch.Tensor, turns: torch.Tensor, count: int) -> to
     return first
 
 
-def _rows_before(own: torch.Tensor) -> int:
-    """Number of rows of all lower ranks; each rank has as many as its `own`. Collective."""
-    if world_size() == 1:
-        return 0
-    counts = all_gather(torch.tensor([len(own)], device=own.device))
-    return int(counts[: dist.get_rank()].sum())
+def _class_count(classes: torch.Tensor) -> int:
+    """Largest class of all ranks, and one more. Collective."""
+    largest = classes.max() if len(classes) else classes.new_zeros(())
+    if world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest) + 1
+
+
+def last_turns(classes: torch.Tensor, turns: torch.Tensor, num_classes: int, count: int) -> torch.Tensor:
+    """Turn of the last of the first `count` pixels of each class over all ranks, int64 [K]. Collective.
+
+    Its digits are found from the highest to the lowest, by how many pixels of all ranks have each, so that no rank
+    needs the others' turns. Of a class with fewer pixels it is the largest turn there is.
+    """
+    last = torch.zeros(num_classes, dtype=torch.int64, device=classes.device)
+    wanted = torch.full_like(last, count)
+    bits = _DIGITS.bit_length() - 1
+    for shift in range(_TURNS.bit_length() // bits * bits, -1, -bits):
+        # Pixels that have the digits found so far. No turn has a sign, so that none is left of the highest digit.
+        alike = turns >> min(shift + bits, 63) == (last >> min(shift + bits, 63))[classes]
+        cells = classes[alike] * _DIGITS + (turns[alike] >> shift) % _DIGITS
+        up_to = all_reduce_sum(torch.bincount(cells, minlength=num_classes * _DIGITS)).view(-1, _DIGITS).cumsum(dim=1)
+        digit = (up_to < wanted[:, None]).sum(dim=1).clamp(max=(_TURNS - 1 >> shift) % _DIGITS)
+        wanted -= F.pad(up_to, (1, 0)).gather(1, digit[:, None])[:, 0]
+        last += digit << shift
+    return last
+
+
+def _places(classes: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of n rows among those of all ranks, int64 [n], and the classes there, in rising order. Collective."""
+    own = torch.bincount(classes, minlength=num_classes)
+    counts = all_gather(own[None])
+    totals = counts.sum(dim=0)
+    before = counts[: dist.get_rank() if world_size() > 1 else 0].sum(dim=0)
+    order = classes.argsort(stable=True)
+    within = torch.arange(len(classes), device=classes.device) - (own.cumsum(0) - own)[classes[order]]
+    places = torch.empty_like(classes)
+    places[order] = (totals.cumsum(0) - totals + before)[classes[order]] + within
+    return places, torch.arange(num_classes, device=classes.device).repeat_interleave(totals)

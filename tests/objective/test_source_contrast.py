@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_pca.objective.source_contrast import source_contrast
+from dist_pca.objective.source_contrast import last_turns, source_contrast
 from tests.support.ranks import run_on_ranks
 
 CLASSES, GRID = 4, (5, 6)
@@ -97,6 +97,22 @@ def test_descending_it_separates_classes() -> None:
     cosines = pixels @ pixels.T
     same = labels.mT == labels
     assert cosines[same].min() > cosines[~same].max()
+
+
+@given(
+    pixels=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60)), max_size=40, unique_by=lambda pixel: pixel[1]),
+    shift=st.integers(0, 56),
+    count=st.integers(1, 12),
+)
+def test_the_last_turn_of_those_drawn_is_found_from_counts_of_its_digits(
+    pixels: list[tuple[int, int]], shift: int, count: int
+) -> None:
+    classes, turns = (torch.tensor([pixel[i] for pixel in pixels], dtype=torch.int64) for i in (0, 1))
+    turns = (turns << shift) + 5
+    last = last_turns(classes, turns, 3, count)
+    for label in range(3):
+        drawn = turns[(classes == label) & (turns <= last[label])]
+        assert drawn.sort().values.tolist() == turns[classes == label].sort().values[:count].tolist()
 
 
 def of_rank(rank: int, ranks: int, anchors: int) -> dict[str, Any]:
