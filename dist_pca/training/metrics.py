@@ -74,7 +74,8 @@ METRIC_UNITS = {
     for unit, names in {
         "updates": ("step",),
         "nats": (
-            *("ce", "source_contrast", "smoothness_source, smoothness_target", "self_training", "masked_consistency"),
+            *("ce", "source_contrast", "class_statistics", "smoothness_source, smoothness_target"),
+            *("self_training", "masked_consistency"),
             *("association_LEVEL", "mutual_information_bound_LEVEL"),
         ),
         "cycles": ("kept_LEVEL", "kept_per_class_LEVEL"),
