@@ -83,7 +83,7 @@ METRIC_UNITS = {
         "0 to 1": (
             *("skipped_share", "confident_share", "pseudo_label_accuracy", "cover_ratio_LEVEL"),
             *("consistent_ratio_LEVEL", "correct_ratio_LEVEL", "kept_correct_ratio_LEVEL", "validation_mean_iou"),
-            *("data_wait_share", "flop_utilisation"),
+            *("validation_iou", "data_wait_share", "flop_utilisation"),
         ),
         "s": ("seconds_per_step", "seconds"),
         "images/s": ("images_per_second",),
