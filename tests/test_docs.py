@@ -78,6 +78,19 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
+def test_messages_that_troubleshooting_quotes_are_the_codes() -> None:
+    code = " ".join(path.read_text() for path in sorted((ROOT / "dist_pca").rglob("*.py")))
+    # Strings that are continued in the next line, and values that are put in.
+    code = re.sub(r"\{[^{}]*\}", "~", re.sub(r'"\s*\n\s*f?"', "", code).replace("{MANIFEST_NAME}", "manifest.json"))
+    # Of a library, of a shell, and a field of the metrics.
+    others = ("operator torchvision", "dist-pca: command", "make demo", "cover_ratio_LEVEL", "confident_share")
+    for symptom in re.findall(r"^\| (?!symptom)(.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE):
+        for quoted in re.findall(r"`([^`]+)`", symptom):
+            if not quoted.startswith(others):
+                for part in quoted.split("..."):
+                    assert part.strip(" ,:()") in code, quoted
+
+
 @pytest.mark.parametrize("page", MANUAL, ids=lambda page: page.name)
 def test_generated_tables_are_those_of_the_code(page: Path) -> None:
     assert updated(page.read_text()) == page.read_text(), "run `python -m dist_pca.tools.manual docs`"
