@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(READY)
 	@$(VENV)/bin/dist-pca demo
@@ -17,6 +17,11 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python tests/language.py
 
+# The manual as a site, in site/.
+docs: $(READY)
+	$(VENV)/bin/python -m dist_pca.tools.manual docs
+	$(VENV)/bin/mkdocs build --strict
+
 $(READY): pyproject.toml
 	@echo "setting up $(VENV): PyTorch, DeepSpeed and what they need, several GB"
 	@$(PYTHON) -m venv $(VENV)
@@ -25,4 +30,4 @@ $(READY): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs/demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs/demo build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

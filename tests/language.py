@@ -1,4 +1,4 @@
-"""Refuse a private language in docstrings, comments, messages and the README; `make lint` runs this script.
+"""Refuse a private language in docstrings, comments, messages and the manual; `make lint` runs this script.
 
 A docstring's first line must stand alone in a tooltip, and a thing has the name that an engineer from the field would
 search for. Each finding is one line, `file:line: what: use instead`; the exit code is 1 where there is any.
@@ -83,7 +83,8 @@ def _comments(code: str) -> Iterator[tuple[int, str]]:
 
 def main() -> int:
     """Print every finding in this checkout."""
-    files = [*sorted(ROOT.glob("dist_pca/**/*.py")), ROOT / "README.md", *sorted(ROOT.glob("launch/slurm/*.sbatch"))]
+    patterns = ("dist_pca/**/*.py", "*.md", "docs/*.md", "launch/slurm/*.sbatch")
+    files = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     names = [(path.relative_to(ROOT).as_posix(), path) for path in files]
     found = [line for name, path in names for line in findings(name, path.read_text("utf-8"))]
     print("\n".join(found), end="\n" if found else "")

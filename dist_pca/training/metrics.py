@@ -69,6 +69,30 @@ METRICS = {
     "peak_memory_bytes": "highest so far on any rank: tensors on a GPU, on a CPU all that is resident",
 }
 """Every field of a line and what it is; LEVEL is `features` or `predictions`."""
+METRIC_UNITS = {
+    name: unit
+    for unit, names in {
+        "updates": ("step",),
+        "nats": (
+            *("ce", "source_contrast", "class_statistics", "smoothness_source, smoothness_target"),
+            *("self_training", "masked_consistency"),
+            *("association_LEVEL", "mutual_information_bound_LEVEL"),
+        ),
+        "cycles": ("kept_LEVEL", "kept_per_class_LEVEL"),
+        "matches": ("confusion_LEVEL", "kept_confusion_LEVEL"),
+        "0 to 1": (
+            *("skipped_share", "confident_share", "pseudo_label_accuracy", "cover_ratio_LEVEL"),
+            *("consistent_ratio_LEVEL", "correct_ratio_LEVEL", "kept_correct_ratio_LEVEL", "validation_mean_iou"),
+            *("validation_iou", "data_wait_share", "flop_utilisation"),
+        ),
+        "s": ("seconds_per_step", "seconds"),
+        "images/s": ("images_per_second",),
+        "FLOP/s": ("flops_per_second",),
+        "bytes": ("communication_bytes_LEVEL", "peak_memory_bytes"),
+    }.items()
+    for name in names
+}
+"""Unit of a field; a field that is not here is a pure number."""
 TIMING = (
     *("seconds_per_step", "seconds", "data_wait_share", "images_per_second"),
     *("flops_per_second", "flop_utilisation", "peak_memory_bytes"),

