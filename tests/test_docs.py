@@ -16,6 +16,7 @@ from tests.support.command_lines import (
     KEYS,
     MANUAL,
     MARK,
+    PAGES,
     README,
     ROOT,
     Line,
@@ -29,9 +30,8 @@ from tests.support.command_lines import (
 from tests.support.reader import SMALLER, assert_left, link_what_heads_name, make_folder, type_line
 
 pytestmark = in_checkout
-PAGES = [README, ROOT / "CONTRIBUTING.md", *MANUAL]
 LINES = [*(line for page in PAGES for line in page_lines(page)), *shipped_lines("")]
-BUILDS = [line for line in page_lines(README) if line.text.startswith("dist-pca shards build")]
+BUILDS = [line for line in LINES if line.file == "README.md" and line.text.startswith("dist-pca shards build")]
 LAUNCHERS = [line for line in shipped_lines("launch/accelerate/") if not line.marked]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

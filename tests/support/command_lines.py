@@ -25,6 +25,7 @@ from dist_pca.train import resolve_config
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 MANUAL = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [page for page in (README, ROOT / "CONTRIBUTING.md", *MANUAL) if page.is_file()]
 SHIPPED = resource("configs", "demo").parents[1]
 in_checkout = pytest.mark.skipif(not README.is_file(), reason="the README is beside the tests in a checkout only")
 MARK = "not run by the tests"
