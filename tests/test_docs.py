@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_pca.config.section import Section
 from dist_pca.shards.build import build_shards
+from dist_pca.shards.recipe import Coding, Recipe, Split
 from dist_pca.tools.manual import config_sections, updated
 from tests.support.command_lines import (
     KEYS,
@@ -94,6 +96,13 @@ def test_messages_that_troubleshooting_quotes_are_the_codes() -> None:
 @pytest.mark.parametrize("page", MANUAL, ids=lambda page: page.name)
 def test_generated_tables_are_those_of_the_code(page: Path) -> None:
     assert updated(page.read_text()) == page.read_text(), "run `python -m dist_pca.tools.manual docs`"
+
+
+@pytest.mark.parametrize("section", [Recipe, Coding, Split])
+def test_every_key_of_a_recipe_is_explained(section: type[Section]) -> None:
+    page = (ROOT / "docs/your-data.md").read_text()
+    for key in section.model_fields:
+        assert re.search(rf"^\|.*[`.]{key}[`.]", page, re.MULTILINE), key
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
