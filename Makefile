@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
+# The quick tests run on all cores, and what PYTEST_ARGS selects in their place runs one by one.
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 8 --dist worksteal
+
 .PHONY: demo test lint docs clean
 
 demo: $(READY)
