@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import dist_pca
-from dist_pca.console import plain_console, print_error
+from dist_pca.console import DEBUG, QUIET, plain_console, print_error
 from dist_pca.errors import UserError
 from dist_pca.evaluation.commands import app as evaluation_app
 from dist_pca.options import Launcher, Processes, Resume
@@ -28,7 +28,6 @@ from dist_pca.tools.study.commands import app as study_app
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train semantic segmentation that adapts to a new domain without labels, on one GPU or many.",
@@ -88,8 +87,14 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors too.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors alone, and no progress.")
+    ] = False,
 ) -> None:
-    pass
+    for name, wanted in ((DEBUG, debug), (QUIET, quiet)):
+        if wanted:
+            os.environ[name] = "1"
 
 
 @app.command("train", epilog=_TRAIN_EXAMPLES)

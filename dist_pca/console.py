@@ -4,27 +4,44 @@ Rich would take `[red]` in a name for a style, and `:car:` for a picture. What i
 Descriptions of progress bars are the exception: rich reads markup in them, so they hold no names.
 """
 
+import os
+import sys
+import traceback
 from typing import IO
 
 from rich.console import Console
 
+DEBUG = "DIST_PCA_DEBUG"
+"""Environment variable of `--debug`, which ranks inherit."""
+QUIET = "DIST_PCA_QUIET"
+"""Environment variable of `--quiet`."""
+
 
 def plain_console(
-    *, stderr: bool = False, soft_wrap: bool = False, quiet: bool = False, file: IO[str] | None = None
+    *,
+    stderr: bool = False,
+    soft_wrap: bool = False,
+    quiet: bool = False,
+    always: bool = False,
+    file: IO[str] | None = None,
 ) -> Console:
     """Create a console that interprets nothing in strings.
 
     Args:
         stderr: Print to stderr and not to stdout.
         soft_wrap: Leave lines as long as they are; for messages, not for tables.
-        quiet: Print nothing.
+        quiet: Print nothing. With `dist-pca --quiet`, what would go to stderr is not printed either.
+        always: Print to stderr with `--quiet` too; for warnings and errors.
         file: Print to this file.
     """
+    quiet = quiet or (stderr and not always and QUIET in os.environ)
     return Console(
         stderr=stderr, soft_wrap=soft_wrap, quiet=quiet, file=file, markup=False, emoji=False, highlight=False
     )
 
 
 def print_error(message: str) -> None:
-    """Print an error as one red line on stderr."""
-    plain_console(stderr=True, soft_wrap=True).print(f"error: {message}", style="red")
+    """Print an error as one red line on stderr, after the traceback of what is being handled if that is asked for."""
+    if DEBUG in os.environ and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    plain_console(stderr=True, soft_wrap=True, always=True).print(f"error: {message}", style="red")

@@ -30,8 +30,8 @@ def resolve_config(name: str, overrides: list[str]) -> RunConfig:
     )
 
 
-def _print(message: str) -> None:
-    plain_console(stderr=True, soft_wrap=True).print(message)
+def _print(message: str, *, always: bool = False) -> None:
+    plain_console(stderr=True, soft_wrap=True, always=always).print(message)
 
 
 class LineHandler(logging.Handler):
@@ -39,7 +39,7 @@ class LineHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a message."""
-        _print(self.format(record))
+        _print(self.format(record), always=record.levelno >= logging.WARNING)
 
 
 def _set_up_logging() -> None:
@@ -69,7 +69,8 @@ def write_report(config: RunConfig) -> str:
         return f"; {write_run_report(config.folder)} shows the run"
     # Training is done and saved: nothing about a report may end it as a failure.
     except Exception as error:
-        _print(f"warning: no report of the run ({type(error).__name__}: {' '.join(str(error).split())})")
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        _print(f"warning: no report of the run ({why})", always=True)
         return ""
 
 
@@ -105,7 +106,7 @@ def main(
         prepared = prepare_run(run, world_size=world_size, resume=resume, local_ranks=local_ranks)
         for warning in {describe_empty_classes(source) for source in prepared.sources} - {""}:
             if rank == 0:
-                _print(f"warning: {warning}")
+                _print(f"warning: {warning}", always=True)
         if is_finished(run):
             if rank == 0:
                 _print(f"{run.folder}: all {run.training.steps} steps are done already")

@@ -405,10 +405,10 @@ def _print_skipped(skipped: "Sequence[Skipped]", kept: int) -> None:
     if skipped:
         from dist_pca.shards.report import skipped_table
 
-        plain_console(stderr=True).print(skipped_table(skipped))
+        plain_console(stderr=True, always=True).print(skipped_table(skipped))
         _print_warnings(f"{len(skipped):,} of {len(skipped) + kept:,} samples were skipped")
 
 
 def _print_warnings(*warnings: str) -> None:
     for text in filter(None, warnings):
-        plain_console(stderr=True, soft_wrap=True).print(f"warning: {text}", style="yellow")
+        plain_console(stderr=True, soft_wrap=True, always=True).print(f"warning: {text}", style="yellow")
