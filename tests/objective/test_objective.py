@@ -164,6 +164,24 @@ def test_smoothness_sharpens_below_its_threshold_and_smooths_above() -> None:
         assert (logits.grad[0, 0] < 0).item() is grows
 
 
+def test_smoothness_is_the_papers_formula_pixel_by_pixel() -> None:
+    logits = 6 * torch.randn(2, CLASSES, 2, 3, generator=torch.Generator().manual_seed(0))
+    losses, slopes, threshold = [], [], 3.0
+    for pixel in logits.permute(0, 2, 3, 1).reshape(-1, CLASSES).tolist():
+        normaliser = math.log(sum(math.exp(x) for x in pixel))
+        smoothed = sum(normaliser - x for x in pixel) / CLASSES
+        losses.append((smoothed / threshold - 1) * smoothed)
+        # d l / d x_c = P_c - 1 / K; the factor before l has no gradient.
+        slopes.append([(smoothed / threshold - 1) * (math.exp(x - normaliser) - 1 / CLASSES) for x in pixel])
+    logits.requires_grad_()
+    loss = smoothness(logits, threshold)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert logits.grad is not None
+    found = len(losses) * logits.grad.permute(0, 2, 3, 1).reshape(-1, CLASSES)
+    torch.testing.assert_close(found, torch.tensor(slopes), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("sampling", ["grid", "balanced"])
 def test_a_budget_limits_the_positions_of_every_image(sampling: str) -> None:
     net = network()
