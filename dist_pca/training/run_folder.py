@@ -53,6 +53,12 @@ FILES = (
 """Files that a run writes into its folder, beside its checkpoints."""
 _NOTABLE_CHANGE = 0.001
 """Change of the learning rate, relative to what it was, that is worth a word where a run resumes."""
+_REWRITTEN = {
+    "classes.json": "classes are not compared with those the run was trained on; writing it again",
+    "data.json": "shards are not compared with those the run was trained on; writing it again",
+    "metrics.jsonl": "earlier steps are lost to it; writing on from here",
+}
+"""Files that a resumed run can do without, and what their loss means."""
 _OLD_LAUNCH_FIELDS = {"born": "create_time"}
 """New field by the one that version 0.1 wrote."""
 PACKAGES = ("torch", "deepspeed", "accelerate", "timm", "webdataset")
@@ -193,6 +199,9 @@ def check_resume(config: RunConfig, resume: bool | None, data: RunData | None = 
         return
     if not (checkpoint.parent / "latest").is_file():
         _log.info("%s/latest is missing; resuming from %s, the newest", checkpoint.parent, checkpoint.name)
+    for name, consequence in _REWRITTEN.items():
+        if not (folder / name).is_file():
+            _log.info("%s is missing: %s", folder / name, consequence)
     state = read_state(checkpoint)
     if (before := state.get("code")) != code_version():
         _log.info("resuming with dist-pca %s; %s was saved by %s", code_version(), checkpoint.name, before)
