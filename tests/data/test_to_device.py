@@ -8,16 +8,7 @@ import torch
 from dist_pca.data.collate import Batch
 from dist_pca.data.to_device import to_device
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(
-            not torch.cuda.is_available(),
-            reason="copies to a GPU, and there is none",
-        ),
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def numbered(ended: list[int]) -> Generator[Batch, None, None]:
