@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test gpu lint docs clean
 
 demo: $(READY)
 	@$(VENV)/bin/dist-pca demo
 
 test: $(READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# Everything that needs a GPU, in nine minutes: tests, benches, a short run, and a record of them.
+gpu: $(READY)
+	@$(VENV)/bin/dist-pca bench gpu $(GPU_ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
