@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from dist_pca.tools.bench.demonstration import train_demonstration
@@ -26,7 +27,7 @@ FIGURES = (
 )
 
 
-def measure_run(folder: Path, settings: dict[str, object], steps: int) -> list[Record]:
+def measure_run(folder: Path, settings: Mapping[str, object], steps: int) -> list[Record]:
     """Train for some steps, and give the figures of the last line of metrics.
 
     Args:

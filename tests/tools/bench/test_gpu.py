@@ -1,6 +1,7 @@
 """Stages of small commands stand for tests and benches, as no test has a GPU's time."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from dist_pca.tools.bench import gpu
 from dist_pca.tools.bench.gpu import Stage, measure_gpu, stages
 from dist_pca.tools.bench.gpu_record import load_records
 from dist_pca.tools.bench.outcomes import read_outcomes
+from tests.support.command_lines import in_checkout
 
 TESTS = """
 import pytest
@@ -113,6 +115,22 @@ def test_without_a_gpu_one_line_says_so_and_nothing_is_written(
     (line,) = capfd.readouterr().err.splitlines()
     assert "bench gpu: there is no CUDA GPU" in line
     assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@in_checkout
+def test_the_stages_of_tests_run_every_file_that_has_tests_for_a_gpu(tmp_path: Path) -> None:
+    marked = set()
+    for stage in stages(tmp_path / "association.csv"):
+        if stage.command[2] == "pytest":
+            run = subprocess.run([*stage.command, "--collect-only"], cwd=gpu.CHECKOUT, capture_output=True, text=True)
+            assert run.returncode == 0, run.stdout + run.stderr
+            marked |= {line.partition(":")[0] for line in run.stdout.splitlines() if line.startswith("tests/")}
+    everything = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider"]
+    run = subprocess.run(everything, cwd=gpu.CHECKOUT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert marked == {line.partition(":")[0] for line in run.stdout.splitlines() if line.startswith("tests/")}
 
 
 def test_every_stage_is_a_command_that_can_be_read(tmp_path: Path) -> None:
