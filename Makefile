@@ -6,13 +6,17 @@ READY := $(VENV)/.ready
 # The quick tests run on all cores, and what PYTEST_ARGS selects in their place runs one by one.
 PYTEST_ARGS ?= --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test gpu lint docs clean
 
 demo: $(READY)
 	@$(VENV)/bin/dist-pca demo
 
 test: $(READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# Everything that needs a GPU, in nine minutes: tests, benches, a short run, and a record of them.
+gpu: $(READY)
+	@$(VENV)/bin/dist-pca bench gpu $(GPU_ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

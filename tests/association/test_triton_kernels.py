@@ -27,12 +27,15 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 TYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
-if torch.cuda.is_available() and not INTERPRETED:
-    on_device = pytest.mark.skipif(not triton_launch.can_run(DEVICE), reason="the GPU is older than Ampere")
-else:
-    on_device = pytest.mark.skipif(
-        not INTERPRETED, reason="no GPU: these run interpreted, within test_kernels_are_the_formulas_when_interpreted"
-    )
+
+def on_device(test: Any) -> Any:
+    """Run a test interpreted where Triton interprets, and otherwise on a GPU that has what the kernels need."""
+    if INTERPRETED:
+        return test
+    older = torch.cuda.is_available() and not triton_launch.can_run(DEVICE)
+    return pytest.mark.gpu(pytest.mark.skipif(older, reason="the GPU is older than Ampere")(test))
+
+
 pytest.importorskip("triton", reason="PyTorch brings Triton on Linux alone")
 
 

@@ -8,16 +8,7 @@ import torch
 from dist_pca.data.collate import Batch
 from dist_pca.data.to_device import to_device
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(
-            not torch.cuda.is_available(),
-            reason="copies to a GPU, and there is none",
-        ),
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def numbered(ended: list[int]) -> Generator[Batch, None, None]:
@@ -46,3 +37,35 @@ def test_closing_ends_the_stream_behind(device: str) -> None:
     next(batches)
     batches.close()
     assert len(ended) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_that_falls_behind_still_reads_its_own_batch(device: str) -> None:
+    # Host and GPU are not synchronised, so the GPU reads a batch long after the next ones are copied.
+    work = torch.rand(2048, 2048, device=device) if device == "cuda" else torch.rand(8, 8)
+    sums = []
+    with closing(to_device(numbered([]), torch.device(device))) as batches:
+        for batch in islice(batches, 30):
+            for _ in range(20):
+                work = (work @ work).clamp(0, 1)
+            sums.append(batch.images.float().mean())
+            del batch
+    assert torch.stack(sums).tolist() == list(range(30))
+
+
+@pytest.mark.gpu
+def test_batches_are_copied_on_a_stream_beside_that_of_the_step() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        with closing(to_device(numbered([]), torch.device("cuda"))) as batches:
+            for batch in islice(batches, 5):
+                batch.images.float().square().sum()
+        torch.cuda.synchronize()
+    on_gpu = [event for event in profiler.events() or [] if event.device_type.name == "CUDA"]
+    copying, computing = (
+        {event.device_resource_id for event in on_gpu if ("HtoD" in event.name) == copies} for copies in (True, False)
+    )
+    assert copying
+    assert computing - copying
+    assert not copying & computing

@@ -1,4 +1,4 @@
-"""Real processes joined by gloo, for tests of what ranks compute together."""
+"""Real processes joined by gloo, or by NCCL on GPUs, for tests of what ranks compute together."""
 
 import os
 import sys
@@ -11,18 +11,26 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> list[Any]:
+def run_on_ranks(
+    function: Callable[..., Any], world_size: int, folder: Path, *args: Any, backend: str = "gloo"
+) -> list[Any]:
     """Call `function(rank, world_size, *args)` in that many processes; gives what each returned, by rank.
+
+    With the backend `nccl` each process has a GPU.
 
     The function must be importable and return what `torch.load(weights_only=True)` reads.
     """
-    multiprocessing.spawn(_run, (function, world_size, folder, args), nprocs=world_size)
+    multiprocessing.spawn(_run, (function, world_size, folder, args, backend), nprocs=world_size)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
-def _run(rank: int, function: Callable[..., Any], world_size: int, folder: Path, args: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, function: Callable[..., Any], world_size: int, folder: Path, args: tuple[Any, ...], backend: str
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     torch.save(function(rank, world_size, *args), folder / f"{rank}.pt")
     leave_group()
 

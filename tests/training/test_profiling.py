@@ -65,7 +65,7 @@ def test_without_a_clock_phases_cost_and_tell_nothing() -> None:
     assert "association" not in clock.take()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="phases are timed by events on GPUs, and there is none")
+@pytest.mark.gpu
 def test_on_a_gpu_a_phase_is_the_time_its_work_takes_there_and_not_its_launch() -> None:
     device = torch.device("cuda")
     x = torch.rand(8192, 8192, device=device)

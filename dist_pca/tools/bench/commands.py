@@ -64,6 +64,14 @@ dist-pca bench scale
 dist-pca bench scale --worlds 4,8 --scope world --lovasz-bins 0 --json
 """
 
+_GPU_EXAMPLES = """
+[bold]Examples[/]
+
+dist-pca bench gpu
+
+dist-pca bench gpu --minutes 25 --out h100.json
+"""
+
 _TABLE_EXAMPLES = """
 [bold]Examples[/]
 
@@ -346,6 +354,39 @@ def scale(
     printer = plain_console()
     title = f"{report.device_name()}: a step of one rank, association of scope {scope}"
     printer.print(report.rich_table(title, scale_rows(records)))
+
+
+@app.command("gpu", epilog=_GPU_EXAMPLES)
+def gpu(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The record, a JSON file; a CSV of the association bench is written beside it.",
+            show_default="named after the GPU, among the records that come with dist-pca",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="Time for everything; what comes last is cut off or left out.")
+    ] = 9,
+) -> None:
+    """Run on this machine's GPU all that needs one: tests, benches and a short run, the most valuable first.
+
+    The record has the device, versions, each test's outcome and all figures. It is written after each stage, and what
+    fails is recorded and does not stop the rest. Needs a checkout with the extra [bold]dev[/], for the tests. The exit
+    code is 1 if a stage failed or was cut off, and 2 without a GPU.
+    """
+    from dist_pca.tools.bench.gpu import default_out, measure_gpu, require_gpu, stages
+    from dist_pca.tools.bench.gpu_record import gpu_column
+
+    require_gpu()
+    file = (out or default_out()).absolute()
+    printer = plain_console()
+    record = measure_gpu(file, minutes, stages(file.with_suffix(".csv")), printer.print)
+    printer.print(f"{file} is the record; the README's table says of this GPU:")
+    for row, cell in gpu_column([record]).items():
+        printer.print(f"  {row}: {cell}")
+    if any(stage["outcome"] != "done" for stage in record["stages"].values()):
+        raise typer.Exit(1)
 
 
 @app.command("table", epilog=_TABLE_EXAMPLES)

@@ -101,7 +101,7 @@ def save_results(file: Path, bench: str, records: Iterable[Record], configuratio
     Raises:
         UserError: the file is there but is not a table of results.
     """
-    here = {"bench": bench, "device": device_name(), **versions(), "commit": _commit()}
+    here = {"bench": bench, "device": device_name(), **versions(), "commit": commit()}
     key = ("bench", "device", *configuration)
     rows = {tuple(row.get(name, "") for name in key): row for row in (_rows(file) if file.exists() else [])}
     for record in records:
@@ -138,15 +138,15 @@ def _parsed(text: str) -> Value:
     return text
 
 
-def _commit() -> str:
+def commit() -> str:
     """The checkout's commit, with `-dirty` where code differs from it; empty outside of a checkout."""
     folder = Path(__file__).parents[1]
     git = ("git", "-C", str(folder))
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         # An installed package may lie inside of some other project's checkout.
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True).returncode == 0
-    return commit.stdout.strip() + ("" if clean else "-dirty")
+    return head.stdout.strip() + ("" if clean else "-dirty")
