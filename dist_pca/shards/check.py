@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from PIL import Image
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.shards.images import ValueRange, open_header
-from dist_pca.shards.labels import lookup_table, read_codes, shown_code
+from dist_pca.shards.labels import Table, count_values, label_table, shown_code
 from dist_pca.shards.pool import Progress, Report, run_jobs
 from dist_pca.shards.recipe import Coding, Recipe, load_recipe
 from dist_pca.shards.sample import orientation
@@ -40,7 +40,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class LabelValue:
-    """A raw value in the labels of a split."""
+    """A raw value or a label name in the labels of a split."""
 
     value: str
     meaning: str
@@ -109,8 +109,8 @@ class _Facts:
     extremes: tuple[int, int] = (0, 0)
     digest: bytes = b""
     """Perceptual hash; empty if the image has too few edges for one."""
-    codes: tuple[tuple[int, int], ...] = ()
-    """Raw label values and their pixels."""
+    codes: dict[int | str, int] = field(default_factory=dict)
+    """Pixels of each raw label value or name."""
 
 
 def check_raw(
@@ -182,7 +182,7 @@ def check_raw(
 
 
 def _examine(job: _Job, report: Report) -> list[_Facts]:
-    table = lookup_table(job.coding, job.classes) if job.samples[0].label is not None else np.zeros(0, np.uint8)
+    table = label_table(job.coding, job.classes) if job.samples[0].label is not None else {}
     facts = []
     for raw in job.samples:
         try:
@@ -193,17 +193,16 @@ def _examine(job: _Job, report: Report) -> list[_Facts]:
     return facts
 
 
-def _facts(job: _Job, raw: RawSample, table: npt.NDArray[np.uint8]) -> _Facts:
+def _facts(job: _Job, raw: RawSample, table: Table) -> _Facts:
     header = open_header(job.root / raw.image)
     kind = f"{header.format} {header.mode}"
-    codes: tuple[tuple[int, int], ...] = ()
+    codes: dict[int | str, int] = {}
     image, _ = read_pair(job.root, RawSample(raw.key, raw.image, None), job.coding, table, values=job.values)
     extremes = np.asarray(image)
     problem = ""
     try:
         if raw.label is not None:
-            values, counts = np.unique(read_codes(job.root / raw.label, job.coding), return_counts=True)
-            codes = tuple(zip(values.tolist(), counts.tolist(), strict=True))
+            codes = count_values(job.root, raw, job.coding, image.size)
             read_pair(job.root, raw, job.coding, table, values=job.values)
     except UserError as error:
         problem = str(error)
@@ -236,14 +235,14 @@ def _summary(
     sizes = Counter(fact.size for fact in facts if fact.size is not None)
     read = [fact for fact in facts if fact.size is not None]
     labelled = samples[0].label is not None
-    pixels, images = Counter[int](), Counter[int]()
+    pixels, images = Counter[int | str](), Counter[int | str]()
     for fact in facts:
-        pixels.update(dict(fact.codes))
-        images.update(value for value, _ in fact.codes)
-    table = lookup_table(coding, classes) if labelled else np.zeros(0, np.uint8)
+        pixels.update(fact.codes)
+        images.update(fact.codes.keys())
+    table = label_table(coding, classes) if labelled else {}
     values, covered = [], set[int]()
     for value, count in pixels.most_common():
-        train_id = int(table[value])
+        train_id = table.get(str(value), len(classes)) if isinstance(table, dict) else int(table[int(value)])
         covered.add(train_id)
         known = classes[train_id].name if train_id < len(classes) else "not in the coding"
         meaning = "ignore" if train_id == IGNORE_INDEX else known

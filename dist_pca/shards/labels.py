@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ from PIL import Image, ImageFile
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
+from dist_pca.shards.drawn import NO_OBJECT, draw_label
 from dist_pca.shards.images import open_header, open_unconverted, sixteen_bit_channels
-from dist_pca.shards.recipe import IGNORE, Coding
+from dist_pca.shards.recipe import DRAWN_KINDS, IGNORE, Coding
 from dist_pca.shards.sample import MAX_PIXELS, is_deep
+from dist_pca.shards.scan import RawSample
 
 TrainIds = npt.NDArray[np.uint8]
+Table = TrainIds | dict[str, int]
+"""Train id of every raw value, or of every label name if labels are drawn."""
 Codes = npt.NDArray[Any]
 _UNKNOWN = 254
 """Marker of values outside the table; class tables have at most 254 classes, 0 to 253."""
@@ -39,6 +44,54 @@ def lookup_table(coding: Coding, classes: tuple[ClassInfo, ...]) -> TrainIds:
     return table
 
 
+def label_table(coding: Coding, classes: tuple[ClassInfo, ...]) -> Table:
+    """Build the table of a coding: `lookup_table`, or the train id of every label name if labels are drawn."""
+    if coding.kind not in DRAWN_KINDS:
+        return lookup_table(coding, classes)
+    train_ids = {info.name: index for index, info in enumerate(classes)} | {IGNORE: IGNORE_INDEX}
+    names = coding.names or {info.name: info.name for info in classes}
+    table = {IGNORE: IGNORE_INDEX, NO_OBJECT: train_ids[coding.background or IGNORE]}
+    return table | {name: train_ids[meaning] for name, meaning in names.items()}
+
+
+def read_train_ids(
+    root: Path, raw: RawSample, coding: Coding, table: Table, size: tuple[int, int], max_pixels: int = MAX_PIXELS
+) -> TrainIds:
+    """Read or draw a sample's label as train ids (height x width, 255 for ignore), upright.
+
+    Args:
+        root: The data set's folder.
+        raw: A sample with a label.
+        coding: Meaning of the label's values or names.
+        table: `label_table` of that coding.
+        size: Width and height of the upright image, to which labels are drawn; images of labels may have another.
+        max_pixels: Larger images of labels are refused before they are decoded.
+
+    Raises:
+        UserError: as in `read_label` and `draw_label`, or there are label names outside the table and the coding does
+            not ignore them.
+    """
+    if not isinstance(table, dict):
+        return read_label(root / str(raw.label), coding, table, max_pixels)
+    drawing = draw_label(root, raw, coding, size)
+    train_ids: TrainIds = np.array([table.get(name, _UNKNOWN) for name in drawing.names], np.uint8)[drawing.codes]
+    return _known(root / str(raw.label), train_ids, drawing.codes, coding, drawing.names)
+
+
+def count_values(root: Path, raw: RawSample, coding: Coding, size: tuple[int, int]) -> dict[int | str, int]:
+    """Count the pixels of each raw value or label name in a sample's label.
+
+    Raises:
+        UserError: as in `read_train_ids`, but for values outside the table.
+    """
+    if coding.kind not in DRAWN_KINDS:
+        values, pixels = np.unique(read_codes(root / str(raw.label), coding), return_counts=True)
+        return dict(zip(values.tolist(), pixels.tolist(), strict=True))
+    drawing = draw_label(root, raw, coding, size)
+    values, pixels = np.unique(drawing.codes, return_counts=True)
+    return {drawing.names[value]: count for value, count in zip(values.tolist(), pixels.tolist(), strict=True)}
+
+
 def read_label(path: Path, coding: Coding, table: TrainIds, max_pixels: int = MAX_PIXELS) -> TrainIds:
     """Decode a label file to train ids (height x width, 255 for ignore), upright.
 
@@ -57,19 +110,7 @@ def read_label(path: Path, coding: Coding, table: TrainIds, max_pixels: int = MA
     unknown = train_ids == _UNKNOWN
     if coding.tolerance and unknown.any():
         train_ids[unknown] = _nearest(codes[unknown], coding, table)
-        unknown = train_ids == _UNKNOWN
-    if not unknown.any():
-        return train_ids
-    if coding.other == "error":
-        values, pixels = np.unique(codes[unknown], return_counts=True)
-        shown = ", ".join(shown_code(value, coding) for value in values[:5])
-        more = f" and {len(values) - 5} more" if len(values) > 5 else ""
-        raise UserError(
-            f"{path}: label values outside the recipe's table: {shown}{more}, {pixels.sum()} pixels; "
-            "add them to the recipe's coding or set coding.other to ignore"
-        )
-    train_ids[unknown] = IGNORE_INDEX
-    return train_ids
+    return _known(path, train_ids, codes, coding)
 
 
 def read_codes(path: Path, coding: Coding, max_pixels: int = MAX_PIXELS) -> Codes:
@@ -91,9 +132,28 @@ def read_codes(path: Path, coding: Coding, max_pixels: int = MAX_PIXELS) -> Code
     return codes
 
 
-def shown_code(code: int, coding: Coding) -> str:
-    """Write a raw label value as in a recipe: an id, or a colour in hexadecimal."""
+def shown_code(code: int | str, coding: Coding) -> str:
+    """Write a raw label value as in a recipe: an id, a colour in hexadecimal, or a label name."""
+    if isinstance(code, str):
+        return code or "(no object)"
     return f"#{code:06x}" if coding.kind == "color" else str(code)
+
+
+def _known(path: Path, train_ids: TrainIds, codes: Codes, coding: Coding, names: Sequence[str] = ()) -> TrainIds:
+    """Ignore or refuse the values outside a table; `names` are those of the codes if the label was drawn."""
+    unknown = train_ids == _UNKNOWN
+    if not unknown.any():
+        return train_ids
+    if coding.other == "error":
+        values = np.unique(codes[unknown])
+        shown = ", ".join(repr(names[value][:40]) if names else shown_code(value, coding) for value in values[:5])
+        more = f" and {len(values) - 5} more" if len(values) > 5 else ""
+        raise UserError(
+            f"{path}: label {'names' if names else 'values'} outside the recipe's table: {shown}{more}, "
+            f"{unknown.sum()} pixels; add them to the recipe's coding or set coding.other to ignore"
+        )
+    train_ids[unknown] = IGNORE_INDEX
+    return train_ids
 
 
 def encode_label(train_ids: TrainIds) -> bytes:

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.shards.images import Encoding, ImageFormat
-from dist_pca.shards.recipe import Recipe, load_recipe
+from dist_pca.shards.recipe import DRAWN_KEYS, DRAWN_KINDS, Recipe, load_recipe
 from dist_pca.shards.sample import MAX_PIXELS
 from dist_pca.shards.scan import RawSample, scan
 
@@ -63,7 +63,7 @@ class Plan:
     split: str
     samples: tuple[RawSample, ...]
     sizes: tuple[tuple[int | None, int | None], ...]
-    """Bytes of each sample's raw image and label; None if there is no such file."""
+    """Bytes of each sample's raw image and label (of its part of a COCO file); None if there is no such file."""
     classes: tuple[ClassInfo, ...]
     encoding: Encoding
     samples_per_shard: int | None
@@ -102,9 +102,11 @@ class Plan:
         return [self._digest(self._options(), shard) for shard in self.shards]
 
     def _options(self) -> dict[str, Any]:
+        # Keys that have no effect on a build must not make it another.
+        idle = set() if self.recipe.coding.kind in DRAWN_KINDS else set(DRAWN_KEYS)
         return {
             "builder": BUILDER_VERSION,
-            "recipe": self.recipe.model_dump(mode="json", exclude={"description"}),
+            "recipe": self.recipe.model_dump(mode="json", exclude={"description": True, "coding": idle}),
             "classes": [asdict(info) for info in self.classes],
             "split": self.split,
             "encoding": asdict(self.encoding),
@@ -115,6 +117,8 @@ class Plan:
         for sample, sizes in zip(self.samples[part], self.sizes[part], strict=True):
             for name, size in zip((sample.image, sample.label), sizes, strict=True):
                 digest.update(json.dumps([name, size]).encode())
+            if sample.coco is not None:
+                digest.update(sample.coco.digest.encode())
         return digest.hexdigest()
 
 
@@ -190,7 +194,7 @@ def make_plan(
         root=root,
         split=split,
         samples=samples,
-        sizes=tuple((_size(root, sample.image), _size(root, sample.label)) for sample in samples),
+        sizes=tuple((_size(root, sample.image), _label_size(root, sample)) for sample in samples),
         classes=recipe.class_table(root, required=samples[0].label is not None),
         encoding=Encoding(image_format, quality, max_edge, tile, overlap),
         max_pixels=max_pixels,
@@ -215,6 +219,10 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2] not in _UNITS or float(match[1]) * _UNITS[match[2]] < 1:
         raise UserError(f"--shard-size {text!r}: give a size such as 256MB, 1GB or 512MiB")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _label_size(root: Path, sample: RawSample) -> int | None:
+    return _size(root, sample.label) if sample.coco is None else sample.coco.bytes
 
 
 def _size(root: Path, name: str | None) -> int | None:

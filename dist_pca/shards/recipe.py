@@ -71,12 +71,20 @@ class Split(Section):
         return value
 
 
+DRAWN_KINDS = ("coco", "labelme", "cityscapes_polygons")
+"""Kinds of coding whose labels are JSON files of named shapes."""
+DRAWN_KEYS = ("names", "skip", "background", "crowd")
+"""Keys of a coding that those kinds alone have."""
+
+
 class Coding(Section):
     """Meaning of the values in a label file."""
 
-    kind: Literal["index", "channel", "color"]
+    kind: Literal["index", "channel", "color", "coco", "labelme", "cityscapes_polygons"]
     """`index`: one channel of ids, or a palette image whose palette indices are ids. `channel`: ids in one channel of
-    an 8-bit or 16-bit image. `color`: each class has an RGB colour."""
+    an 8-bit or 16-bit image. `color`: each class has an RGB colour. `coco`: a COCO JSON file of polygons and run
+    lengths for many images. `labelme`: a labelme JSON file for each image. `cityscapes_polygons`: a JSON file of
+    Cityscapes or IDD for each image."""
     channel: NonNegative = 0
     """Index of the channel that `channel` reads."""
     ids: dict[NonNegative, str] = {}
@@ -85,12 +93,28 @@ class Coding(Section):
     """Class names (or `ignore`) of colours for kind `color`; a class may have several colours."""
     other: Literal["ignore", "error"] = "error"
     """What to do with values that are not in the table."""
+    names: dict[str, str] = {}
+    """Class name (or `ignore`) of each label name, for kinds that are drawn; empty if label names are class names."""
+    skip: tuple[str, ...] = ()
+    """Label names whose objects are not drawn, so that what lies beneath them stays."""
+    background: str | None = None
+    """Class of pixels on which no object is drawn; None ignores them."""
+    crowd: Literal["ignore", "class"] = "ignore"
+    """Whether objects of kind `coco` with `iscrowd` are ignored pixels or of their class."""
     tolerance: Byte = 0
     """Largest difference in a channel (0 to 255) at which kind `color` takes the nearest colour of the table; for
     labels in a lossy format."""
 
     @model_validator(mode="after")
     def _check_table(self) -> Self:
+        drawn = self.kind in DRAWN_KINDS
+        if drawn and (self.ids or self.colors or self.tolerance or self.channel):
+            raise ValueError(f"kind `{self.kind}` takes its table from `names`; remove ids, colors, channel, tolerance")
+        given = next((key for key in DRAWN_KEYS if getattr(self, key) != type(self).model_fields[key].default), None)
+        if given is not None and not drawn:
+            raise ValueError(f"{given}: kind `{self.kind}` has no names; it is for {', '.join(DRAWN_KINDS)}")
+        if self.crowd != "ignore" and self.kind != "coco":
+            raise ValueError(f"crowd: kind `{self.kind}` has no crowds; it is for coco")
         if self.kind == "color" and (self.ids or not self.colors):
             raise ValueError("kind `color` takes its table from `colors`, not from `ids`")
         if self.kind != "color" and self.colors:
@@ -104,7 +128,8 @@ class Coding(Section):
     @property
     def class_names(self) -> list[str]:
         """Class names in the table, without `ignore`."""
-        names = [*self.ids.values(), *(entry.name for entry in self.colors)]
+        background = () if self.background is None else (self.background,)
+        names = [*self.ids.values(), *(entry.name for entry in self.colors), *self.names.values(), *background]
         return [name for name in names if name != IGNORE]
 
 

@@ -5,12 +5,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from dist_pca.errors import UserError
+from dist_pca.shards.coco import CocoImage, index_coco
 from dist_pca.shards.find import Found, described, find_images
 from dist_pca.shards.images import SUFFIXES
 from dist_pca.shards.recipe import Pairing, Recipe, Split
@@ -25,6 +26,8 @@ class RawSample:
     key: str
     image: str
     label: str | None
+    coco: CocoImage | None = None
+    """Entry of the image in its label, a COCO file; None if the label is another or has no such entry."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ def scan(
         labels: list[str | None] = [None] * len(images)
     else:
         labels = [*_labels(root, images, rules.label, recipe, need_labels)]
-    samples = (RawSample(*sample) for sample in zip(keys, images, labels, strict=True))
+    samples = [RawSample(*sample) for sample in zip(keys, images, labels, strict=True)]
+    if recipe.coding.kind == "coco":
+        samples = _with_entries(root, samples, need_labels)
     return Scan(tuple(samples), passed_over)
 
 
@@ -100,6 +105,23 @@ def _labels(root: Path, images: Sequence[str], pairing: Pairing, recipe: Recipe,
             "or build with --unlabelled"
         )
     return labels
+
+
+def _with_entries(root: Path, samples: Sequence[RawSample], needed: bool) -> list[RawSample]:
+    """Add the entries of their COCO files, each of which is read once."""
+    images: dict[str, list[str]] = {}
+    for sample in samples:
+        if sample.label is not None and (root / sample.label).is_file():
+            images.setdefault(sample.label, []).append(sample.image)
+    entries = {label: index_coco(root / label, members) for label, members in images.items()}
+    for label, members in images.items():
+        missing = [image for image in members if image not in entries[label]]
+        if missing and (needed or len(missing) == len(members)):
+            raise UserError(
+                f"{root / label}: {len(missing)} of {len(members)} images have no entry, the first is {missing[0]}; "
+                "add the entries, leave the images out with --exclude or --on-error skip, or build with --unlabelled"
+            )
+    return [replace(sample, coco=entries.get(sample.label or "", {}).get(sample.image)) for sample in samples]
 
 
 def _label_file(root: Path, label: str, files: Callable[[Path], dict[str, list[str]]]) -> str:

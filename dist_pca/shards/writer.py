@@ -15,7 +15,7 @@ from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.files import PART, file_sha256, write_whole
 from dist_pca.shards.images import Encoding, ValueRange, encode_image, open_header, open_image, stored_size, tile_boxes
-from dist_pca.shards.labels import TrainIds, encode_label, lookup_table, read_label
+from dist_pca.shards.labels import Table, TrainIds, encode_label, label_table, read_train_ids
 from dist_pca.shards.manifest import Shard
 from dist_pca.shards.plan import OnError
 from dist_pca.shards.pool import Report
@@ -97,7 +97,7 @@ def _write(job: ShardJob, part: Path, report: Report) -> Written:
     # Imported here because webdataset imports torch, and only processes that write shards should wait for it.
     from webdataset import TarWriter
 
-    table = lookup_table(job.coding, job.classes)
+    table = label_table(job.coding, job.classes)
     shard = Shard(job.name, 0, "", [], [], [], [], [], [])
     skipped = []
     with part.open("wb") as file:
@@ -140,7 +140,7 @@ def read_pair(
     root: Path,
     raw: RawSample,
     coding: Coding,
-    table: TrainIds,
+    table: Table,
     *,
     values: ValueRange | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -154,7 +154,7 @@ def read_pair(
     image = open_image(path, values, max_pixels)
     if raw.label is None:
         return image, None
-    train_ids = read_label(root / raw.label, coding, table, max_pixels)
+    train_ids = read_train_ids(root, raw, coding, table, image.size, max_pixels)
     height, width = train_ids.shape
     if (width, height) != image.size:
         raise UserError(
