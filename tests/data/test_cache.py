@@ -45,7 +45,7 @@ def location(server: FolderServer) -> str:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> CacheSettings:
-    return CacheSettings(timeout=1.0, retries=2, backoff=0.1, folder=tmp_path / "cache")
+    return CacheSettings(timeout=20, retries=2, backoff=0.1, folder=tmp_path / "cache")
 
 
 def content_of(manifest: Manifest, shard_index: int, cache: CacheSettings) -> bytes:
