@@ -149,7 +149,7 @@ def _known(path: Path, train_ids: TrainIds, codes: Codes, coding: Coding, names:
         shown = ", ".join(repr(names[value][:40]) if names else shown_code(value, coding) for value in values[:5])
         more = f" and {len(values) - 5} more" if len(values) > 5 else ""
         raise UserError(
-            f"{path}: label {'names' if names else 'values'} outside the recipe's table: {shown}{more}, "
+            f"{path}: label values outside the recipe's table: {shown}{more}, "
             f"{unknown.sum()} pixels; add them to the recipe's coding or set coding.other to ignore"
         )
     train_ids[unknown] = IGNORE_INDEX

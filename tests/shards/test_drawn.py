@@ -175,7 +175,7 @@ def test_check_shows_label_names_with_their_meaning_and_share(tmp_path: Path, ki
 def test_names_outside_the_table_are_an_error_or_ignored(tmp_path: Path, kind: str) -> None:
     make_drawn(tmp_path / "raw", kind, samples=1)
     names = {"sea": "water", "boat": "boat"}
-    assert "names outside the recipe's table: 'box', " in refusal(drawn_recipe(kind, names=names), tmp_path / "raw")
+    assert "values outside the recipe's table: 'box', " in refusal(drawn_recipe(kind, names=names), tmp_path / "raw")
     (ignored,) = built(drawn_recipe(kind, names=names, other="ignore"), tmp_path / "raw")
     (mapped,) = built(drawn_recipe(kind), tmp_path / "raw")
     np.testing.assert_array_equal(ignored, mapped)
