@@ -292,7 +292,7 @@ def test_forked_processes_do_not_talk_over_their_parent_s_connection(url: str) -
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=20)
+        process.join(timeout=200)
     assert [whole.get() for _ in processes if not whole.empty()] == [True] * 4
 
 
