@@ -140,6 +140,21 @@ def test_every_key_documents_itself() -> None:
 def test_whatever_a_file_holds_is_a_run_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object
 ) -> None:
+    check_file(tmp_path_factory, steps, value)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3000)
+@settings(max_examples=3000)
+@given(steps=st.lists(st.integers(0, 40), max_size=5), value=NASTY)
+def test_whatever_a_file_holds_at_length(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object
+) -> None:
+    check_file(tmp_path_factory, steps, value)
+
+
+def check_file(tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object) -> None:
     file = tmp_path_factory.mktemp("config") / "run.yaml"
     whole = load_config(resource("configs", "demo")).model_dump(mode="json")
     file.write_text(yaml.safe_dump(replaced(whole, steps, value)))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_pca.classes import ClassInfo
@@ -143,6 +143,21 @@ def _edit(manifest: Manifest, **fields: object) -> None:
 def test_whatever_a_manifest_holds_is_read_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object
 ) -> None:
+    check_manifest(tmp_path_factory, steps, value)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3000)
+@settings(max_examples=3000)
+@given(steps=st.lists(st.integers(0, 40), max_size=5), value=NASTY)
+def test_whatever_a_manifest_holds_at_length(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object
+) -> None:
+    check_manifest(tmp_path_factory, steps, value)
+
+
+def check_manifest(tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object) -> None:
     folder = tmp_path_factory.mktemp("shards") / "built"
     make_shards(folder, [3, 2])
     content = json.loads((folder / "manifest.json").read_text())

@@ -162,13 +162,14 @@ def seal(tar: bytearray, start: int) -> None:
     tar[start + 148 : start + 156] = b"%06o\0 " % sum(tar[start : start + 512])
 
 
-@given(
-    changes=st.lists(
-        st.tuples(st.integers(0, 3), st.sampled_from(sorted(FIELDS)), st.sampled_from(VALUES)), min_size=1, max_size=4
-    ),
-    record=st.none() | st.sampled_from(RECORDS),
-    cut=st.none() | st.integers(0, 6000),
+CHANGES = st.lists(
+    st.tuples(st.integers(0, 3), st.sampled_from(sorted(FIELDS)), st.sampled_from(VALUES)), min_size=1, max_size=4
 )
+RECORD = st.none() | st.sampled_from(RECORDS)
+CUT = st.none() | st.integers(0, 6000)
+
+
+@given(changes=CHANGES, record=RECORD, cut=CUT)
 @settings(max_examples=300)
 def test_whatever_headers_say_the_tar_is_read_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory,
@@ -176,6 +177,24 @@ def test_whatever_headers_say_the_tar_is_read_or_refused_in_one_line(
     record: bytes | None,
     cut: int | None,
 ) -> None:
+    check_headers(tmp_path_factory.mktemp("tar") / "a.tar", changes, record, cut)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3000)
+@given(changes=CHANGES, record=RECORD, cut=CUT)
+@settings(max_examples=20_000)
+def test_whatever_headers_say_at_length(
+    tmp_path_factory: pytest.TempPathFactory,
+    changes: list[tuple[int, str, bytes]],
+    record: bytes | None,
+    cut: int | None,
+) -> None:
+    check_headers(tmp_path_factory.mktemp("tar") / "a.tar", changes, record, cut)
+
+
+def check_headers(path: Path, changes: list[tuple[int, str, bytes]], record: bytes | None, cut: int | None) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name in ("a.jpg", "a.label.png", "b.jpg", "c.jpg"):
@@ -191,7 +210,6 @@ def test_whatever_headers_say_the_tar_is_read_or_refused_in_one_line(
         tar[1024 + 124 : 1024 + 136], tar[1024 + 156 : 1024 + 157] = b"%011o\0" % len(record), b"x"
         tar[1536 : 1536 + len(record)] = record
         seal(tar, 1024)
-    path = tmp_path_factory.mktemp("tar") / "a.tar"
     path.write_bytes(tar[:cut])
     message = ""
     try:

@@ -84,6 +84,21 @@ def test_a_whole_run_is_refused_nowhere(tmp_path: Path) -> None:
 def test_a_value_of_any_other_kind_is_refused_in_a_line_or_does_no_harm(
     tmp_path_factory: pytest.TempPathFactory, file: str, steps: list[int], value: object
 ) -> None:
+    check_value(tmp_path_factory, file, steps, value)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3000)
+@settings(max_examples=2000)
+@given(file=st.sampled_from(JSON_FILES), steps=st.lists(st.integers(0, 40), max_size=5), value=NASTY)
+def test_a_value_of_any_other_kind_at_length(
+    tmp_path_factory: pytest.TempPathFactory, file: str, steps: list[int], value: object
+) -> None:
+    check_value(tmp_path_factory, file, steps, value)
+
+
+def check_value(tmp_path_factory: pytest.TempPathFactory, file: str, steps: list[int], value: object) -> None:
     run = write_run(tmp_path_factory.mktemp("run"))
     whole = json.loads((run / file).read_text())
     (run / file).write_text(json.dumps(replaced(whole, steps, value)) + "\n")
