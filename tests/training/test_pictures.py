@@ -138,7 +138,15 @@ def test_a_run_with_pictures_computes_the_same_as_one_without_and_ends_with_a_re
     keys = ("training.zero_stage=3", "training.ema_decay=0.9", "objective.self_training.start_step=0")
     validated = (f"data.validation={tmp_path}/dusk", "training.validate_every=3")
     options = ("--zero_stage", "3")
-    done = launch(tmp_path, "drawn", *keys, *validated, "telemetry.pictures_every=2", launcher_options=options)
+    done = launch(
+        tmp_path,
+        "drawn",
+        *keys,
+        *validated,
+        "telemetry.pictures_every=2",
+        "telemetry.report=true",
+        launcher_options=options,
+    )
     assert done.returncode == 0, done.stderr
     plain = launch(tmp_path, "plain", *keys, *validated, "telemetry.report=false", launcher_options=options)
     assert plain.returncode == 0, plain.stderr

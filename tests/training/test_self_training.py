@@ -64,7 +64,8 @@ def test_two_ranks_with_every_term_are_one_rank_with_the_whole_batch(tmp_path: P
         for name, value in first.items():
             if value.is_floating_point():
                 moved = (value - start[name]).norm()
-                assert (second[name] - value).norm() <= 1e-5 * value.norm() + 1e-3 * moved, (part, name)
+                # The gradient of a bias in front of another batch norm cancels to rounding.
+                assert (second[name] - value).norm() <= 1e-5 * value.norm() + 1e-3 * moved + 1e-7, (part, name)
 
 
 def test_a_run_goes_on_bit_for_bit_teacher_and_all(tmp_path: Path) -> None:
