@@ -17,6 +17,7 @@ def measured(worlds: tuple[int, ...], **case: object) -> dict[tuple[object, obje
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_keeps_and_sends_as_much_on_four_ranks_as_on_two_unless_it_is_asked_for_wider_candidates() -> None:
     own, wide = measured((2, 4)), measured((2, 4), scope="world", bins=None)
     for phase in scale.PHASES:
