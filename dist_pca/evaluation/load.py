@@ -6,7 +6,8 @@ from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter, build_network
-from dist_pca.training.checkpoint import Weights, has_ema, latest_checkpoint, load_model, pointed_at, whole_checkpoints
+from dist_pca.training.checkpoint import Weights, latest_checkpoint, pointed_at, whole_checkpoints
+from dist_pca.training.checkpoint_loading import has_ema, load_model
 from dist_pca.training.run_folder import read_run
 
 

@@ -1,7 +1,7 @@
 """Index of a COCO JSON file: which bytes of it are about which image.
 
-The file is parsed once, one element of its lists at a time, and each image keeps the places of its annotations; whoever
-draws the image reads those bytes alone. So neither memory nor time grows with images times size of the file.
+The file is parsed once, one element of its lists at a time, and the byte offsets of its annotations are kept for
+each image. Drawing an image reads those bytes alone, so time and memory do not grow with images times file size.
 """
 
 import hashlib

@@ -38,8 +38,8 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from pydantic import Field, TypeAdapter
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from typing_extensions import Required, Self, TypedDict
 
 import dist_pca
@@ -47,7 +47,6 @@ from dist_pca.config import RunConfig
 from dist_pca.distributed import raise_on_all_ranks
 from dist_pca.errors import UserError
 from dist_pca.files import read_record, remove_folder, sync, write_record, write_whole
-from dist_pca.training.deepspeed import persistent_buffers
 
 Pointer = Literal["latest", "best"]
 Weights = Literal["ema", "trained"]
@@ -166,98 +165,6 @@ def code_version() -> str:
     for file in sorted(package.rglob("*.py")):
         digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
     return f"{dist_pca.__version__}+{digest.hexdigest()[:12]}"
-
-
-def load_model(model: torch.nn.Module, checkpoint: Path, *, ema: bool = False) -> None:
-    """Load a checkpoint's weights and buffers into a model that DeepSpeed has not partitioned yet.
-
-    Args:
-        model: The model.
-        checkpoint: The checkpoint.
-        ema: The moving average rather than the trained weights.
-
-    Raises:
-        UserError: the file is missing or damaged, or belongs to another network; the message names what differs.
-    """
-    if ema and not has_ema(checkpoint):
-        raise UserError(f"{checkpoint}: has no moving average (training.ema_decay was 0); use the trained weights")
-    state = load_tensors(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
-    own = dict(model.named_parameters()) | dict(persistent_buffers(model))
-    shapes = [
-        f"{name} {list(state[name].shape)} where the config has {list(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
-    kinds = [
-        f"{name} {str(state[name].dtype).removeprefix('torch.')} where the network has "
-        f"{str(own[name].dtype).removeprefix('torch.')}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].is_floating_point() != state[name].is_floating_point()
-    ]
-    differences = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "other shapes:": shapes,
-        "other types:": kinds,
-    }
-    if found := [f"{what} {abbreviate(names)}" for what, names in differences.items() if names]:
-        raise UserError(
-            f"{checkpoint}: belongs to another network than model.* and the classes describe: {'; '.join(found)}; "
-            "use the config it was trained with"
-        )
-    model.load_state_dict(state, strict=False)
-
-
-def check_files(checkpoint: Path) -> None:
-    """Check that all files of a checkpoint are there and that none is of another checkpoint.
-
-    Raises:
-        UserError: one is missing, damaged or of another checkpoint.
-    """
-    state = read_state(checkpoint)
-    for name in state.get("files", []):
-        path = checkpoint / Path(name).name
-        _check_part(path)
-        try:
-            with safe_open(path, "pt") as tensors:
-                owner = (tensors.metadata() or {}).get("checkpoint")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); point checkpoints/latest at another step-*") from None
-        if owner != state.get("id"):
-            raise UserError(
-                f"{path}: is of another checkpoint than state.json beside it; put its own back, or point "
-                "checkpoints/latest at another step-*"
-            )
-
-
-def _check_part(path: Path) -> None:
-    # A named pipe would be waited for.
-    if not path.is_file():
-        raise UserError(f"{path}: missing; put it back, or point checkpoints/latest at another step-*")
-
-
-def has_ema(checkpoint: Path) -> bool:
-    """Whether a checkpoint was saved with a moving average of the weights.
-
-    Raises:
-        UserError: its `state.json` cannot be read.
-    """
-    if (checkpoint / "ema.safetensors").is_file() or not (checkpoint / "state.json").is_file():
-        return (checkpoint / "ema.safetensors").is_file()
-    return "ema.safetensors" in read_state(checkpoint).get("files", [])
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Load a file of tensors by name.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    _check_part(path)
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); point checkpoints/latest at another step-*") from None
 
 
 def abbreviate(names: Sequence[str]) -> str:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from dist_pca.errors import UserError
 from dist_pca.model.batch_norm import average_over_ranks, running_statistics
 from dist_pca.objective.class_statistics import ClassStatistics
-from dist_pca.training.checkpoint import CheckpointPart, abbreviate, load_tensors
+from dist_pca.training.checkpoint import CheckpointPart, abbreviate
+from dist_pca.training.checkpoint_loading import load_tensors
 from dist_pca.training.deepspeed import (
     gather,
     gather_network,

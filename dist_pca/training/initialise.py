@@ -13,7 +13,8 @@ from dist_pca.config import ModelConfig
 from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter
 from dist_pca.model.weights import load_state
-from dist_pca.training.checkpoint import has_ema, latest_checkpoint, load_tensors
+from dist_pca.training.checkpoint import latest_checkpoint
+from dist_pca.training.checkpoint_loading import has_ema, load_tensors
 from dist_pca.training.run_folder import read_classes
 
 _log = logging.getLogger("dist_pca.training")

@@ -26,7 +26,8 @@ from dist_pca.resilience.preemption import StopRequest
 from dist_pca.resilience.watchdog import Watchdog
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import Loss, MicroBatch, grad_cache, separate_losses
-from dist_pca.training.checkpoint import CheckpointWriter, State, check_files, latest_checkpoint, load_model, read_state
+from dist_pca.training.checkpoint import CheckpointWriter, State, latest_checkpoint, read_state
+from dist_pca.training.checkpoint_loading import check_files, load_model
 from dist_pca.training.checkpoint_parts import AveragePart, ModelPart, checkpoint_parts, restore
 from dist_pca.training.ema import init_ema, teacher_weights, update_ema
 from dist_pca.training.environment import connect_store, init_distributed

@@ -13,18 +13,11 @@ from dist_pca.resilience.launch import launch_command
 from dist_pca.resources import resource
 from dist_pca.training.checkpoint import latest_checkpoint
 from tests.gpu.runs import DEVICES, losses, metrics, train, use
-from tests.support.runs import build_streets, overrides
+from tests.support.runs import overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 40
 KEYS = (f"training.steps={STEPS}", "training.checkpoint_every=4", "training.zero_stage=2")
-
-
-@pytest.fixture(scope="module")
-def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("streets")
-    build_streets(folder)
-    return folder
 
 
 def kill_once_it_has_saved(folder: Path, name: str, device: str) -> None:

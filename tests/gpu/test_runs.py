@@ -10,7 +10,6 @@ from PIL import Image
 
 from dist_pca.model.exported import load_exported
 from tests.gpu.runs import DEVICES, command, losses, train, use
-from tests.support.runs import build_streets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 KINDS = {
@@ -22,13 +21,6 @@ KINDS = {
     "bf16": (2, ("training.precision=bf16",), 0.1),
 }
 """ZeRO stage, keys, and by which share the loss may differ from that of fp32 at stage 2."""
-
-
-@pytest.fixture(scope="module")
-def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("streets")
-    build_streets(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

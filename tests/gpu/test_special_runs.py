@@ -5,16 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.runs import losses, train
-from tests.support.runs import build_streets
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("streets")
-    build_streets(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,12 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask
 
 from dist_pca.shards.polygons import as_points, paint_circle, paint_polygon, run_length_mask
 
+# COCO's tool converts arrays in a way that numpy deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 HEIGHT, WIDTH = 9, 7
 COORDINATE = st.one_of(
     st.integers(-3, 12).map(float), st.integers(-6, 24).map(lambda half: half / 2), st.floats(-4, 13)
@@ -76,7 +79,6 @@ def test_a_circle_covers_the_pixels_whose_centres_are_within_its_radius(
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=30), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_run_lengths_are_read_as_cocos_own_tool_writes_them(rows: list[list[bool]], compressed: bool) -> None:
-    mask = pytest.importorskip("pycocotools.mask", reason="pip install 'dist-pca[dev]'")
     pixels = np.repeat(np.array(rows), 13, axis=0)
     counts: object = mask.encode(np.asfortranarray(pixels.astype(np.uint8)))["counts"].decode()
     if not compressed:
@@ -87,7 +89,6 @@ def test_run_lengths_are_read_as_cocos_own_tool_writes_them(rows: list[list[bool
 
 
 def test_polygons_differ_from_cocos_own_tool_at_their_edges_alone() -> None:
-    mask = pytest.importorskip("pycocotools.mask", reason="pip install 'dist-pca[dev]'")
     angles = np.linspace(0, 2 * math.pi, 9, endpoint=False)
     points = np.stack([52.4 + 37 * np.cos(angles), 44.7 + 31 * np.sin(angles)], axis=-1)
     codes = np.zeros((90, 110), np.uint8)

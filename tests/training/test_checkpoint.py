@@ -25,13 +25,11 @@ from dist_pca.train import resolve_config
 from dist_pca.training.checkpoint import (
     CheckpointPart,
     CheckpointWriter,
-    check_files,
-    has_ema,
     latest_checkpoint,
-    load_model,
     pointed_at,
     read_state,
 )
+from dist_pca.training.checkpoint_loading import check_files, has_ema, load_model
 from dist_pca.training.checkpoint_parts import OptimizerPart, checkpoint_parts
 from tests.support.disk import small_disk
 

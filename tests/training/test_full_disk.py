@@ -9,7 +9,8 @@ import pytest
 
 from dist_pca.evaluation.load import load_run
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
-from dist_pca.training.checkpoint import latest_checkpoint, load_model
+from dist_pca.training.checkpoint import latest_checkpoint
+from dist_pca.training.checkpoint_loading import load_model
 from tests.support.disk import small_disk
 from tests.support.runs import build_streets, overrides
 

@@ -126,7 +126,8 @@ def engine_steps(
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from dist_pca.training.checkpoint import CheckpointWriter, load_model
+    from dist_pca.training.checkpoint import CheckpointWriter
+    from dist_pca.training.checkpoint_loading import load_model
     from dist_pca.training.checkpoint_parts import checkpoint_parts, restore
     from dist_pca.training.ema import init_ema, update_ema
     from dist_pca.training.environment import init_distributed

@@ -12,7 +12,8 @@ from dist_pca.errors import UserError
 from dist_pca.evaluation.cycles import JudgedCycles, judge
 from dist_pca.evaluation.load import find_checkpoint, load_run
 from dist_pca.tools.matches.crops import look
-from dist_pca.training.checkpoint import has_ema, whole_checkpoints
+from dist_pca.training.checkpoint import whole_checkpoints
+from dist_pca.training.checkpoint_loading import has_ema
 
 TEACHER_SWITCHES = ("teacher_check", "teacher_weight", "teacher_matches", "teacher_keys")
 

@@ -12,20 +12,20 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is open, counts every storage that an operation gives out, until the last tensor on it is gone.
+    """Counts, while it is open, every storage that an operation allocates, until the last tensor on it is gone.
 
     Real tensors and fake ones alike, but none on the meta device; in forward and backward passes and optimiser steps of
-    this thread. What an operation allocates and frees within itself is not seen. Beside that, it counts what this rank
-    sends by collectives over all ranks, whoever calls them, as a ring of ranks sends it.
+    this thread. What an operation allocates and frees within itself is not seen. It also counts the bytes that this
+    rank sends in collectives over all ranks, as a ring algorithm sends them.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
-        """Alive now."""
+        """Bytes currently allocated."""
         self.phase = ""
         self.peaks: defaultdict[str, int] = defaultdict(int)
-        """Most that was alive in each phase."""
+        """Peak of allocated bytes in each phase."""
         self.sent: defaultdict[str, float] = defaultdict(float)
         """Bytes sent to other ranks in each phase."""
         self._known: dict[int, weakref.finalize[..., Any]] = {}
