@@ -218,11 +218,12 @@ def running_statistics(module: nn.Module) -> dict[str, torch.Tensor]:
 def average_over_ranks(statistics: Collection[torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Set running means and variances, in place, to their mean over ranks, so that every rank holds the same network.
 
-    A collective call. Variances are averaged as they are: what ranks' means differ by is not added.
+    A collective call. Variances are averaged as they are: what ranks' means differ by is not added. Sums are in fp64,
+    in which statistics that are equal on all ranks stay as they are, to the last bit, on any number of ranks.
     """
     if not statistics or not dist.is_initialized():
         return
-    flat = torch.cat(list(statistics))
+    flat = torch.cat(list(statistics)).double()
     dist.all_reduce(flat, group=group)
     flat /= dist.get_world_size(group)
     means = torch.split(flat, [len(buffer) for buffer in statistics])
