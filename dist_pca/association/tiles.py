@@ -18,6 +18,8 @@ MAX_GROUP = 64
 """Columns whose maximum is taken first: PyTorch's maximum is vectorised on CPUs, its argmax is not."""
 KEY_ROWS = 2048
 """Rows of a key gradient that a CPU accumulates at a time."""
+_MIXED_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
+"""Whether PyTorch multiplies bf16 to fp32 on GPUs; older versions round the result to bf16."""
 # On processors to which MKL gives no AVX-512, oneDNN multiplies twice as fast; PyTorch uses it only for bf16.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
     torch.ops.mkldnn, "_linear_pointwise"
@@ -51,11 +53,18 @@ def upcast(tile: torch.Tensor) -> torch.Tensor:
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Compute `left @ right`; bf16 accumulates in fp32, and the result is fp32 on GPUs and rounded to bf16 on CPUs."""
     if left.is_cuda and left.dtype == torch.bfloat16:
-        return torch.mm(left, right, out_dtype=torch.float32)
+        return matmul_in_fp32(left, right)
     if _ONEDNN and left.device.type == "cpu" and left.dtype == torch.float32 and left.numel() and right.numel():
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
         return result
     return left @ right
+
+
+def matmul_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Compute `left @ right` in fp32, from bf16 operands on a GPU without a copy of them in fp32 where PyTorch can."""
+    if left.is_cuda and left.dtype == torch.bfloat16 and _MIXED_PRODUCTS:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 def row_maximum(tile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dist_pca.association.tiles import BlockMatch
+from dist_pca.association.tiles import BlockMatch, matmul_in_fp32
 
 KERNEL_ROWS = 1 << 16
 """Queries of one call: as many scaled copies are made."""
@@ -216,10 +216,10 @@ def _backward_wide(
             probability = scratch[: queries.stop - queries.start, : keys.stop - keys.start]
             _probabilities(query[queries], key[keys], logsumexp[queries], probability, fixed=fixed)
             # P K.
-            query_sum[queries] += _matmul(probability, key[keys])
+            query_sum[queries] += matmul_in_fp32(probability, key[keys])
             if key_gradient is not None:
                 # dk += P' (w / sigma * Q).
-                key_gradient[keys] += _matmul(probability.T, weighted[queries])[:, : key_gradient.shape[1]]
+                key_gradient[keys] += matmul_in_fp32(probability.T, weighted[queries])[:, : key_gradient.shape[1]]
     return query_sum
 
 
@@ -243,13 +243,6 @@ def _probabilities(
         m=m,
         stride=result.stride(0),
     )
-
-
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Compute `a @ b` in fp32, from bf16 operands without an intermediate rounding where PyTorch can."""
-    if a.is_cuda and a.dtype == torch.bfloat16 and hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
