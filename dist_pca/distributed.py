@@ -107,7 +107,8 @@ class _AllGather(torch.autograd.Function):
         ranks = world_size(group)
         counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(ranks)]
         dist.all_gather(counts, torch.tensor([len(x)], device=x.device), group=group)
-        ctx.group, ctx.counts = group, [int(count) for count in counts]
+        # A GPU is waited for once, not once for each rank.
+        ctx.group, ctx.counts = group, torch.cat(counts).tolist()
         ctx.rank = dist.get_rank(group)
         # Collectives need equal shapes on every rank, so rows are padded to the largest count.
         parts = [x.new_empty((max(ctx.counts), *x.shape[1:])) for _ in range(ranks)]

@@ -67,7 +67,8 @@ def class_mask(labels: torch.Tensor, indices: Sequence[int], *, seed: int, ignor
         present[label.long()] = True
         present[ignore_index] = False
         priorities = torch.from_numpy((draw(_LABELS, seed, "target", Purpose.CLASS_MIX, index) >> 1).astype(np.int64))
-        places = torch.where(present, priorities.to(label.device), _LAST).argsort().argsort()
+        drawn = priorities.to(label.device, non_blocking=True)
+        places = torch.where(present, drawn, _LAST).argsort().argsort()
         chosen = present & (places < (present.sum() + 1) // 2)
         masks.append(chosen[label.long()])
     return torch.stack(masks)
@@ -91,7 +92,7 @@ def block_mask(images: torch.Tensor, indices: Sequence[int], *, seed: int, block
     height, width = images.shape[-2:]
     rows, columns = -(-height // block), -(-width // block)
     visible = np.stack([_uniform(rows * columns, seed, "target", Purpose.BLOCKS, index) >= ratio for index in indices])
-    blocks = torch.from_numpy(visible.reshape(-1, 1, rows, columns)).to(images.device)
+    blocks = torch.from_numpy(visible.reshape(-1, 1, rows, columns)).to(images.device, non_blocking=True)
     return blocks.repeat_interleave(block, dim=2).repeat_interleave(block, dim=3)[..., :height, :width]
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from dist_pca.distributed import all_gather, all_reduce_sum, world_size
 
-BLOCK_PIXELS = 2**15
-"""Pixels whose errors are put into bins at a time."""
+CPU_BLOCK_PIXELS, GPU_BLOCK_PIXELS = 2**15, 2**18
+"""Pixels whose errors are put into bins at a time; a GPU makes the host wait for each block's counts."""
 
 
 def lovasz_softmax(
@@ -110,7 +110,8 @@ class _BinnedLovasz(torch.autograd.Function):
     ) -> torch.Tensor:
         classes = probabilities.shape[1]
         cells = 2 * classes * bins
-        blocks = [slice(start, start + BLOCK_PIXELS) for start in range(0, len(labels), BLOCK_PIXELS)]
+        size = GPU_BLOCK_PIXELS if labels.is_cuda else CPU_BLOCK_PIXELS
+        blocks = [slice(start, start + size) for start in range(0, len(labels), size)]
         # One more cell takes the pixels that are left out.
         counts = torch.zeros(cells + 1, dtype=torch.int64, device=labels.device)
         for block in blocks:

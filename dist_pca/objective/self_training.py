@@ -54,7 +54,7 @@ class Confidence(NamedTuple):
 def world_confidence(confident: torch.Tensor) -> Confidence:
     """Count confident pixels (bool [B, H, W]) over all ranks. Collective."""
     # At large world sizes, pixel counts exceed the precision of fp32.
-    counts = torch.stack([confident.sum(), torch.tensor(confident.numel(), device=confident.device)]).double()
+    counts = torch.stack([confident.sum(), torch.full((), confident.numel(), device=confident.device)]).double()
     sure, pixels = all_reduce_sum(counts)
     return Confidence((sure / pixels).float(), pixels)
 

@@ -17,4 +17,4 @@ def smoothness(logits: torch.Tensor, threshold: float) -> torch.Tensor:
     """
     mean_negative_log = -torch.log_softmax(logits, dim=1).mean(dim=1)
     weighted = (mean_negative_log.detach() / threshold - 1) * mean_negative_log
-    return world_mean(weighted.sum(), torch.tensor(weighted.numel(), device=logits.device))
+    return world_mean(weighted.sum(), torch.full((), weighted.numel(), device=logits.device))

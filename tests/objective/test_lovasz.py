@@ -7,7 +7,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_pca.objective.lovasz import BLOCK_PIXELS, lovasz_softmax
+from dist_pca.objective.lovasz import CPU_BLOCK_PIXELS, lovasz_softmax
 from tests.support.ranks import run_on_ranks
 
 
@@ -117,7 +117,7 @@ def test_counted_errors_are_exact_where_those_of_a_bin_are_equal(
 
 
 def test_fine_bins_give_the_gradient_of_the_sorted_errors() -> None:
-    probabilities, labels = some_pixels(BLOCK_PIXELS + 5000, 3, seed=0, sharpness=3)
+    probabilities, labels = some_pixels(CPU_BLOCK_PIXELS + 5000, 3, seed=0, sharpness=3)
     (exact, expected), (loss, gradient) = (with_gradient(probabilities, labels, bins=bins) for bins in (None, 2**16))
     assert loss == pytest.approx(exact, abs=1e-7)
     assert float((gradient - expected).norm() / expected.norm()) < 0.02

@@ -3,7 +3,7 @@
 from math import ceil
 
 from dist_pca.config import LovaszConfig
-from dist_pca.objective.lovasz import BLOCK_PIXELS
+from dist_pca.objective.lovasz import CPU_BLOCK_PIXELS, GPU_BLOCK_PIXELS
 from dist_pca.tools.planning.hardware import Cluster
 from dist_pca.tools.planning.term import Term, all_gather, all_reduce, reduce_scatter
 
@@ -13,7 +13,7 @@ def ranks_together(config: LovaszConfig, cluster: Cluster) -> int:
     return {"rank": 1, "node": cluster.per_node, "world": cluster.size}[config.scope]
 
 
-def memory(pixels: int, classes: int, ranks: int, bins: int | None) -> Term:
+def memory(pixels: int, classes: int, ranks: int, bins: int | None, device: str) -> Term:
     """Bytes beyond the probabilities that are given in and the gradient that comes out, with every pixel labelled.
 
     Args:
@@ -21,12 +21,14 @@ def memory(pixels: int, classes: int, ranks: int, bins: int | None) -> Term:
         classes: Number of classes; all are there.
         ranks: Ranks whose pixels are ranked together; 1 where each has a loss of its own.
         bins: Bins in which errors are counted; None where they are sorted.
+        device: A GPU's name, or `cpu`.
     """
     if bins is not None:
         gradient, counts = 4.0 * pixels * classes, 8.0 * 2 * classes * bins
         # Errors, indices of bins and weights of a block, beside the counts and what they become; before that, sums of
         # the counts in fp64.
-        block = 25.0 * min(pixels, BLOCK_PIXELS) * classes + 1.5 * counts
+        size = CPU_BLOCK_PIXELS if device == "cpu" else GPU_BLOCK_PIXELS
+        block = 25.0 * min(pixels, size) * classes + 1.5 * counts
         return Term(gradient, max(gradient + block, 6.6 * counts), gradient)
     everyone = ranks * pixels
     table = 4.0 * everyone * classes

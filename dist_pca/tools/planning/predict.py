@@ -147,7 +147,7 @@ def predict(
         height, width = config.data.crop
         term = config.objective.lovasz
         together = lovasz.ranks_together(term, cluster)
-        terms["lovasz"] = lovasz.memory(images[0] * height * width, network.logits[0], together, term.bins)
+        terms["lovasz"] = lovasz.memory(images[0] * height * width, network.logits[0], together, term.bins, device)
     sent = traffic(config, network, pools, cluster, stage=stage, source_images=images[0])
     flops = sum(association.flops(settings, pool, assumptions, device) for pool in pools.values())
     micro_batches = config.training.accumulation

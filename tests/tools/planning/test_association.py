@@ -130,7 +130,7 @@ def test_lovasz_takes_what_is_predicted(world_size: int, bins: int | None, tmp_p
         if world_size == 1
         else run_on_ranks(measured_lovasz, world_size, tmp_path, pixels, bins)[0]
     )
-    predicted = lovasz.memory(pixels, CLASSES, world_size, bins)
+    predicted = lovasz.memory(pixels, CLASSES, world_size, bins, "cpu")
     assert predicted == (
         pytest.approx(saved, rel=0.15),
         pytest.approx(forward, rel=0.15),
