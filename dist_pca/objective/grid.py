@@ -31,9 +31,8 @@ def labels_at(
         return None
     if share == 0:
         return F.interpolate(labels[:, None].float(), size=grid, mode="nearest").flatten(1).long()
-    # Ignored pixels are counted in an additional plane, which is never a cell's class.
-    planes = F.one_hot(torch.where(labels == IGNORE_INDEX, num_classes, labels.long()), num_classes + 1)
-    cells = F.interpolate(planes.permute(0, 3, 1, 2).float(), size=grid, mode="area")
-    shares, majority = cells[:, :num_classes].max(dim=1)
+    # One class at a time: all of them at the labels' resolution would take 8 K bytes of each pixel.
+    cells = [F.interpolate((labels == c).float()[:, None], size=grid, mode="area") for c in range(num_classes)]
+    shares, majority = torch.cat(cells, dim=1).max(dim=1)
     # The tolerance keeps rounding from rejecting a share that is exactly the threshold.
     return torch.where(shares >= share - 1e-6, majority, IGNORE_INDEX).flatten(1)
