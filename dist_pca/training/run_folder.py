@@ -38,7 +38,7 @@ from dist_pca.training.optimizer import learning_rate_factor
 _CLASSES = TypeAdapter(tuple[ClassInfo, ...])
 _log = logging.getLogger("dist_pca.training")
 FREE_KEYS = (
-    *("name", "output", "data.workers", "data.validation", "evaluation", "telemetry"),
+    *("name", "output", "data.workers", "data.cache", "data.validation", "evaluation", "telemetry"),
     *("model.activation_checkpointing", "model.compile", "training.offload", "training.validate_every"),
     *(f"training.{key}" for key in ("zero_stage", "log_every", "checkpoint_every", "keep_checkpoints")),
     *(f"training.{key}" for key in ("time_limit", "stall_timeout", "max_non_finite_steps")),
@@ -209,7 +209,7 @@ def check_resume(config: RunConfig, resume: bool | None, data: RunData | None = 
         saved = validate_config(state["config"], str(checkpoint / "state.json"))
         if unlike := config_differences(saved, made):
             # After a start with --resume too, whose keys are those of config.yaml.
-            _log.warning("%s was saved by a run of another config (%s)", checkpoint.name, "; ".join(unlike))
+            _log.info("%s was saved by a run of another config (%s)", checkpoint.name, "; ".join(unlike))
 
 
 def _check_classes(folder: Path, classes: Sequence[ClassInfo]) -> None:

@@ -37,7 +37,11 @@ def test_the_same_run_goes_on_by_itself(made: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["training.zero_stage=3", "training.time_limit=08:00:00", "data.workers=7", "training.log_every=3"]
+    "override",
+    [
+        *("training.zero_stage=3", "training.time_limit=08:00:00", "data.workers=7", "training.log_every=3"),
+        "data.cache.folder=elsewhere",
+    ],
 )
 def test_keys_that_say_where_and_how_a_run_is_made_may_change(made: Path, override: str) -> None:
     check_resume(demo(made, override), None)
