@@ -21,6 +21,9 @@ from dist_pca.resilience.exit_status import SUPERVISED, ExitCode, exit_process, 
 from dist_pca.resilience.preemption import StopRequest
 from dist_pca.resources import resource
 
+ERROR_DELAY = 30.0
+"""Seconds for which another rank than 0 keeps an error in its set-up to itself, in case rank 0 prints the same."""
+
 
 def resolve_config(name: str, overrides: list[str]) -> RunConfig:
     """Load a run's config from a file or a shipped config's name, and overrides."""
@@ -42,8 +45,11 @@ class LineHandler(logging.Handler):
         _print(self.format(record), always=record.levelno >= logging.WARNING)
 
 
-def _set_up_logging() -> None:
-    """Show this package's log on stderr, and silence warnings of libraries that the user can do nothing about."""
+def _set_up_logging(rank: int) -> None:
+    """Show this package's log on stderr, and silence warnings of libraries that the user can do nothing about.
+
+    Every rank prints warnings. What all ranks would log alike is information, which rank 0 alone prints.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -54,7 +60,7 @@ def _set_up_logging() -> None:
     warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
     logger = logging.getLogger("dist_pca")
     logger.addHandler(LineHandler())
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     # A library that has configured the root logger would print every message again.
     logger.propagate = False
 
@@ -90,7 +96,7 @@ def main(
     rank = int(os.environ.get("RANK", "0"))
     try:
         run = resolve_config(config, overrides or [])
-        _set_up_logging()
+        _set_up_logging(rank)
         # A wrong key should be reported before these slow imports.
         import torch.distributed as dist
 
@@ -112,11 +118,12 @@ def main(
                 _print(f"{run.folder}: all {run.training.steps} steps are done already")
             return
     except UserError as error:
-        if rank != 0:
-            # Every rank finds the same error; the launcher ends this one once rank 0 has printed it and exited.
-            stop.wait(30)
-        else:
+        if rank == 0:
             print_error(str(error))
+        elif not stop.wait(ERROR_DELAY):
+            # Mostly every rank finds the same error, and the launcher ends this one once rank 0 has printed it and
+            # exited. Rank 0 does not have this one: files, packages or memory of this machine are others.
+            print_error(f"rank {rank}: {error}")
         sys.exit(UserError.EXIT_CODE)
     with suppress(OSError):
         # For exit.json, even if the ranks do not find each other.

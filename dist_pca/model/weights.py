@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import pickle
 import re
 import sys
@@ -56,7 +55,7 @@ def load_weights(body: nn.Module, backbone: str, weights: str, image_size: Size 
     if weights == "scratch":
         return
     found, unused = load_state(body, backbone, _read(backbone, weights), f"model.weights: {weights}", image_size)
-    if (weights != "hub" or found.resampled) and os.environ.get("RANK", "0") == "0":
+    if weights != "hub" or found.resampled:
         others = f"; {unused} others of the file are not used" if unused > 0 else ""
         _log.info("model.weights: loaded all %s from %s%s", found.account(backbone), weights, others)
 

@@ -49,9 +49,9 @@ class StopRequest:
             ends.append(int(environment["SLURM_JOB_END_TIME"]) - SLURM_MARGIN)
         self._deadline = min(ends, default=float("inf"))
 
-    def wait(self, seconds: float) -> None:
-        """Sleep, but no longer than until the first signal."""
-        self._requested.wait(seconds)
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but no longer than until the first signal; returns whether there has been one."""
+        return self._requested.wait(seconds)
 
     def any_rank(self, step: int, device: "torch.device") -> bool:
         """Whether any rank has a request to stop after step `step` (from 1). Collective."""

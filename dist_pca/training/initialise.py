@@ -1,7 +1,6 @@
 """Start a run from a whole trained segmenter: another run, one of its checkpoints, or an exported network."""
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,9 +45,8 @@ def initialise(model: Segmenter, config: ModelConfig, classes: Sequence[ClassInf
         anew.append("the head, as model.head or its size is another one")
     if model.projection is not None and not _load_module(model.projection, state, "projection."):
         anew.append("the projection, as there is none of this size")
-    if os.environ.get("RANK", "0") == "0":
-        started = "; new from the start: " + " and ".join(anew) if anew else ", and the head"
-        _log.info("model.init_from: loaded %s from %s%s", found.account(config.backbone), file, started)
+    started = "; new from the start: " + " and ".join(anew) if anew else ", and the head"
+    _log.info("model.init_from: loaded %s from %s%s", found.account(config.backbone), file, started)
 
 
 def _load_module(module: nn.Module, state: Mapping[str, torch.Tensor], prefix: str) -> bool:

@@ -1,7 +1,6 @@
 """Checks that need no process group, and what they have opened and built by the end."""
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -134,8 +133,7 @@ def _open_validation(config: RunConfig, classes: Sequence[ClassInfo]) -> Manifes
         raise UserError(f"data.validation: {manifest.folder} has no labels to score against; name labelled shards")
     class_map = config.evaluation.class_map
     lookup_table(manifest, classes, class_map)
-    if os.environ.get("RANK", "0") == "0":
-        for line in describe_missing(manifest, missing_classes(manifest, classes, class_map)):
-            _log.info("data.validation: %s", line)
+    for line in describe_missing(manifest, missing_classes(manifest, classes, class_map)):
+        _log.info("data.validation: %s", line)
     label_set_members(config.evaluation.label_sets, classes)
     return manifest
