@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from dist_pca.errors import UserError
 from dist_pca.model.batch_norm import average_over_ranks, running_statistics
@@ -151,7 +150,7 @@ class RankStatisticsPart:
         path = checkpoint / f"{self.file}.safetensors"
         if not path.is_file():
             return
-        ranks = load_file(path)[self.file]
+        ranks = load_tensors(path)[self.file]
         statistics = _statistics(self._engine, self._ema)
         sizes = [value.numel() for value in statistics]
         if ranks.shape != (dist.get_world_size(), sum(sizes)):
