@@ -1,10 +1,11 @@
 """`dist-pca bench`: parsing and printing."""
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -12,73 +13,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dist_pca.console import plain_console
 from dist_pca.errors import UserError
 
+if TYPE_CHECKING:
+    from dist_pca.tools.bench.report import Record
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="Measure what the README claims, on this machine.",
 )
 
-_ASSOCIATION_EXAMPLES = """
-[bold]Examples[/]
 
-dist-pca bench association
+def _examples(*commands: str) -> str:
+    """Write the end of a command's help, with lines to type."""
+    return "\n\n".join(("[bold]Examples[/]", *commands))
 
-dist-pca bench association --n 2048 --implementation dense --implementation blockwise --json
 
-dist-pca bench association --sweep 1024,2048,4096,16384,65536 --plot association.png
-
-dist-pca bench association --world 2 --n 4096 --communication gather --communication ring --dtype fp32
-
-dist-pca bench association --save results.csv && dist-pca bench table results.csv
-"""
-
-_DATA_EXAMPLES = """
-[bold]Examples[/]
-
-dist-pca bench data
-
-dist-pca bench data --only reading --only seeking --json
-"""
-
-_RESUME_EXAMPLES = """
-[bold]Examples[/]
-
-dist-pca bench resume
-
-dist-pca bench resume --kills 25 --seed 1 --json
-"""
-
-_TRAIN_EXAMPLES = """
-[bold]Examples[/]
-
-dist-pca bench train
-
-dist-pca bench train --repeats 40 --json
-"""
-
-_SCALE_EXAMPLES = """
-[bold]Examples[/]
-
-dist-pca bench scale
-
-dist-pca bench scale --worlds 4,8 --scope world --lovasz-bins 0 --json
-"""
-
-_GPU_EXAMPLES = """
-[bold]Examples[/]
-
-dist-pca bench gpu
-
-dist-pca bench gpu --minutes 25 --out h100.json
-"""
-
-_TABLE_EXAMPLES = """
-[bold]Examples[/]
-
-dist-pca bench table
-
-dist-pca bench table results.csv
-"""
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 # Enums, because Typer takes no lists of Literals.
@@ -112,7 +62,16 @@ def _root() -> None:
     pass
 
 
-@app.command("association", epilog=_ASSOCIATION_EXAMPLES)
+@app.command(
+    "association",
+    epilog=_examples(
+        "dist-pca bench association",
+        "dist-pca bench association --n 2048 --implementation dense --implementation blockwise --json",
+        "dist-pca bench association --sweep 1024,2048,4096,16384,65536 --plot association.png",
+        "dist-pca bench association --world 2 --n 4096 --communication gather --communication ring --dtype fp32",
+        "dist-pca bench association --save results.csv && dist-pca bench table results.csv",
+    ),
+)
 def association(
     n: Annotated[int, typer.Option("--n", min=1, help="Pixels of each domain, on each rank. 8464 is 92 x 92.")] = (
         8464
@@ -178,7 +137,7 @@ def association(
     save: Annotated[
         Path | None, typer.Option(help="Keep the records in this CSV, in place of older ones of the same kind.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure value and both gradients of association: time, peak memory, and error against fp64.
 
@@ -244,88 +203,74 @@ def association(
         printer.print(report.rich_table("growth with n", comparison.growth(records)))
 
 
-@app.command("data", epilog=_DATA_EXAMPLES)
+@app.command(
+    "data", epilog=_examples("dist-pca bench data", "dist-pca bench data --only reading --only seeking --json")
+)
 def data(
     only: Annotated[
         list[_Measurement] | None,
         typer.Option(help="Measure this alone. Repeatable.", show_default="everything, in about two minutes"),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; their median counts.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure building and reading of shards beside bare loops over the same codec and transforms.
 
     Ratios are of rates measured in turn in one run. Data are drawn for it, in a temporary folder.
     """
-    from dist_pca.tools.bench import report
     from dist_pca.tools.bench.data import MEASUREMENTS
 
-    console = plain_console(stderr=True)
     records = []
-    with tempfile.TemporaryDirectory() as folder, console.status("") as status:
+    with _working() as (folder, tell):
         for name in _values(only or _Measurement):
-            status.update(f"measuring {name}")
-            (Path(folder) / name).mkdir()
-            records += MEASUREMENTS[name](Path(folder) / name, repeats)
-    if as_json:
-        typer.echo(report.to_json(records))
-        return
-    rows = [{"": str(r["name"]), "value": f"{r['value']:.4g}", "unit": str(r["unit"])} for r in records]
-    plain_console().print(report.rich_table(f"{report.device_name()}: data", rows))
+            tell(f"measuring {name}")
+            (folder / name).mkdir()
+            records += MEASUREMENTS[name](folder / name, repeats)
+    _print(records, "data", as_json=as_json)
 
 
-@app.command("resume", epilog=_RESUME_EXAMPLES)
+@app.command("resume", epilog=_examples("dist-pca bench resume", "dist-pca bench resume --kills 25 --seed 1 --json"))
 def resume(
     kills: Annotated[int, typer.Option(min=1, help="How often the run is killed; each costs a start.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the instants.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Kill a small run of two processes again and again, some times inside a checkpoint write, and start it again.
 
     Weights, optimiser and metrics are then compared, bit by bit, with those of the run that was never killed. Another
     run is resumed on 1, 3 and 2 processes; its samples and losses are compared with those of a run that stays on 2.
     """
-    from dist_pca.tools.bench import report
     from dist_pca.tools.bench.resume import measure_resume
     from dist_pca.tools.bench.worlds import measure_worlds
 
-    console = plain_console(stderr=True)
-    with tempfile.TemporaryDirectory() as folder, console.status("") as status:
-        records = measure_resume(Path(folder), kills, seed, status.update)
-        records += measure_worlds(Path(folder), status.update)
-    if as_json:
-        typer.echo(report.to_json(records))
-        return
-    rows = [{"": str(r["name"]), "value": str(r["value"])} for r in records]
-    plain_console().print(report.rich_table(f"{report.device_name()}: resume", rows))
+    with _working() as (folder, tell):
+        records = [*measure_resume(folder, kills, seed, tell), *measure_worlds(folder, tell)]
+    _print(records, "resume", as_json=as_json)
 
 
-@app.command("train", epilog=_TRAIN_EXAMPLES)
+@app.command("train", epilog=_examples("dist-pca bench train", "dist-pca bench train --repeats 40 --json"))
 def train(
     repeats: Annotated[
         int, typer.Option(min=1, help="Timed steps of each loop; the median of their ratios counts.")
     ] = 150,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what the training loop costs beside a bare one over the same network, losses, optimiser and data.
 
     Both are in one run, on two processes or on all GPUs, and take turns step by step, so that what else the machine
     does falls on both. The loop writes a line of metrics at every step.
     """
-    from dist_pca.tools.bench import report
     from dist_pca.tools.bench.train import measure_train
 
-    console = plain_console(stderr=True)
-    with tempfile.TemporaryDirectory() as folder, console.status("training"):
-        records = measure_train(Path(folder), repeats)
-    if as_json:
-        typer.echo(report.to_json(records))
-        return
-    rows = [{"": str(r["name"]), "value": f"{r['value']:.4g}", "unit": str(r["unit"])} for r in records]
-    plain_console().print(report.rich_table(f"{report.device_name()}: train", rows))
+    with _working("training") as (folder, _):
+        records = measure_train(folder, repeats)
+    _print(records, "train", as_json=as_json)
 
 
-@app.command("scale", epilog=_SCALE_EXAMPLES)
+@app.command(
+    "scale",
+    epilog=_examples("dist-pca bench scale", "dist-pca bench scale --worlds 4,8 --scope world --lovasz-bins 0 --json"),
+)
 def scale(
     worlds: Annotated[str, typer.Option(help="Numbers of ranks, with commas between them.")] = "8,16,32",
     scope: Annotated[Literal["rank", "world"], typer.Option(help="Candidates of the association.")] = "rank",
@@ -333,7 +278,7 @@ def scale(
         int, typer.Option(min=0, help="Bins of Lovasz-Softmax over all ranks; 0 sorts all ranks' pixels.")
     ] = 4096,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps, of which the mean counts.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what a training step takes of one rank as ranks are added: seconds, memory and bytes sent, by phase.
 
@@ -341,22 +286,15 @@ def scale(
     seconds are CPU seconds of one rank; the wall time of a step, in which the cores serve all ranks, is in the JSON.
     Network, batch norm over ranks, objective and the sum of gradients are those of training; DeepSpeed is left out.
     """
-    from dist_pca.tools.bench import report
     from dist_pca.tools.bench.scale import ScaleCase, measure_scale, scale_rows
 
     numbers = _sizes(worlds, "--worlds")
-    console = plain_console(stderr=True)
-    with console.status("") as status:
-        records = measure_scale(numbers, ScaleCase(scope, lovasz_bins or None, steps), status.update)
-    if as_json:
-        typer.echo(report.to_json(records))
-        return
-    printer = plain_console()
-    title = f"{report.device_name()}: a step of one rank, association of scope {scope}"
-    printer.print(report.rich_table(title, scale_rows(records)))
+    with _working() as (_, tell):
+        records = measure_scale(numbers, ScaleCase(scope, lovasz_bins or None, steps), tell)
+    _print(records, f"a step of one rank, association of scope {scope}", scale_rows(records), as_json=as_json)
 
 
-@app.command("gpu", epilog=_GPU_EXAMPLES)
+@app.command("gpu", epilog=_examples("dist-pca bench gpu", "dist-pca bench gpu --minutes 25 --out h100.json"))
 def gpu(
     out: Annotated[
         Path | None,
@@ -389,7 +327,7 @@ def gpu(
         raise typer.Exit(1)
 
 
-@app.command("table", epilog=_TABLE_EXAMPLES)
+@app.command("table", epilog=_examples("dist-pca bench table", "dist-pca bench table results.csv"))
 def table(
     file: Annotated[
         Path | None, typer.Argument(help="A CSV that --save wrote.", show_default="the one that comes with dist-pca")
@@ -400,6 +338,31 @@ def table(
     from dist_pca.tools.bench.report import RESULTS, load_results
 
     typer.echo(readme_tables(load_results(file or RESULTS, "association")))
+
+
+@contextmanager
+def _working(what: str = "") -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """Yield a temporary folder, and a function that shows what is being done."""
+    with tempfile.TemporaryDirectory() as folder, plain_console(stderr=True).status(what) as status:
+        yield Path(folder), status.update
+
+
+def _print(
+    records: "Sequence[Record]", what: str, rows: Sequence[Mapping[str, str]] | None = None, *, as_json: bool
+) -> None:
+    """Print records as JSON, or as a table of these rows, else with a row for each record."""
+    from dist_pca.tools.bench.report import device_name, rich_table, to_json
+
+    if as_json:
+        typer.echo(to_json(records))
+        return
+    if rows is None:
+        values = [f"{r['value']:.4g}" if isinstance(r["value"], float) else str(r["value"]) for r in records]
+        rows = [
+            {"": str(r["name"]), "value": value, "unit": str(r.get("unit") or "")}
+            for r, value in zip(records, values, strict=True)
+        ]
+    plain_console().print(rich_table(f"{device_name()}: {what}", rows))
 
 
 def _values(chosen: Iterable[Enum]) -> tuple[Any, ...]:
