@@ -3,13 +3,12 @@ from pathlib import Path
 import pytest
 import yaml
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dist_pca.config import RunConfig, load_config, save_config
 from dist_pca.errors import UserError
 from dist_pca.resources import names, resource
 from dist_pca.training.accumulation import fit_batches
-from tests.support.nasty import NASTY, replaced
+from tests.support.nasty import NASTY, STEPS, check_one_line, few_or_many, replaced
 
 DEMO = resource("configs", "demo")
 
@@ -135,36 +134,20 @@ def test_every_key_documents_itself() -> None:
     assert undocumented(RunConfig) == []
 
 
-@settings(max_examples=30)
-@given(steps=st.lists(st.integers(0, 40), max_size=5), value=NASTY)
+@few_or_many(30, 3000)
 def test_whatever_a_file_holds_is_a_run_or_refused_in_one_line(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object
+    tmp_path_factory: pytest.TempPathFactory, examples: int
 ) -> None:
-    check_file(tmp_path_factory, steps, value)
+    whole = load_config(DEMO).model_dump(mode="json")
 
+    @settings(max_examples=examples)
+    @given(steps=STEPS, value=NASTY)
+    def check(steps: list[int], value: object) -> None:
+        file = tmp_path_factory.mktemp("config") / "run.yaml"
+        file.write_text(yaml.safe_dump(replaced(whole, steps, value)))
+        check_one_line(lambda: load_config(file), 3000)
 
-@pytest.mark.slow
-@pytest.mark.exhaustive
-@pytest.mark.timeout(3000)
-@settings(max_examples=3000)
-@given(steps=st.lists(st.integers(0, 40), max_size=5), value=NASTY)
-def test_whatever_a_file_holds_at_length(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object
-) -> None:
-    check_file(tmp_path_factory, steps, value)
-
-
-def check_file(tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object) -> None:
-    file = tmp_path_factory.mktemp("config") / "run.yaml"
-    whole = load_config(resource("configs", "demo")).model_dump(mode="json")
-    file.write_text(yaml.safe_dump(replaced(whole, steps, value)))
-    message = ""
-    try:
-        load_config(file)
-    except UserError as error:
-        message = str(error)
-    assert "\n" not in message
-    assert len(message) < 3000
+    check()
 
 
 @pytest.mark.parametrize(

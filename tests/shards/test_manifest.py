@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import Manifest, Shard, load_manifest, save_manifest
-from tests.support.nasty import NASTY, replaced
+from tests.support.nasty import NASTY, STEPS, check_one_line, few_or_many, replaced
 from tests.support.raw_data import make_folder
 from tests.support.shards import make_shards
 
@@ -139,36 +138,21 @@ def _edit(manifest: Manifest, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-@given(steps=st.lists(st.integers(0, 40), max_size=5), value=NASTY)
+@few_or_many(100, 3000)
 def test_whatever_a_manifest_holds_is_read_or_refused_in_one_line(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object
+    tmp_path_factory: pytest.TempPathFactory, examples: int
 ) -> None:
-    check_manifest(tmp_path_factory, steps, value)
-
-
-@pytest.mark.slow
-@pytest.mark.exhaustive
-@pytest.mark.timeout(3000)
-@settings(max_examples=3000)
-@given(steps=st.lists(st.integers(0, 40), max_size=5), value=NASTY)
-def test_whatever_a_manifest_holds_at_length(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object
-) -> None:
-    check_manifest(tmp_path_factory, steps, value)
-
-
-def check_manifest(tmp_path_factory: pytest.TempPathFactory, steps: list[int], value: object) -> None:
     folder = tmp_path_factory.mktemp("shards") / "built"
     make_shards(folder, [3, 2])
-    content = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(replaced(content, steps, value)))
-    message = ""
-    try:
-        load_manifest(folder)
-    except UserError as error:
-        message = str(error)
-    assert "\n" not in message
-    assert len(message) < 1000
+    whole = json.loads((folder / "manifest.json").read_text())
+
+    @settings(max_examples=examples)
+    @given(steps=STEPS, value=NASTY)
+    def check(steps: list[int], value: object) -> None:
+        (folder / "manifest.json").write_text(json.dumps(replaced(whole, steps, value)))
+        check_one_line(lambda: load_manifest(folder), 1000)
+
+    check()
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{}", b"[" * 100_000, b"[" * 100_000 + b"]" * 100_000, b"", b"\0" * 10])

@@ -1,8 +1,12 @@
 """Values that no reader of a file expects, put anywhere into what it reads."""
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
+
+from dist_pca.errors import UserError
 
 NASTY: st.SearchStrategy[object] = st.sampled_from(
     [
@@ -11,6 +15,26 @@ NASTY: st.SearchStrategy[object] = st.sampled_from(
         *([], {}, [[]], [0] * 10, {"a": 1}),
     ]
 )
+
+STEPS = st.lists(st.integers(0, 40), max_size=5)
+"""Steps into a file for `replaced`."""
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(3000))
+
+
+def few_or_many(few: int, many: int) -> pytest.MarkDecorator:
+    """Give a test its number of `examples`: few, and many among the exhaustive tests."""
+    return pytest.mark.parametrize("examples", [few, pytest.param(many, marks=EXHAUSTIVE)], ids=["few", "many"])
+
+
+def check_one_line(read: Callable[[], object], longest: int) -> None:
+    """Check that reading succeeds, or is refused in one line of less than `longest` characters."""
+    message = ""
+    try:
+        read()
+    except UserError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < longest
 
 
 def replaced(value: Any, steps: list[int], new: object) -> Any:
