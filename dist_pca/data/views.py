@@ -64,7 +64,7 @@ def class_mask(labels: torch.Tensor, indices: Sequence[int], *, seed: int, ignor
     for label, index in zip(labels, indices, strict=True):
         # Neither shapes nor host code depend on which classes are present, so there is no synchronisation with the GPU.
         present = torch.zeros(_LABELS, dtype=torch.bool, device=label.device)
-        present[label.long()] = True
+        present.scatter_(0, label.long().flatten(), True)
         present[ignore_index] = False
         priorities = torch.from_numpy((draw(_LABELS, seed, "target", Purpose.CLASS_MIX, index) >> 1).astype(np.int64))
         drawn = priorities.to(label.device, non_blocking=True)
