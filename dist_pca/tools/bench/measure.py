@@ -15,7 +15,7 @@ from dist_pca.association.streamed import find_matches
 from dist_pca.tools.bench.cases import Case, Measured, inputs
 from dist_pca.tools.bench.memory import peak_of, return_freed_memory_at_once
 
-WARM_UP_POSITIONS = 64
+WARM_UP_PIXELS = 64
 """Enough to start threads and load libraries, too few to leave memory behind."""
 _IMPLEMENTATIONS: dict[Measured, Implementation] = {
     "dense": "reference",
@@ -59,9 +59,9 @@ def measure_peak(rank: int, case: Case, store: Path) -> int | None:
     with _world(rank, case, store) as device:
         if case.implementation == "matmul":
             rows, pool = _factors(rank, case, device)
-            torch.mm(rows[:WARM_UP_POSITIONS], pool[:WARM_UP_POSITIONS].T)
+            torch.mm(rows[:WARM_UP_PIXELS], pool[:WARM_UP_PIXELS].T)
             return peak_of(lambda: torch.mm(rows, pool.T), device)
-        _association(case, *(x[:WARM_UP_POSITIONS].to(device) for x in inputs(case, rank)))
+        _association(case, *(x[:WARM_UP_PIXELS].to(device) for x in inputs(case, rank)))
         source, target, labels = (x.to(device) for x in inputs(case, rank))
         return peak_of(lambda: _association(case, source, target, labels), device)
 
@@ -91,7 +91,7 @@ def measure(rank: int, case: Case, store: Path, reference: Path | None) -> Readi
 def unavoidable_products(case: Case, source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> float:
     """Products of n x C and C x n that value and both gradients take at least, in memory linear in n.
 
-    One gives all similarities, and so the matches in both directions. A source position whose cycle is kept takes part
+    One gives all similarities, and so the matches in both directions. A source pixel whose cycle is kept takes part
     in the products of its row's softmax for both gradients. A target with a kept cycle takes part in two of its own
     softmax, too, and in one for its similarities, which are there no more: which targets these are is known only
     after all similarities have been seen.
@@ -103,7 +103,7 @@ def unavoidable_products(case: Case, source: torch.Tensor, target: torch.Tensor,
 
 
 def compute_reference(rank: int, case: Case, file: Path) -> ReferenceValues:
-    """The definition on all ranks' positions in fp64, in this one process; gradients [2, n * W, C] go to a file."""
+    """The definition on all ranks' pixels in fp64, in this one process; gradients [2, n * W, C] go to a file."""
     torch.set_num_threads(case.threads * case.world_size)
     parts = [inputs(case, part) for part in range(case.world_size)]
     source, target, labels = (torch.cat(same) for same in zip(*parts, strict=True))
@@ -128,6 +128,8 @@ def _world(rank: int, case: Case, store: Path) -> Iterator[torch.device]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=case.world_size)
     yield device
+    # A rank whose measurement needs no others would leave while these still connect to it.
+    dist.barrier()
     dist.destroy_process_group()
 
 
