@@ -7,6 +7,9 @@ from torch import nn
 
 from dist_pca.model.segmenter import Segmenter, normalised
 
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Type of a network's products under autocast by `training.precision`; None leaves fp32."""
+
 
 class FrozenBackbone(nn.Module):
     """A copy of a segmenter's backbone with the weights that it has now, in evaluation mode and without gradients.

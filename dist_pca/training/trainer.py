@@ -17,7 +17,7 @@ from dist_pca.data.stream import stream
 from dist_pca.data.to_device import to_device
 from dist_pca.distributed import raise_on_all_ranks
 from dist_pca.model.batch_norm import kept_statistics
-from dist_pca.model.frozen import FrozenBackbone
+from dist_pca.model.frozen import AUTOCAST, FrozenBackbone
 from dist_pca.objective import Domains, objective
 from dist_pca.objective.class_statistics import ClassStatistics
 from dist_pca.resilience.exit_status import ExitCode, clear_exit_status
@@ -39,8 +39,6 @@ from dist_pca.training.prepare import PreparedRun
 from dist_pca.training.profiling import PhaseClock, network_flops
 from dist_pca.training.run_folder import RunData, create_run
 from dist_pca.training.views import Views, forward_views, student_views
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StudentBatch(NamedTuple):

@@ -1,4 +1,4 @@
-"""Association measured: each implementation on the same positions in fresh processes, beside one bare product."""
+"""Association measured: each implementation on the same pixels in fresh processes, beside one bare product."""
 
 import os
 import statistics
@@ -23,7 +23,7 @@ CONFIGURATION = (
 )
 """Fields of a record that say what was measured."""
 
-MOST_REFERENCE_POSITIONS = 12_000
+MOST_REFERENCE_PIXELS = 12_000
 """Above this the fp64 reference would take longer than all that is compared with it."""
 
 OUT_OF_MEMORY = "out of memory"
@@ -37,7 +37,7 @@ class Plan:
     """What one run of the bench measures."""
 
     sizes: Sequence[int]
-    """Positions of each domain on each rank, one after the other."""
+    """Pixels of each domain on each rank, one after the other."""
     channels: int
     dtypes: Sequence[Precision]
     world_size: int
@@ -154,7 +154,7 @@ def _communications(plan: Plan, implementation: Measured) -> Sequence[Communicat
 
 
 def _reference(case: Case, file: Path) -> tuple[ReferenceValues, Path] | None:
-    if case.positions > MOST_REFERENCE_POSITIONS or not _fits(2 * _dense_bytes(case)):
+    if case.pixels > MOST_REFERENCE_PIXELS or not _fits(2 * _dense_bytes(case)):
         return None
     try:
         return in_fresh_processes(compute_reference, 1, case, file)[0], file
@@ -230,12 +230,12 @@ def _needed_bytes(case: Case) -> float:
     if case.implementation == "dense":
         return _dense_bytes(case)
     if case.implementation == "matmul":
-        return case.positions**2 * (2 if case.dtype == "bf16" else 4)
+        return case.pixels**2 * (2 if case.dtype == "bf16" else 4)
     return 0
 
 
 def _dense_bytes(case: Case) -> float:
-    return DENSE_MATRICES * 4 * case.positions**2
+    return DENSE_MATRICES * 4 * case.pixels**2
 
 
 def _fits(needed: float) -> bool:

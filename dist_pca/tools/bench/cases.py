@@ -1,4 +1,4 @@
-"""What one measurement of association is of, and the positions that it gets."""
+"""What one measurement of association is of, and the pixels that it gets."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,11 +13,11 @@ Precision = Literal["fp32", "bf16"]
 Data = Literal["clustered", "random", "shares"]
 
 CONFUSED = 0.18
-"""Share of clustered positions that look like some other class than their own."""
+"""Share of clustered pixels that look like some other class than their own."""
 KEPT, COVER = 0.72, 0.22
 """Shares of kept cycles and matched targets where one of the two is given: those of networks in training."""
 AROUND = 0.5
-"""Standard deviation of a source position around the target that it matches, whose own is 1."""
+"""Standard deviation of a source pixel around the target that it matches, whose own is 1."""
 GAP = 3.0
 """How far the farthest clustered targets lie from the source domain, in deviations of the class centres."""
 
@@ -31,7 +31,7 @@ class Case:
     dtype: Precision
     """What products are computed in, and what travels between ranks; inputs are fp32, except those of `matmul`."""
     n: int
-    """Positions of each domain on each rank."""
+    """Pixels of each domain on each rank."""
     channels: int
     world_size: int
     communication: Communication | None
@@ -47,13 +47,13 @@ class Case:
     threads: int
     """CPU threads of each rank."""
     kept: float | None = None
-    """Share of source positions whose cycle is kept, for `shares`."""
+    """Share of source pixels whose cycle is kept, for `shares`."""
     cover: float | None = None
-    """Share of target positions that are matched, for `shares`."""
+    """Share of target pixels that are matched, for `shares`."""
 
     @property
-    def positions(self) -> int:
-        """Positions of each domain on all ranks together."""
+    def pixels(self) -> int:
+        """Pixels of each domain on all ranks together."""
         return self.n * self.world_size
 
 
@@ -62,7 +62,7 @@ def inputs(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
     `clustered` rows are a class centre, normal in each channel, plus `spread` times normal noise; a share of them looks
     like a class that is not its own. Targets are moved off in one direction, each by another amount, as domains are:
-    those nearest to the source are matched by many. At a spread of 1.5, with 8,464 positions and 19 classes, about 0.73
+    those nearest to the source are matched by many. At a spread of 1.5, with 8,464 pixels and 19 classes, about 0.73
     of cycles hold and 0.22 of targets are matched; networks in training on street scenes show 0.63 to 0.78 and 0.12 to
     0.21. `random` rows and labels have nothing to do with each other: cycles hold that end where they began, and of the
     rest one in `classes`.

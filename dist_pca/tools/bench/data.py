@@ -91,8 +91,8 @@ def measure_seeking(folder: Path) -> list[Record]:
     manifest = load_manifest(large)
     loaded = time.perf_counter()
     sampler = build_sampler(_config(workers=0), [manifest], "source", 0)
-    for position in range(FAR_STEP * BATCH, (FAR_STEP + 1) * BATCH):
-        sampler.select(position)
+    for sample_index in range(FAR_STEP * BATCH, (FAR_STEP + 1) * BATCH):
+        sampler.select(sample_index)
     sought = time.perf_counter()
     return [
         _record("manifest_seconds", loaded - start, f"s, {SAMPLES:,} samples"),
@@ -178,13 +178,13 @@ def _bare_batches(manifest: Manifest) -> Generator[tuple[torch.Tensor, torch.Ten
         samples = [reader.read(n, index) for n, shard in enumerate(manifest.shards) for index in range(len(shard.keys))]
     for start in count(0, BATCH):
         images, labels = [], []
-        for position in range(start, start + BATCH):
-            sample = samples[position % len(samples)]
+        for sample_index in range(start, start + BATCH):
+            sample = samples[sample_index % len(samples)]
             image = Image.open(io.BytesIO(sample["jpg"]))
             height, width = resized_size(sample["__size__"], config.shorter_edge[1])
             image.draft(None, (width, height))
             label = Image.open(io.BytesIO(sample["label.png"]))
-            crop = draw_crop(sample["__size__"], config, seed=0, domain="source", index=position)
+            crop = draw_crop(sample["__size__"], config, seed=0, domain="source", index=sample_index)
             pixels, ids = apply_crop(image, label, crop)
             assert ids is not None
             images.append(pixels)

@@ -4,7 +4,6 @@ The network, batch norm over ranks, the objective and the sum of gradients are t
 loader processes and the optimiser's update are left out, so that many ranks fit one machine.
 """
 
-import os
 import tempfile
 import time
 from collections import defaultdict
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from dist_pca.association.candidates import listen
 from dist_pca.config import RunConfig, load_config
+from dist_pca.cores import usable_cores
 from dist_pca.errors import UserError
 from dist_pca.model.segmenter import Segmenter, build_segmenter
 from dist_pca.objective import Domain, objective
@@ -90,8 +90,7 @@ def measure_scale(worlds: Sequence[int], case: ScaleCase, tell: Callable[[str], 
 
 
 def _records(ranks: int, case: ScaleCase, readings: Sequence[dict[str, _Reading]]) -> list[Record]:
-    cores = len(os.sched_getaffinity(0))
-    common: Record = {"world_size": ranks, "cores": cores, "scope": case.scope, "lovasz_bins": case.bins}
+    common: Record = {"world_size": ranks, "cores": usable_cores(), "scope": case.scope, "lovasz_bins": case.bins}
     records: list[Record] = []
     for phase in PHASES:
         parts = [reading[phase] for reading in readings if phase in reading]

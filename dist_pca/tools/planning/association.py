@@ -1,6 +1,6 @@
 """What the association of one level takes of one rank: bytes sent, memory and operations.
 
-The formulas follow the buffers and collectives of `dist_pca.association`, position by position.
+The formulas follow the buffers and collectives of `dist_pca.association`, pixel by pixel.
 """
 
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from dist_pca.tools.planning.hardware import Assumptions
 from dist_pca.tools.planning.term import Term, all_reduce
 
 _DENSE_MATRICES = 6
-"""Matrices of all positions against all that dense autograd holds at its peak; three of them until backward."""
+"""Matrices of all pixels against all that dense autograd holds at its peak; three of them until backward."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Positions of one level on one rank and on all that are candidates for each other."""
+    """Pixels of one level on one rank and on all that are candidates for each other."""
 
     source: int
-    """Source positions on this rank."""
+    """Source pixels on this rank."""
     target: int
-    """Target positions on this rank."""
+    """Target pixels on this rank."""
     channels: int
     classes: int
     ranks: int
-    """Ranks whose positions form the pool; 1 where it is local."""
+    """Ranks whose pixels form the pool; 1 where it is local."""
     pools: int
     """Pools on this rank, one after the other: pairs of images under scope `pair`, else 1."""
 

@@ -63,9 +63,9 @@ class Assumptions:
     latency: float = 2e-5
     """Seconds that a collective takes however small it is, within a node; three times that between nodes."""
     matched: float = 0.22
-    """Share of targets that some source position matches (`cover_ratio`)."""
+    """Share of targets that some source pixel matches (`cover_ratio`)."""
     kept: float = 0.72
-    """Share of source positions whose cycle is kept (`consistent_ratio` of labelled ones)."""
+    """Share of source pixels whose cycle is kept (`consistent_ratio` of labelled ones)."""
     loader_rate: float = 30.0
     """Images per second that one loader process reads, decodes and crops."""
     reserve: float = 0.1

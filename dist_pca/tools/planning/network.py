@@ -19,7 +19,7 @@ from dist_pca.classes import LABEL_SETS
 from dist_pca.config import RunConfig
 from dist_pca.data.collate import Batch
 from dist_pca.errors import UserError
-from dist_pca.model.frozen import FrozenBackbone
+from dist_pca.model.frozen import AUTOCAST, FrozenBackbone
 from dist_pca.model.segmenter import Output, Segmenter, build_segmenter, fit_to_crop
 from dist_pca.objective import Domains, objective
 from dist_pca.objective.cycle_association import SIMILARITY
@@ -33,8 +33,6 @@ DEFAULT_CLASSES = 19
 
 LOW_PRECISION_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Under autocast DeepSpeed moves the gradients of these very classes, and of no subclass, in the low precision."""
-
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Parameter(NamedTuple):
@@ -103,7 +101,7 @@ def run_network(config: RunConfig, classes: int, source_images: int, target_imag
         config: The run.
         classes: Number of classes.
         source_images: In one rank's micro-batch.
-        target_images: Likewise; 0 where the run does not adapt.
+        target_images: In one rank's micro-batch; 0 where the run does not adapt.
 
     Raises:
         UserError: the network cannot be built.
@@ -113,7 +111,7 @@ def run_network(config: RunConfig, classes: int, source_images: int, target_imag
     with torch.device("meta"):
         real = build_segmenter(plain, classes)
     real.gives_deepest = config.objective.feature_distance.weight > 0
-    copy = FrozenBackbone(real, autocast=_AUTOCAST[config.training.precision]) if real.gives_deepest else None
+    copy = FrozenBackbone(real, autocast=AUTOCAST[config.training.precision]) if real.gives_deepest else None
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         model = real.to_empty(device="cpu").train()
         pretrained = None if copy is None else copy.to_empty(device="cpu")
@@ -176,7 +174,7 @@ def _forward(
     source_images: int,
     target_images: int,
 ) -> _Step:
-    low = _AUTOCAST[config.training.precision]
+    low = AUTOCAST[config.training.precision]
     begin_backward = _noting(live, "backward")
 
     def network(images: torch.Tensor) -> Output:

@@ -216,8 +216,8 @@ def level_pools(
     for level in settings.levels:
         # Both levels are associated on the features' grid.
         channels, height, width = network.features
-        positions = min(height * width, settings.pixel_budget or height * width)
-        source, target = (count * positions for count in images)
+        pixels = min(height * width, settings.pixel_budget or height * width)
+        source, target = (count * pixels for count in images)
         pools = images[0] if settings.scope == "pair" else 1
         classes = network.logits[0]
         yield level, Pool(source, target, channels if level == "features" else classes, classes, ranks, pools)

@@ -143,7 +143,7 @@ def select(
 def _true_mean_iou(candidates: "Sequence[Candidate]", images: "Manifest") -> list[float]:
     """Mean IoU of each candidate by the target's labels; empty where it has none of the classes."""
     from dist_pca.tools.study.scoring import score_checkpoint
-    from dist_pca.tools.study.selection import read_classes
+    from dist_pca.training.run_folder import read_classes
 
     names = {info.name for info in images.classes} & {info.name for info in read_classes(candidates[0].run)}
     if not images.labelled or not names:

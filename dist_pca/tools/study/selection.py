@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import TypeAdapter
 from torch import nn
 from torch.nn import functional as F
 
-from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig, load_config
 from dist_pca.data.decode import Pixels
 from dist_pca.data.stream import evaluation_stream
@@ -30,6 +28,7 @@ from dist_pca.evaluation.load import load_run
 from dist_pca.evaluation.views import view_logits
 from dist_pca.shards.manifest import Manifest, Shard
 from dist_pca.training.checkpoint import latest_checkpoint, read_step, whole_checkpoints
+from dist_pca.training.run_folder import read_classes
 
 ENSEMBLE_CANDIDATES = 3
 """Fewest candidates whose ensemble says more than each of them."""
@@ -110,11 +109,6 @@ def find_candidates(runs: Sequence[Path], *, all_checkpoints: bool) -> list[Cand
             "checkpoints with --all-checkpoints"
         )
     return candidates
-
-
-def read_classes(run: Path) -> tuple[ClassInfo, ...]:
-    """Class table of a run folder."""
-    return TypeAdapter(tuple[ClassInfo, ...]).validate_json((run / "classes.json").read_text())
 
 
 def spread(manifest: Manifest, most: int | None) -> Manifest:

@@ -34,7 +34,7 @@ def kept_ratio(case: Case) -> float:
     return float(found.consistent_ratio)
 
 
-def test_positions_are_the_same_for_the_same_seed_and_differ_between_ranks_and_domains() -> None:
+def test_pixels_are_the_same_for_the_same_seed_and_differ_between_ranks_and_domains() -> None:
     once, again, other = inputs(CASE, 0), inputs(CASE, 0), inputs(CASE, 1)
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     assert not torch.equal(once[0], other[0])
@@ -55,7 +55,7 @@ def test_the_less_spread_the_more_cycles_hold() -> None:
     assert tight > 0.6
 
 
-def test_random_positions_keep_cycles_that_end_where_they_began_and_by_chance_of_the_rest() -> None:
+def test_random_pixels_keep_cycles_that_end_where_they_began_and_by_chance_of_the_rest() -> None:
     case = dataclasses.replace(CASE, data="random", n=2000)
     source, target = (torch.nn.functional.normalize(x, dim=1) for x in inputs(case, 0)[:2])
     product = source @ target.T
@@ -83,13 +83,13 @@ def test_a_target_without_a_kept_cycle_takes_no_product_of_its_own() -> None:
     case = dataclasses.replace(CASE, data="shares", channels=64, kept=1.0, cover=0.5)
     source, target, _ = inputs(case, 0)
     matches = find_matches(source, target)
-    # No two positions of a cycle but the leader itself share a label.
+    # No two pixels of a cycle but the leader itself share a label.
     labels = torch.arange(case.n)
     leaders = float((matches.ends == labels).float().mean())
     assert unavoidable_products(case, source, target, labels) == pytest.approx(1 + 5 * leaders)
 
 
-def test_positions_for_kl_are_distributions() -> None:
+def test_pixels_for_kl_are_distributions() -> None:
     source, target, _ = inputs(dataclasses.replace(CASE, similarity="kl"), 0)
     for x in (source, target):
         torch.testing.assert_close(x.sum(dim=1), torch.ones(200))
