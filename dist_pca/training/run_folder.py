@@ -26,6 +26,7 @@ from dist_pca.config import RunConfig, load_config, save_config, validate_config
 from dist_pca.errors import UserError
 from dist_pca.files import last_step, read_lines, read_record, remove_parts, write_json, write_record
 from dist_pca.shards.manifest import Manifest, shards_digest
+from dist_pca.training.accumulation import fit_batches
 from dist_pca.training.checkpoint import (
     code_version,
     latest_checkpoint,
@@ -155,7 +156,7 @@ def check_resume(config: RunConfig, resume: bool | None, data: RunData | None = 
     """Check that a run may start in its folder.
 
     Args:
-        config: The run.
+        config: The run, with its batches over all ranks set (`fit_batches`).
         resume: None resumes the same run; True also one whose keys or shards differ, and logs them; False accepts only
             a folder without a run.
         data: What it is to be trained on; None skips the comparison of classes and shards.
@@ -185,8 +186,11 @@ def check_resume(config: RunConfig, resume: bool | None, data: RunData | None = 
     if data is not None:
         _check_classes(folder, data.classes)
         differing += _shard_differences(folder, data)
-    if differing and checkpoint is not None and (rates := _rate_change(made, config, read_step(checkpoint))):
-        differing.append(rates)
+    if differing and checkpoint is not None:
+        state = read_state(checkpoint)
+        # Batches that are given per rank scale the rate by those of all ranks that trained.
+        trained = fit_batches(made, state.get("world_size", 1))
+        differing += _rate_change(trained, config, state["step"])
     if differing and not resume:
         raise UserError(
             f"{folder}: holds a run of another config or other data ({'; '.join(differing)}); choose another name=, "
@@ -262,19 +266,19 @@ def config_differences(made: RunConfig, wanted: RunConfig) -> list[str]:
     return list(_differences(made.model_dump(mode="json"), wanted.model_dump(mode="json"), free))
 
 
-def _rate_change(made: RunConfig, wanted: RunConfig, step: int) -> str:
-    """Say how the learning rate changes where a run resumes after `step` steps; empty if it follows its schedule."""
+def _rate_change(made: RunConfig, wanted: RunConfig, step: int) -> list[str]:
+    """Say how the learning rate changes where a run resumes after `step` steps; nothing if it follows its schedule."""
     if step < made.training.steps:
         before = made.optimizer.lr * learning_rate_factor(made, step)
     else:
         before = made.optimizer.lr * learning_rate_factor(made, made.training.steps - 1)
     after = wanted.optimizer.lr * learning_rate_factor(wanted, step)
     if abs(after - before) <= _NOTABLE_CHANGE * before:
-        return ""
+        return []
     keep = ""
     if wanted.training.steps != made.training.steps and wanted.schedule.horizon is None:
         keep = f" (schedule.horizon={made.training.steps} and a schedule.minimum keep it low)"
-    return f"the learning rate after step {step}: {before:.3g} -> {after:.3g}{keep}"
+    return [f"the learning rate after step {step}: {before:.3g} -> {after:.3g}{keep}"]
 
 
 def is_finished(config: RunConfig) -> bool:

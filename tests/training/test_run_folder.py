@@ -15,6 +15,7 @@ from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import Manifest, load_manifest, save_manifest
 from dist_pca.tools.demo.streets import DAY, write_streets
+from dist_pca.training.accumulation import fit_batches
 from dist_pca.training.checkpoint import code_version, latest_checkpoint, pointed_at
 from dist_pca.training.prepare import prepare_run
 from dist_pca.training.run_folder import RunData, check_resume, create_run, is_alive, log_launch, read_launch_log
@@ -103,6 +104,18 @@ def test_a_change_of_the_learning_rate_is_named_with_both_rates(
     assert ("learning rate" in str(refused.value)) == (line is not None)
     if line is not None:
         assert re.search(line, rates[0])
+
+
+def test_batches_per_rank_do_not_change_the_rate_of_a_run_that_keeps_them(tmp_path: Path) -> None:
+    batches = ("training.source_batch_per_rank=3", "training.target_batch_per_rank=3")
+    given = (*batches, "schedule.batch_scaling=linear", "schedule.base_batch=6")
+    checkpoint = demo(tmp_path).folder / "checkpoints" / "step-00000080"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"step": 80, "world_size": 2}')
+    save_config(demo(tmp_path, *given), demo(tmp_path).folder / "config.yaml")
+    with pytest.raises(UserError, match="seed: 0 -> 7") as refused:
+        check_resume(fit_batches(demo(tmp_path, *given, "seed=7"), 2), None)
+    assert "learning rate" not in str(refused.value)
 
 
 def test_resume_consents_to_changed_keys_and_no_resume_to_no_run(made: Path) -> None:

@@ -211,7 +211,7 @@ def _terms(record: RunRecord) -> str:
     objective = record.config.objective
     weights = {name: section.weight for name, section in objective if hasattr(section, "weight")}
     if not objective.adapt:
-        weights = {name: weights[name] for name in ("lovasz", "source_contrast", "feature_distance")}
+        weights = {name: weights[name] for name in ("dice", "lovasz", "source_contrast", "feature_distance")}
     return ", ".join(["ce 1", *(f"{name} {weight:g}" for name, weight in weights.items() if weight > 0)])
 
 

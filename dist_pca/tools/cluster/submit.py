@@ -96,10 +96,11 @@ def check_run(config: RunConfig, *, world_size: int, gpus: bool, resume: bool | 
     """
     import torch
 
+    from dist_pca.training.accumulation import fit_batches
     from dist_pca.training.prepare import prepare_run
     from dist_pca.training.run_folder import check_resume
 
-    check_resume(config, resume)
+    check_resume(fit_batches(config, world_size), resume)
     if gpus and not torch.cuda.is_available() and config.training.precision == "fp16":
         # The machine that jobs are submitted on need not be able to do what theirs can.
         training = config.training.model_copy(update={"precision": "fp32"})

@@ -67,6 +67,14 @@ def test_two_runs_stand_side_by_side_with_their_differences(tmp_path: Path) -> N
     assert "before: 1 at step 10, 0.4 at step 25; after: 1 at step 10" in described
 
 
+def test_every_term_of_a_run_on_the_source_alone_is_listed(tmp_path: Path) -> None:
+    run = write_folder(tmp_path)
+    keys = ["adapt=false", "dice.weight=0.5", "lovasz.weight=0", "source_contrast.weight=0.25"]
+    config = load_config(run / "config.yaml", [f"objective.{key}" for key in keys])
+    save_config(config, run / "config.yaml")
+    assert "ce 1, dice 0.5, source_contrast 0.25" in page_of(run).text
+
+
 def test_a_batch_that_is_given_per_rank_is_shown_over_all_ranks(tmp_path: Path) -> None:
     run = write_folder(tmp_path)
     keys = ["training.source_batch_per_rank=3", "training.target_batch_per_rank=3"]
