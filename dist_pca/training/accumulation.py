@@ -114,6 +114,9 @@ def grad_cache(
     combined = Domains(*(_concatenate_domain(views) for views in zip(*outputs, strict=True)))  # type: ignore[arg-type]
     loss, terms = loss_of(combined)
     gradients = torch.autograd.grad(loss, _outputs(combined), allow_unused=True)
+    terms = {name: value.detach() for name, value in terms.items()}
+    # All that the second pass needs of the first one's outputs is their gradients.
+    del outputs, combined, loss
     parts = [None if g is None else g.chunk(count) for g in gradients]
     for index, batch in enumerate(batches):
         domains = forward(batch)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
+from dist_pca.objective import Domain, Domains
 from dist_pca.tools.bench.resume import draw_streets, train_to_the_end
-from dist_pca.training.accumulation import fit_accumulation
+from dist_pca.training.accumulation import Loss, fit_accumulation, grad_cache
 from tests.training.zero_runs import STEPS, Trained, assert_equal, network, plain, run_config, through_deepspeed
 
 FREE_OF_BATCH_STATISTICS = ("model.batch_norm=frozen",)
@@ -60,6 +62,27 @@ def test_running_statistics_follow_each_micro_batch_once() -> None:
 
 PER_RANK = (("", "null"), ("_per_rank", 2))
 """Values of the two keys for a batch."""
+
+
+def test_the_first_passs_outputs_are_freed_before_the_second_pass() -> None:
+    weight = torch.nn.Linear(3, 3)
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(images: torch.Tensor) -> Domains:
+        logits = weight(images)
+        alive.append(weakref.ref(logits))
+        return Domains(Domain(logits, logits * 2, None))
+
+    def loss_of(domains: Domains) -> Loss:
+        alive.append(weakref.ref(domains.source.logits))
+        loss = domains.source.logits.square().sum() + domains.source.features.sum()
+        return loss, {"loss": loss}
+
+    micro_batches = grad_cache(lambda: torch.ones(2, 3), forward, loss_of, 2, weight)
+    next(micro_batches)
+    *first_pass, second = [reference() for reference in alive]
+    assert first_pass == [None] * 3
+    assert second is not None
 
 
 def batches(source: int, target: int, largest: int, *more: str) -> RunConfig:

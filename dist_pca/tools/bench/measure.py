@@ -58,9 +58,9 @@ def measure_peak(rank: int, case: Case, store: Path) -> int | None:
     return_freed_memory_at_once()
     with _world(rank, case, store) as device:
         if case.implementation == "matmul":
-            rows, pool = _factors(rank, case, device)
-            torch.mm(rows[:WARM_UP_PIXELS], pool[:WARM_UP_PIXELS].T)
-            return peak_of(lambda: torch.mm(rows, pool.T), device)
+            rows, keys = _factors(rank, case, device)
+            torch.mm(rows[:WARM_UP_PIXELS], keys[:WARM_UP_PIXELS].T)
+            return peak_of(lambda: torch.mm(rows, keys.T), device)
         _association(case, *(x[:WARM_UP_PIXELS].to(device) for x in inputs(case, rank)))
         source, target, labels = (x.to(device) for x in inputs(case, rank))
         return peak_of(lambda: _association(case, source, target, labels), device)
@@ -70,10 +70,10 @@ def measure(rank: int, case: Case, store: Path, reference: Path | None) -> Readi
     """Time and exactness of a case on this rank. Ranks meet at the file `store`."""
     with _world(rank, case, store) as device:
         if case.implementation == "matmul":
-            rows, pool = _factors(rank, case, device)
+            rows, keys = _factors(rank, case, device)
             # Into the same memory each time: the yardstick shall not pay for fresh pages.
-            product = torch.mm(rows, pool.T)
-            return Reading(_seconds(lambda: torch.mm(rows, pool.T, out=product), case, device), seconds_value=[])
+            product = torch.mm(rows, keys.T)
+            return Reading(_seconds(lambda: torch.mm(rows, keys.T, out=product), case, device), seconds_value=[])
         source, target, labels = (x.to(device) for x in inputs(case, rank))
         association, gradients = _association(case, source, target, labels)
         return Reading(

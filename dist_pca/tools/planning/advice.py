@@ -8,7 +8,7 @@ from dist_pca.tools.planning.network import NetworkStep
 from dist_pca.tools.planning.predict import Prediction, predict
 
 SLOWER = 1.25
-"""A wider pool may cost so many times the time of the fastest that fits: it has more candidates for each pixel."""
+"""A wider scope may cost so many times the time of the fastest that fits: it has more candidates for each pixel."""
 BINS = 4096
 """Bins of Lovasz-Softmax that are considered where the config sorts: its loss to within 1 / 4096."""
 _WIDTH = ("pair", "rank", "node", "world")
