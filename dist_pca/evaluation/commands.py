@@ -4,16 +4,13 @@ import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dist_pca.console import plain_console, print_warning
-from dist_pca.errors import UserError, explain
-
-if TYPE_CHECKING:
-    from dist_pca.config import RunConfig
+from dist_pca.errors import UserError
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -161,6 +158,7 @@ def evaluate(
     from dist_pca.distributed import join_ranks
     from dist_pca.evaluation import evaluate as evaluation
     from dist_pca.evaluation.load import load_run
+    from dist_pca.evaluation.options import parse_class_map, with_options
     from dist_pca.evaluation.prediction_files import prediction_values
     from dist_pca.evaluation.report import table
     from dist_pca.training.environment import watch_ranks
@@ -176,7 +174,7 @@ def evaluate(
             )
     config, classes, model = load_run(run, checkpoint, weights=weights)
     manifest = open_manifest(shards, cache_settings(config.data.cache))
-    config = _with_options(
+    config = with_options(
         config,
         label_sets=label_set,
         input_size=input_size,
@@ -185,7 +183,7 @@ def evaluate(
         flip=flip,
         scales=scale,
         aggregation=aggregation,
-        class_map=None if class_map is None else _parse_class_map(class_map),
+        class_map=None if class_map is None else parse_class_map(class_map),
         boundary_iou=boundary_iou,
     )
     values = prediction_values(classes, coding, manifest)
@@ -279,6 +277,7 @@ def predict(
 
     from dist_pca.evaluation.image_files import find_images
     from dist_pca.evaluation.load import load_run
+    from dist_pca.evaluation.options import with_options
     from dist_pca.evaluation.predict_images import predict_images
     from dist_pca.evaluation.prediction_files import prediction_values
     from dist_pca.files import refuse_existing
@@ -295,7 +294,7 @@ def predict(
     found = find_images(images, out)
     config, classes, model = load_run(run, checkpoint, weights=weights)
     values = prediction_values(classes, coding)
-    config = _with_options(
+    config = with_options(
         config,
         input_size=None if shorter_edge is None else (shorter_edge, shorter_edge),
         window=window,
@@ -374,33 +373,3 @@ def export(
     typer.echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if difference is not None:
         typer.echo(f"model.onnx differs from PyTorch by at most {difference:.1e} of the largest logit")
-
-
-def _parse_class_map(pairs: list[str]) -> dict[str, str]:
-    parsed: dict[str, str] = {}
-    for pair in pairs:
-        name, separator, other = pair.partition("=")
-        if not separator or not name or not other or parsed.get(name, other) != other:
-            raise UserError(
-                f"--class-map {pair!r}: give each class of the shards once, as SHARDS=RUN: its name, =, and the run's "
-                "name of it"
-            )
-        parsed[name] = other
-    return parsed
-
-
-def _with_options(config: "RunConfig", **options: Any) -> "RunConfig":
-    """Override evaluation keys of a run's config by command-line options, and validate the result."""
-    from pydantic import ValidationError
-
-    from dist_pca.config import EvaluationConfig
-
-    chosen = {key: value for key, value in options.items() if value is not None}
-    # The config's stride is meant for the config's window; a new window does not use it.
-    own = config.evaluation.model_dump(exclude={"stride"} if "window" in chosen else None)
-    try:
-        evaluation = EvaluationConfig.model_validate(own | chosen)
-    except ValidationError as error:
-        reason = explain(error.errors()[0], EvaluationConfig.model_fields)
-        raise UserError(f"evaluation.{reason}; options give {chosen}") from None
-    return config.model_copy(update={"evaluation": evaluation})
