@@ -4,6 +4,7 @@ Subpackages are imported inside the commands that need them, so that `--help` do
 """
 
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -57,16 +58,21 @@ dist-pca train my_run.yaml --profile 100:5
 
 def main() -> None:
     """Run the command line. An error that the user can fix is printed as one red line, without a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files need not be UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="dist-pca")
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            # What remains in the buffer would fail again when the interpreter flushes it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _fail(f"the output cannot be written ({error}); make room or write it elsewhere")
+        if error.filename is None:
             raise
-        # What remains in the buffer would fail again when the interpreter flushes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _fail(f"the output cannot be written ({error}); make room or write it elsewhere")
+        _fail(f"{error.filename}: {error.strerror}; correct the path or its permissions (--debug shows where)")
     except KeyboardInterrupt:
         sys.exit(130)
 

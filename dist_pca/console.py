@@ -21,7 +21,6 @@ def plain_console(
     *,
     stderr: bool = False,
     soft_wrap: bool = False,
-    quiet: bool = False,
     always: bool = False,
     file: IO[str] | None = None,
 ) -> Console:
@@ -30,14 +29,18 @@ def plain_console(
     Args:
         stderr: Print to stderr and not to stdout.
         soft_wrap: Leave lines as long as they are; for messages, not for tables.
-        quiet: Print nothing. With `dist-pca --quiet`, what would go to stderr is not printed either.
-        always: Print to stderr with `--quiet` too; for warnings and errors.
+        always: Print to stderr with `dist-pca --quiet` too; for warnings and errors.
         file: Print to this file.
     """
-    quiet = quiet or (stderr and not always and QUIET in os.environ)
+    quiet = stderr and not always and QUIET in os.environ
     return Console(
         stderr=stderr, soft_wrap=soft_wrap, quiet=quiet, file=file, markup=False, emoji=False, highlight=False
     )
+
+
+def print_warning(message: str) -> None:
+    """Print a warning as one yellow line on stderr."""
+    plain_console(stderr=True, soft_wrap=True, always=True).print(f"warning: {message}", style="yellow")
 
 
 def print_error(message: str) -> None:

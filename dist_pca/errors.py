@@ -48,10 +48,10 @@ def explain(detail: Mapping[str, Any], known: Iterable[str]) -> str:
         return f"{key}: required and missing"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] != "value_error":
-        return f"{key}: {message}, got {_shortened(detail['input'])}"
-    # A section's own validator names the key inside the section.
-    inner = re.match(r"[a-z_.]+: ", message)
-    return f"{key}{'.' if inner else ': '}{message}" if key else message
+        message = f"{message}, got {_shortened(detail['input'])}"
+    elif key and re.match(r"[a-z_.]+: ", message):  # a section's own validator names the key inside the section
+        return f"{key}.{message}"
+    return f"{key}: {message}" if key else message
 
 
 def _shortened(value: object) -> str:

@@ -184,7 +184,7 @@ def append_line(file: Path, line: str) -> None:
         UserError: it cannot be written.
     """
     try:
-        with file.open("a") as lines:
+        with file.open("a", encoding="utf-8") as lines:
             lines.write(line + "\n")
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error}); make room there and start the run again") from error

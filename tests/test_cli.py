@@ -90,6 +90,24 @@ def test_a_disk_full_under_the_output_is_one_line() -> None:
     assert re.match(r"error: the output cannot be written \(.*No space left", done.stderr)
 
 
+def test_a_path_that_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "shards", "inspect", "x" * 300) == 2
+    assert capsys.readouterr().err.startswith(f"error: {'x' * 300}: File name too long; correct the path")
+
+
+def test_names_of_files_that_are_not_utf_8_are_printed_with_their_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_folder(tmp_path / "raw", samples=1)
+    for folder in ("images", "labels"):
+        (tmp_path / f"raw/{folder}/000.png").rename(tmp_path / f"raw/{folder}/caf\udce9.png")
+    build = ("shards", "build", "folder", "--root", tmp_path / "raw", "--out", tmp_path / "out", "--dry-run")
+    assert run(monkeypatch, *build) == 0
+    assert "images/caf\\udce9.png" in capsys.readouterr().out
+
+
 def test_an_unknown_recipe_names_the_nearest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.table import Table
 
 import dist_pca
-from dist_pca.console import QUIET, plain_console, print_error
+from dist_pca.console import QUIET, plain_console, print_error, print_warning
 from dist_pca.train import LineHandler
 
 NAMES = ["marking [/dashed]", "data/val[a]", "[red]", "[link=x]y[/link]", "\\[bold]", ":car:", "[", "{0}"]
@@ -59,12 +59,13 @@ def test_with_quiet_results_warnings_and_errors_are_printed_alone(
     plain_console(stderr=True).print("progress")
     plain_console().print("result")
     print_error("wrong")
+    print_warning("strange")
     handler = LineHandler()
     for level, text in ((logging.INFO, "news"), (logging.WARNING, "odd")):
         handler.emit(logging.LogRecord("dist_pca", level, "", 0, text, (), None))
     printed = capsys.readouterr()
     assert printed.out == "result\n"
-    assert printed.err == "error: wrong\nodd\n"
+    assert printed.err == "error: wrong\nwarning: strange\nodd\n"
 
 
 def test_quiet_is_passed_on_to_every_process_that_a_command_starts() -> None:

@@ -61,9 +61,14 @@ def is_remote(location: str) -> bool:
     return True
 
 
-def redact(url: str) -> str:
-    """Remove user, password, query and fragment from a URL, for messages."""
-    parts = urlsplit(url)
+def redact(location: str) -> str:
+    """Remove user, password, query and fragment from a URL, for messages; a path stays as it is."""
+    if "://" not in location:
+        return location
+    try:
+        parts = urlsplit(location)
+    except ValueError:  # what is no URL may still hold a secret
+        return f"{location.partition(':')[0]}://..."
     host = parts.netloc
     if not (parts.scheme in ("abfs", "abfss") and parts.password is None):
         host = host.rpartition("@")[2]
@@ -92,21 +97,20 @@ def split_shards(location: str) -> tuple[str, list[str] | None]:
         UserError: the braces are unbalanced, stand in the folder's name, or list too many shards.
     """
     folder, pattern = _split(location)
-    shown = redact(location) if "://" in location else location
     if re.search(r"\{[^/{}]*(\.\.|,)[^/{}]*\}", folder):
         raise UserError(
-            f"shards {shown}: braces in the name of a folder stand for several, and each has a manifest.json of its "
-            "own; list the folders one by one"
+            f"shards {redact(location)}: braces in the name of a folder stand for several, and each has a "
+            "manifest.json of its own; list the folders one by one"
         )
     if pattern is None:
         return location, None
     shards = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern))
     if shards > _MOST_SHARDS:
-        raise UserError(f"shards {shown}: lists {shards:,} shards; list at most {_MOST_SHARDS:,}")
+        raise UserError(f"shards {redact(location)}: lists {shards:,} shards; list at most {_MOST_SHARDS:,}")
     try:
         return folder, list(dict.fromkeys(braceexpand(pattern)))
     except ValueError:
-        raise UserError(f"shards {shown}: unbalanced braces; write shard-{{000000..000009}}.tar") from None
+        raise UserError(f"shards {redact(location)}: unbalanced braces; write shard-{{000000..000009}}.tar") from None
 
 
 def _split(location: str) -> tuple[str, str | None]:

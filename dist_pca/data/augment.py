@@ -109,11 +109,6 @@ def crop_label(label: Image.Image, crop: Crop) -> Pixels:
     return np.ascontiguousarray(_resize_window(label, crop, Image.Resampling.NEAREST))
 
 
-def resize_for_evaluation(image: Pixels, size: tuple[int, int]) -> Pixels:
-    """Resize an RGB image (height x width x 3) to `size` (height, width), antialiased, bicubic."""
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
-
-
 def check_crop(manifest: Manifest, shorter_edge: tuple[int, int], crop: tuple[int, int]) -> None:
     """Check that the crop fits into every image at the smallest shorter edge.
 

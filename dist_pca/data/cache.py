@@ -71,8 +71,8 @@ def open_manifest(location: str, cache: CacheSettings) -> Manifest:
     missing = [name for name in names if name not in there]
     if missing:
         raise UserError(
-            f"shards {redact(folder) if remote else folder}: {len(missing):,} of {len(names):,} listed shards are not "
-            f"in {MANIFEST_NAME}, the first is {missing[0]}; correct the list, or index the folder again"
+            f"shards {redact(folder)}: {len(missing):,} of {len(names):,} listed shards are not in {MANIFEST_NAME}, "
+            f"the first is {missing[0]}; correct the list, or index the folder again"
         )
     return replace(
         manifest, shards=tuple(shard for shard in manifest.shards if shard.name in wanted), location=location

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torchvision.transforms.v2 import functional as tv
 
+from dist_pca.classes import IGNORE_INDEX
 from dist_pca.config import PhotometricConfig
 from dist_pca.data.randomness import Domain, Purpose, draw
 
@@ -48,14 +49,13 @@ def photometric_view(
     )
 
 
-def class_mask(labels: torch.Tensor, indices: Sequence[int], *, seed: int, ignore_index: int = 255) -> torch.Tensor:
+def class_mask(labels: torch.Tensor, indices: Sequence[int], *, seed: int) -> torch.Tensor:
     """Choose the pixels that ClassMix pastes: half of the classes of each label, rounded up (Olsson et al. 2021).
 
     Args:
-        labels: [B, H, W] class indices of the source, 0 to 255.
+        labels: [B, H, W] train ids of the source; pixels of 255, which is no class, are never pasted.
         indices: B sample indices of the target images onto which pixels are pasted.
         seed: Seed of the run.
-        ignore_index: Label of pixels that are never pasted.
 
     Returns:
         bool [B, H, W].
@@ -65,7 +65,7 @@ def class_mask(labels: torch.Tensor, indices: Sequence[int], *, seed: int, ignor
         # Neither shapes nor host code depend on which classes are present, so there is no synchronisation with the GPU.
         present = torch.zeros(_LABELS, dtype=torch.bool, device=label.device)
         present.scatter_(0, label.long().flatten(), True)
-        present[ignore_index] = False
+        present[IGNORE_INDEX] = False
         priorities = torch.from_numpy((draw(_LABELS, seed, "target", Purpose.CLASS_MIX, index) >> 1).astype(np.int64))
         drawn = priorities.to(label.device, non_blocking=True)
         places = torch.where(present, drawn, _LAST).argsort().argsort()

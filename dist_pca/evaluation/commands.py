@@ -1,18 +1,16 @@
 """The commands `dist-pca evaluate`, `predict` and `export`: argument parsing and output."""
 
+import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dist_pca.console import plain_console
-from dist_pca.errors import UserError, explain
-
-if TYPE_CHECKING:
-    from dist_pca.config import RunConfig
+from dist_pca.console import plain_console, print_warning
+from dist_pca.errors import UserError
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -127,7 +125,7 @@ def evaluate(
         typer.Option(
             metavar="RATIO",
             help="Also report boundary IoU (Cheng et al. 2021) of boundaries as wide as this share of the image's "
-            "diagonal, in the paper 0.02.",
+            "diagonal; the paper takes 0.02.",
         ),
     ] = None,
     write_scores: Annotated[
@@ -154,20 +152,29 @@ def evaluate(
     Settings are the run's [bold]evaluation[/] keys; options override them.
     Under accelerate launch the images are divided among the ranks, and the scores are the same.
     """
+    from dist_pca.data.addresses import redact
     from dist_pca.data.cache import cache_settings, open_manifest
     from dist_pca.data.class_table import describe_missing, missing_classes
     from dist_pca.distributed import join_ranks
     from dist_pca.evaluation import evaluate as evaluation
     from dist_pca.evaluation.load import load_run
+    from dist_pca.evaluation.options import parse_class_map, with_options
     from dist_pca.evaluation.prediction_files import prediction_values
     from dist_pca.evaluation.report import table
     from dist_pca.training.environment import watch_ranks
 
     if coding is not None and write_predictions is None:
         raise UserError("--coding: has no effect without --write-predictions; add it")
+    if write_scores is not None and write_predictions is not None:
+        first, second = write_scores.resolve(), write_predictions.resolve()
+        if first.is_relative_to(second) or second.is_relative_to(first):
+            raise UserError(
+                f"--write-scores {write_scores}, --write-predictions {write_predictions}: give folders of which none "
+                "is in the other"
+            )
     config, classes, model = load_run(run, checkpoint, weights=weights)
     manifest = open_manifest(shards, cache_settings(config.data.cache))
-    config = _with_options(
+    config = with_options(
         config,
         label_sets=label_set,
         input_size=input_size,
@@ -176,7 +183,7 @@ def evaluate(
         flip=flip,
         scales=scale,
         aggregation=aggregation,
-        class_map=None if class_map is None else _parse_class_map(class_map),
+        class_map=None if class_map is None else parse_class_map(class_map),
         boundary_iou=boundary_iou,
     )
     values = prediction_values(classes, coding, manifest)
@@ -185,9 +192,8 @@ def evaluate(
         raise UserError(f"--write-scores: the shards {manifest.folder} have no labels; leave the option out")
     missing = missing_classes(manifest, classes, config.evaluation.class_map) if manifest.labelled else {}
     rank, world_size, device = join_ranks()
-    console = plain_console(stderr=True, soft_wrap=True, quiet=rank != 0)
-    for line in describe_missing(manifest, missing):
-        console.print(f"warning: {line}", style="yellow", markup=False)
+    for line in describe_missing(manifest, missing) if rank == 0 else ():
+        print_warning(line)
     scores = None
     with nullcontext() if world_size == 1 else watch_ranks(rank, world_size, config.training.stall_timeout):
         where: Any = {"device": device, "rank": rank, "world_size": world_size}
@@ -208,7 +214,7 @@ def evaluate(
     if rank != 0:
         return
     if scores is not None:
-        typer.echo(scores.to_json()) if as_json else plain_console().print(table(scores, f"{run} on {shards}"))
+        typer.echo(scores.to_json()) if as_json else plain_console().print(table(scores, f"{run} on {redact(shards)}"))
     if write_scores is not None:
         typer.echo(f"{write_scores}: {', '.join(sorted(path.name for path in write_scores.iterdir()))}", err=True)
     if write_predictions is not None:
@@ -258,7 +264,7 @@ def predict(
         ),
     ] = None,
     max_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Refuse images of more pixels.", show_default="178956970")
+        int | None, typer.Option(min=1, help="Refuse images that have more pixels than this.", show_default="178956970")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:
@@ -271,6 +277,7 @@ def predict(
 
     from dist_pca.evaluation.image_files import find_images
     from dist_pca.evaluation.load import load_run
+    from dist_pca.evaluation.options import with_options
     from dist_pca.evaluation.predict_images import predict_images
     from dist_pca.evaluation.prediction_files import prediction_values
     from dist_pca.files import refuse_existing
@@ -280,12 +287,14 @@ def predict(
 
     if not labels and not overlays:
         raise UserError("--no-labels --no-overlay: nothing to write; remove one of them")
+    if value_range is not None and not -math.inf < value_range[0] < value_range[1] < math.inf:
+        raise UserError(f"--range {value_range[0]:g} {value_range[1]:g}: give two numbers, the lower one first")
     if not force:
         refuse_existing(out, "--out")
     found = find_images(images, out)
     config, classes, model = load_run(run, checkpoint, weights=weights)
     values = prediction_values(classes, coding)
-    config = _with_options(
+    config = with_options(
         config,
         input_size=None if shorter_edge is None else (shorter_edge, shorter_edge),
         window=window,
@@ -295,7 +304,7 @@ def predict(
         aggregation=aggregation,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console = plain_console(stderr=True, soft_wrap=True)
+    console = plain_console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images, left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(found.images))
@@ -315,9 +324,9 @@ def predict(
             progress=lambda count: bar.update(task, completed=count),
         )
     if found.passed_over:
-        console.print(f"passed over: {described(found.passed_over)}", style="yellow", markup=False)
+        print_warning(f"passed over {described(found.passed_over)}")
     for line in done.skipped:
-        console.print(f"skipped {line}", style="yellow", markup=False)
+        print_warning(f"skipped {line}")
     written = ((f"labels ({values.description})", labels), ("overlays", overlays))
     kinds = " and ".join(kind for kind, wanted in written if wanted)
     skipped = f", {len(done.skipped):,} skipped" if done.skipped else ""
@@ -364,33 +373,3 @@ def export(
     typer.echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if difference is not None:
         typer.echo(f"model.onnx differs from PyTorch by at most {difference:.1e} of the largest logit")
-
-
-def _parse_class_map(pairs: list[str]) -> dict[str, str]:
-    parsed: dict[str, str] = {}
-    for pair in pairs:
-        name, separator, other = pair.partition("=")
-        if not separator or not name or not other or parsed.get(name, other) != other:
-            raise UserError(
-                f"--class-map {pair!r}: give each class of the shards once, as SHARDS=RUN: its name, =, and the run's "
-                "name of it"
-            )
-        parsed[name] = other
-    return parsed
-
-
-def _with_options(config: "RunConfig", **options: Any) -> "RunConfig":
-    """Override evaluation keys of a run's config by command-line options, and validate the result."""
-    from pydantic import ValidationError
-
-    from dist_pca.config import EvaluationConfig
-
-    chosen = {key: value for key, value in options.items() if value is not None}
-    # The config's stride is meant for the config's window; a new window does not use it.
-    own = config.evaluation.model_dump(exclude={"stride"} if "window" in chosen else None)
-    try:
-        evaluation = EvaluationConfig.model_validate(own | chosen)
-    except ValidationError as error:
-        reason = explain(error.errors()[0], EvaluationConfig.model_fields)
-        raise UserError(f"evaluation.{reason}; options give {chosen}") from None
-    return config.model_copy(update={"evaluation": evaluation})

@@ -7,6 +7,9 @@ import torch
 
 from dist_pca.classes import IGNORE_INDEX
 
+_PIXELS = 1 << 22
+"""Pixels counted at once; each takes some 40 bytes meanwhile."""
+
 
 def confusion_matrix(
     prediction: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX
@@ -25,11 +28,15 @@ def confusion_matrix(
     Raises:
         ValueError: a label is neither below `num_classes` nor the ignore index.
     """
-    counted = label != ignore_index
-    pairs = label[counted].long() * num_classes + prediction[counted].long()
-    counts = torch.bincount(pairs, minlength=num_classes**2)
-    if len(counts) > num_classes**2:
-        raise ValueError(f"a label is neither below {num_classes} nor the ignore index {ignore_index}")
+    counts = torch.zeros(num_classes**2, dtype=torch.int64, device=label.device)
+    for true, predicted in zip(
+        torch.split(label.flatten(), _PIXELS), torch.split(prediction.flatten(), _PIXELS), strict=True
+    ):
+        counted = true != ignore_index
+        found = torch.bincount(true[counted].long() * num_classes + predicted[counted].long(), minlength=len(counts))
+        if len(found) > len(counts):
+            raise ValueError(f"a label is neither below {num_classes} nor the ignore index {ignore_index}")
+        counts += found
     return counts.view(num_classes, num_classes)
 
 

@@ -18,7 +18,7 @@ from dist_pca.data.stream import EvaluationSample, evaluation_stream
 from dist_pca.errors import UserError
 from dist_pca.evaluation.boundary import boundary_counts
 from dist_pca.evaluation.confusion import confusion_matrix
-from dist_pca.evaluation.inference import input_size, predict
+from dist_pca.evaluation.inference import predict
 from dist_pca.evaluation.prediction_files import Values, prediction_folder, prediction_values
 from dist_pca.evaluation.report import Scores, score
 from dist_pca.evaluation.score_files import ImageScores, image_scores, write_scores
@@ -178,7 +178,7 @@ def _predictions(
             ):
                 height, width = sample.image.shape[:2]
                 pixels = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)[None]
-                size = input_size(config, height, width)
+                size = config.input_size(height, width)
                 yield sample, predict(model, pixels, size, (height, width), config.evaluation)[0]
     finally:
         model.train(was_training)

@@ -51,11 +51,6 @@ def predict(
         ) from error
 
 
-def input_size(config: RunConfig, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the network's input for an image of this size, as `RunConfig.input_size` has it."""
-    return config.input_size(height, width)
-
-
 def proportional_input_size(config: RunConfig, height: int, width: int) -> tuple[int, int]:
     """Height and width of the network's input for an image of any aspect ratio, which is kept.
 

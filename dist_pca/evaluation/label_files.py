@@ -33,13 +33,13 @@ def save_label(path: Path, label: Pixels, classes: Sequence[ClassInfo] | None = 
 
 def overlay(image: Pixels, label: Pixels, classes: Sequence[ClassInfo]) -> Image.Image:
     """Blend an RGB image, height x width x 3, with its classes' colours, half and half."""
-    blended = np.empty_like(image)
+    blended = Image.new("RGB", (image.shape[1], image.shape[0]))
     # Band by band, because Pillow's copies of a large image would not fit into memory.
     for top in range(0, len(image), _BAND):
         rows = slice(top, top + _BAND)
         colors = Image.fromarray(color_labels(label[rows], classes))
-        blended[rows] = np.asarray(Image.blend(Image.fromarray(image[rows]), colors, 0.5))
-    return Image.fromarray(blended)
+        blended.paste(Image.blend(Image.fromarray(image[rows]), colors, 0.5), (0, top))
+    return blended
 
 
 def save_whole(path: Path, image: Image.Image) -> None:

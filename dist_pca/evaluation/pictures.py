@@ -13,6 +13,7 @@ Row = tuple[Pixels, Pixels | None, Sequence[Pixels]]
 """An RGB image (height x width x 3), its true train ids (height x width) if known, and predicted train ids."""
 
 _CELL_WIDTH = 480
+_MOST_ASPECT = 4
 _GAP = 8
 _FONT_SIZE = 18
 _LINE = 28
@@ -54,13 +55,14 @@ def grid_picture(
     """Draw rows of RGB images (height x width x 3) under headings, and a legend of the classes.
 
     Args:
-        rows: Images; the first of each row gives the row's proportions, None leaves a place empty.
+        rows: Images; the first of each row gives the row's proportions, up to 4 : 1, None leaves a place empty.
         headings: Titles of the columns.
         classes: Classes by train id.
         width: Pixels that every image is resized to.
     """
     total = _GAP + len(headings) * (width + _GAP)
-    heights = [round(width * row[0].shape[0] / row[0].shape[1]) for row in rows if row[0] is not None]
+    shapes = [row[0].shape for row in rows if row[0] is not None]
+    heights = [min(max(1, round(width * shape[0] / shape[1])), _MOST_ASPECT * width) for shape in shapes]
     font = ImageFont.load_default(_FONT_SIZE)
     legend = legend_picture(classes, total, font)
     body = _GAP + _LINE + sum(height + _GAP for height in heights)

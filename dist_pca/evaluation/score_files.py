@@ -13,6 +13,8 @@ from dist_pca.evaluation.report import COLUMNS, Scores
 
 _MAX_NUMBERS = 30
 """Largest number of classes for which a picture has a number in each cell."""
+_MAX_EDGE = 24.0
+"""Inches of 160 pixels: names of more classes than fit are drawn smaller, since memory grows with the square."""
 
 
 class ImageScores(NamedTuple):
@@ -73,7 +75,7 @@ def draw_confusion(confusion: torch.Tensor, classes: Sequence[str], file: Path) 
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    edge = 3 + 0.36 * len(classes)
+    edge = min(3 + 0.36 * len(classes), _MAX_EDGE)
     figure = Figure(figsize=(edge + 1, edge), layout="constrained")
     axes = figure.subplots()
     shares = confusion.double() / confusion.sum(1, keepdim=True)
@@ -81,8 +83,9 @@ def draw_confusion(confusion: torch.Tensor, classes: Sequence[str], file: Path) 
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class's pixels")
     # Dollar signs in names would start formulas.
     names = [name.replace("$", r"\$") for name in classes]
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    size = min(10.0, 72 * 0.6 * edge / len(names))
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     if len(classes) <= _MAX_NUMBERS:

@@ -154,7 +154,8 @@ class _Windowed:
 
 
 def _unit(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels if pixels.is_floating_point() else pixels.float() / 255
+    # In place, because of a large image another copy may not fit into memory.
+    return pixels if pixels.is_floating_point() else pixels.float().div_(255)
 
 
 def _logits(model: nn.Module, pixels: torch.Tensor, aggregation: float) -> torch.Tensor:

@@ -1,26 +1,29 @@
-"""Check a raw data set before shards are built from it: what a build would refuse, and what is odd."""
+"""Check a raw data set before shards are built from it: what a build would refuse, and warnings."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from typing_extensions import Unpack
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
-from dist_pca.shards.images import ValueRange, open_header
-from dist_pca.shards.labels import Table, count_values, label_table, shown_code
+from dist_pca.shards.images import ValueRange, open_header, open_image
+from dist_pca.shards.labels import Table, count_values, label_table, shown_code, train_id_of
 from dist_pca.shards.pool import Progress, Report, run_jobs
 from dist_pca.shards.recipe import Coding, Recipe, load_recipe
-from dist_pca.shards.sample import orientation
-from dist_pca.shards.scan import RawSample, scan
-from dist_pca.shards.writer import read_pair
+from dist_pca.shards.sample import MAX_PIXELS, orientation
+from dist_pca.shards.scan import RawSample, Scan, Selection, scan
+from dist_pca.shards.writer import read_label_of
 
 _SAMPLES_PER_JOB = 16
+_MOST_UNKNOWN = 64
+"""Label values outside the coding that are kept of each label, the most frequent ones."""
 _HASH_EDGE = 16
 _FEWEST_EDGES = 24
 """Bits that are set, and that are not, in a hash that says enough about an image."""
@@ -30,7 +33,7 @@ _HASHES_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
-class Problem:
+class Refusal:
     """A file that a build would refuse, or a whole split if `file` is empty."""
 
     split: str
@@ -76,13 +79,13 @@ class SplitCheck:
 
 @dataclass(frozen=True)
 class Check:
-    """Result of a check: facts by split, what a build would refuse, and what is odd."""
+    """Result of a check: facts by split, what a build would refuse, and warnings."""
 
     root: str
     recipe: str
     splits: list[SplitCheck]
-    problems: list[Problem]
-    odd: list[str]
+    problems: list[Refusal]
+    warnings: list[str]
 
     def to_dict(self) -> dict[str, object]:
         """Convert to plain values for JSON."""
@@ -96,6 +99,7 @@ class _Job:
     coding: Coding
     classes: tuple[ClassInfo, ...]
     values: ValueRange | None
+    max_pixels: int
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,19 @@ class _Facts:
     extremes: tuple[int, int] = (0, 0)
     digest: bytes = b""
     """Perceptual hash; empty if the image has too few edges for one."""
-    codes: dict[int | str, int] = field(default_factory=dict)
-    """Pixels of each raw label value or name."""
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """What the samples of a job are, and the values of all their labels."""
+
+    facts: list[_Facts]
+    pixels: Counter[int | str]
+    """Label pixels of each raw value or label name."""
+    images: Counter[int | str]
+    """Labels that have it."""
+    label_pixels: int
+    """Pixels of all labels."""
 
 
 def check_raw(
@@ -118,11 +133,10 @@ def check_raw(
     root: str | Path,
     *,
     split: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    unlabelled: bool = False,
+    max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
     progress: Progress | None = None,
+    **selection: Unpack[Selection],
 ) -> Check:
     """Decode all images and labels of a raw data set, and describe them without writing anything.
 
@@ -130,91 +144,97 @@ def check_raw(
         recipe: A recipe, or a shipped one's name, or the path of a YAML file.
         root: Folder of the raw data set.
         split: Name of a split; None checks all of them, and looks for near-duplicates between them.
-        include: Globs on image paths, as for a build.
-        exclude: Globs of the same kind.
-        unlabelled: Leave labels out.
+        max_pixels: Larger images are refused.
         workers: Processes; None is one per core.
         progress: Called from time to time with images done, images in total, and 0.
+        selection: Options of `scan`, as for a build.
 
     Raises:
         UserError: the recipe or the root is wrong, or no split has an image.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     root = Path(root)
-    names = [recipe.split(split)] if split is not None else list(recipe.splits)
-    scans, odd, refused = {}, [], []
-    for name in names:
+    scans: dict[str, Scan] = {}
+    refused: list[UserError] = []
+    for name in recipe.splits if split is None else [recipe.split(split)]:
         try:
-            scans[name] = scan(
-                recipe, root, name, include=include, exclude=exclude, unlabelled=unlabelled, need_labels=False
-            )
+            scans[name] = scan(recipe, root, name, need_labels=False, **selection)
         except UserError as error:
             refused.append(error)
     if not scans:
         raise refused[0]
-    # A split that was not downloaded is none of the others' business.
-    odd += [str(error) for error in refused]
+    tables = {
+        name: recipe.class_table(root, required=found.samples[0].label is not None) for name, found in scans.items()
+    }
     jobs, places = [], []
     for name, found in scans.items():
-        classes = recipe.class_table(root, required=found.samples[0].label is not None)
         for start in range(0, len(found.samples), _SAMPLES_PER_JOB):
             part = found.samples[start : start + _SAMPLES_PER_JOB]
-            jobs.append(_Job(root, part, recipe.coding, classes, recipe.values))
+            jobs.append(_Job(root, part, recipe.coding, tables[name], recipe.values, max_pixels))
             places.append(name)
     total = sum(len(found.samples) for found in scans.values())
     results = run_jobs(_examine, jobs, total=total, workers=workers, progress=progress)
-    facts: dict[str, list[_Facts]] = {name: [] for name in scans}
-    for name, result in zip(places, results, strict=True):
-        facts[name] += result
     splits, problems = [], []
+    # A split that was not downloaded is none of the others' business.
+    warnings = [str(error) for error in refused]
+    facts: dict[str, list[_Facts]] = {}
     for name, found in scans.items():
-        classes = recipe.class_table(root, required=found.samples[0].label is not None)
-        summary = _summary(name, found.samples, found.passed_over, facts[name], recipe.coding, classes)
+        examined = [result for place, result in zip(places, results, strict=True) if place == name]
+        facts[name] = [fact for part in examined for fact in part.facts]
+        summary = _summary(name, found, examined, recipe.coding, tables[name])
         splits.append(summary)
         for sample, fact in zip(found.samples, facts[name], strict=True):
             if fact.problem:
-                problems.append(Problem(name, sample.image, fact.problem.replace(f"{root}/", "")))
-        if summary.labelled and classes and len(summary.empty_classes) == len(classes):
-            problems.append(Problem(name, "", "no label has a pixel of any class"))
-        odd += _odd(summary)
-    odd += _near_duplicates({name: found.samples for name, found in scans.items()}, facts)
-    return Check(str(root), recipe.name, splits, problems, odd)
+                problems.append(Refusal(name, sample.image, fact.problem.replace(f"{root}/", "")))
+        if summary.empty_classes and len(summary.empty_classes) == len(tables[name]):
+            problems.append(Refusal(name, "", "no label has a pixel of any class"))
+        warnings += _warnings(summary)
+    warnings += _near_duplicates({name: found.samples for name, found in scans.items()}, facts)
+    return Check(str(root), recipe.name, splits, problems, warnings)
 
 
-def _examine(job: _Job, report: Report) -> list[_Facts]:
+def _examine(job: _Job, report: Report) -> _Examined:
     table = label_table(job.coding, job.classes) if job.samples[0].label is not None else {}
-    facts = []
+    facts, pixels, images, label_pixels = [], Counter[int | str](), Counter[int | str](), 0
     for raw in job.samples:
         try:
-            facts.append(_facts(job, raw, table))
+            fact, values = _facts(job, raw, table)
         except UserError as error:
-            facts.append(_Facts(problem=str(error)))
+            fact, values = _Facts(problem=str(error)), {}
+        facts.append(fact)
+        label_pixels += sum(values.values())
+        known = {value: count for value, count in values.items() if train_id_of(value, table) is not None}
+        # A photograph in place of a label has a value for nearly every pixel.
+        unknown = Counter({value: count for value, count in values.items() if value not in known})
+        values = known | dict(unknown.most_common(_MOST_UNKNOWN))
+        pixels.update(values)
+        images.update(values.keys())
         report(1, 0)
-    return facts
+    return _Examined(facts, pixels, images, label_pixels)
 
 
-def _facts(job: _Job, raw: RawSample, table: Table) -> _Facts:
-    header = open_header(job.root / raw.image)
+def _facts(job: _Job, raw: RawSample, table: Table) -> tuple[_Facts, dict[int | str, int]]:
+    """What a sample is, and the pixels of each raw value or name of its label."""
+    header = open_header(job.root / raw.image, job.max_pixels)
     kind = f"{header.format} {header.mode}"
-    codes: dict[int | str, int] = {}
-    image, _ = read_pair(job.root, RawSample(raw.key, raw.image, None), job.coding, table, values=job.values)
-    extremes = np.asarray(image)
+    image = open_image(job.root / raw.image, job.values, job.max_pixels)
+    values: dict[int | str, int] = {}
     problem = ""
     try:
         if raw.label is not None:
-            codes = count_values(job.root, raw, job.coding, image.size)
-            read_pair(job.root, raw, job.coding, table, values=job.values)
+            values = count_values(job.root, raw, job.coding, image.size, job.max_pixels)
+            read_label_of(image, job.root, raw, job.coding, table, job.max_pixels)
     except UserError as error:
         problem = str(error)
+    bounds = np.ravel(image.getextrema())
     return _Facts(
         problem=problem,
         kind=kind,
         orientation=orientation(header),
         size=image.size,
-        extremes=(int(extremes.min()), int(extremes.max())),
+        extremes=(int(bounds.min()), int(bounds.max())),
         digest=_hash(image),
-        codes=codes,
-    )
+    ), values
 
 
 def _hash(image: Image.Image) -> bytes:
@@ -225,34 +245,32 @@ def _hash(image: Image.Image) -> bytes:
 
 
 def _summary(
-    name: str,
-    samples: Sequence[RawSample],
-    passed_over: str,
-    facts: Sequence[_Facts],
-    coding: Coding,
-    classes: tuple[ClassInfo, ...],
+    name: str, found: Scan, examined: Sequence[_Examined], coding: Coding, classes: tuple[ClassInfo, ...]
 ) -> SplitCheck:
-    sizes = Counter(fact.size for fact in facts if fact.size is not None)
-    read = [fact for fact in facts if fact.size is not None]
-    labelled = samples[0].label is not None
+    read = [fact for part in examined for fact in part.facts if fact.size is not None]
+    sizes = {fact.size for fact in read if fact.size is not None}
+    labelled = found.samples[0].label is not None
     pixels, images = Counter[int | str](), Counter[int | str]()
-    for fact in facts:
-        pixels.update(fact.codes)
-        images.update(fact.codes.keys())
+    for part in examined:
+        pixels.update(part.pixels)
+        images.update(part.images)
+    label_pixels = sum(part.label_pixels for part in examined)
     table = label_table(coding, classes) if labelled else {}
-    values, covered = [], set[int]()
+    values, covered = [], set[int | None]()
     for value, count in pixels.most_common():
-        train_id = table.get(str(value), len(classes)) if isinstance(table, dict) else int(table[int(value)])
+        train_id = train_id_of(value, table)
         covered.add(train_id)
-        known = classes[train_id].name if train_id < len(classes) else "not in the coding"
-        meaning = "ignore" if train_id == IGNORE_INDEX else known
-        values.append(LabelValue(shown_code(value, coding), meaning, count / pixels.total(), images[value]))
-    empty = [info.name for index, info in enumerate(classes) if index not in covered] if labelled else []
+        if train_id is None:
+            meaning = "not in the coding"
+        else:
+            meaning = "ignore" if train_id == IGNORE_INDEX else classes[train_id].name
+        values.append(LabelValue(shown_code(value, coding), meaning, count / label_pixels, images[value]))
+    empty = [info.name for index, info in enumerate(classes) if index not in covered] if values else []
     return SplitCheck(
         name=name,
-        images=len(samples),
+        images=len(found.samples),
         labelled=labelled,
-        passed_over=passed_over,
+        passed_over=found.passed_over,
         formats=dict(Counter(fact.kind for fact in read).most_common()),
         orientations=dict(Counter(fact.orientation for fact in read if fact.orientation != 1)),
         sizes=len(sizes),
@@ -265,7 +283,7 @@ def _summary(
     )
 
 
-def _odd(found: SplitCheck) -> list[str]:
+def _warnings(found: SplitCheck) -> list[str]:
     lines = []
     if found.passed_over:
         lines.append(f"split {found.name}: passed over {found.passed_over}")
@@ -291,18 +309,20 @@ def _near_duplicates(samples: dict[str, tuple[RawSample, ...]], facts: dict[str,
             names.append([image for image, digest in pairs if digest])
             digests = np.frombuffer(b"".join(digest for _, digest in pairs), np.uint8)
             hashes.append(np.unpackbits(digests).reshape(-1, _HASH_EDGE**2).astype(np.float32) * 2 - 1)
-        alike: dict[int, int] = {}
+        if not all(names):
+            continue
+        alike: list[tuple[str, str]] = []
         for start in range(0, len(hashes[1]), _HASHES_AT_ONCE):
             # Of vectors of -1 and 1, the product counts equal bits minus different ones.
-            products = hashes[1][start : start + _HASHES_AT_ONCE] @ hashes[0].T
-            for row, column in np.argwhere(products >= _HASH_EDGE**2 - 2 * _NEAR_BITS):
-                alike.setdefault(start + int(row), int(column))
+            near = hashes[1][start : start + _HASHES_AT_ONCE] @ hashes[0].T >= _HASH_EDGE**2 - 2 * _NEAR_BITS
+            alike += [
+                (names[1][start + row], names[0][near[row].argmax()]) for row in near.any(axis=1).nonzero()[0].tolist()
+            ]
         # Splits that are made of the same files, such as one by night and all of them, are meant to overlap.
-        alike = {row: column for row, column in alike.items() if names[1][row] != names[0][column]}
+        alike = [pair for pair in alike if pair[0] != pair[1]]
         if alike:
-            row, column = next(iter(alike.items()))
             lines.append(
                 f"splits {first} and {second}: {len(alike):,} images of {second} look like one of {first}, such as "
-                f"{names[1][row]} and {names[0][column]}"
+                f"{' and '.join(alike[0])}"
             )
     return lines

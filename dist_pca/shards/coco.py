@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -51,15 +52,23 @@ def index_coco(path: Path, images: Sequence[str]) -> dict[str, CocoImage]:
         UserError: the file is not COCO's JSON, an entry is listed twice or has a name outside the root, an annotation
             is of no image, or two images have the same entry.
     """
-    try:
+    with json_errors(path, _REMEDY):
         text = path.read_bytes().decode("latin-1")  # one character for each byte, so places are offsets
         return _matched(path, images, *_parsed(path, text), text)
+
+
+@contextmanager
+def json_errors(path: Path, remedy: str) -> Iterator[None]:
+    """Turn the errors of reading a label's JSON file into a `UserError` that names the file and the remedy."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror}); copy it again") from error
+        raise UserError(f"{path}: not readable ({error.strerror}); {remedy}") from error
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply for COCO's JSON; {_REMEDY}") from None
+        raise UserError(f"{path}: nested too deeply for a label; {remedy}") from None
     except ValueError as error:
-        raise UserError(f"{path}: not COCO's JSON ({' '.join(str(error).split())[:200]}); {_REMEDY}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not the JSON of such labels ({reason}); {remedy}") from None
 
 
 def read_annotations(path: Path, image: CocoImage) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The command `dist-pca shards`: argument parsing and output."""
+"""The commands `dist-pca shards recipes`, `check`, `build` and `merge`: from raw data to shards."""
 
 import json
 import time
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from dist_pca.classes import LABEL_SETS
-from dist_pca.console import plain_console
+from dist_pca.console import plain_console, print_warning
 from dist_pca.errors import UserError
 from dist_pca.resources import names, resource
+from dist_pca.shards.folder_commands import AsJson, Workers, count_problems, print_empty_classes
+from dist_pca.shards.folder_commands import app as folder_app
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Turn raw data sets into WebDataset shards, check them, and look at them.",
 )
+app.add_typer(folder_app)
 
 _BUILD_EXAMPLES = """
 [bold]Examples[/]
@@ -56,33 +58,15 @@ dist-pca shards check raw/mine --recipe folder
 dist-pca shards check raw/cityscapes --recipe cityscapes --split val --json
 """
 
-_VERIFY_EXAMPLES = """
-[bold]Examples[/]
-
-dist-pca shards verify data/gta5 --deep --json
-"""
-
-_INDEX_EXAMPLES = """
-[bold]Examples[/]
-
-dist-pca shards index data/theirs --label-set cityscapes_19
-
-dist-pca shards index data/theirs --classes classes.yaml --image-member input.jpg --label-member mask.png
-
-dist-pca shards index data/unlabelled
-"""
-
-_INSPECT_EXAMPLES = """
-[bold]Examples[/]
-
-dist-pca shards inspect data/gta5
-
-dist-pca shards inspect data/gta5 --grid gta5.png --samples 20
-"""
-
-_Workers = Annotated[int | None, typer.Option(min=1, help="Number of worker processes.", show_default="one per core")]
-_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-_Folder = Annotated[Path, typer.Argument(help="A shard folder.", show_default=False)]
+_Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Take only images whose path below the root matches this glob; * spans folders. Repeatable."),
+]
+_Exclude = Annotated[list[str] | None, typer.Option(help="Leave out images whose path matches this glob. Repeatable.")]
+_Unlabelled = Annotated[bool, typer.Option("--unlabelled", help="Leave labels out, even if there are any.")]
+_MaxPixels = Annotated[
+    int | None, typer.Option(min=1, help="Refuse images that have more pixels than this.", show_default="178956970")
+]
 
 
 @app.callback()
@@ -115,15 +99,10 @@ def build(
     root: Annotated[Path, typer.Option(help="Folder of the raw data set.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the shards and their manifest.", show_default=False)],
     split: Annotated[str | None, typer.Option(help="Split of the recipe; needed if it has several.")] = None,
-    workers: _Workers = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="Take only images whose path below the root matches this glob; * spans folders. Repeatable."),
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Leave out images that match. Repeatable.")] = None,
-    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Leave labels out, even if there are any.")] = (
-        False
-    ),
+    workers: Workers = None,
+    include: _Include = None,
+    exclude: _Exclude = None,
+    unlabelled: _Unlabelled = False,
     image_format: Annotated[
         Literal["keep", "jpg", "png", "webp"],
         typer.Option(help="Image format in the shards; keep copies JPEG, PNG and WebP files byte for byte."),
@@ -139,9 +118,7 @@ def build(
         ),
     ] = None,
     overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share.")] = 0,
-    max_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Refuse images of more pixels.", show_default="178956970")
-    ] = None,
+    max_pixels: _MaxPixels = None,
     samples_per_shard: Annotated[
         int | None, typer.Option(min=1, help="Samples in each shard.", show_default="256")
     ] = None,
@@ -173,7 +150,6 @@ def build(
     A finished build is not repeated.
     """
     from dist_pca.shards.build import build_part, build_shards
-    from dist_pca.shards.manifest import describe_empty_classes
     from dist_pca.shards.plan import PlanOptions, make_plan, parse_bytes
     from dist_pca.shards.sample import MAX_PIXELS
     from dist_pca.shards.staging import STAGING, read_skipped
@@ -205,7 +181,7 @@ def build(
 
     start = time.perf_counter()
     done = 0
-    warnings = []
+    manifest = None
     try:
         with shown_progress("images") as show:
 
@@ -222,7 +198,6 @@ def build(
             else:
                 manifest = build_shards(recipe, root, out, workers=workers, force=force, progress=count, **options)
                 samples, shards, skipped = manifest.samples, len(manifest.shards), read_skipped(out)
-                warnings.append(describe_empty_classes(manifest))
                 stored = sum(shard.bytes for shard in manifest.shards)
     except KeyboardInterrupt:
         if (out / STAGING).exists():
@@ -233,7 +208,8 @@ def build(
     speed = f"{done / seconds:,.0f}" if done else nothing_done
     title = str(out) if task is None else f"{out}, task {task} of {tasks}"
     _print_skipped(skipped, samples)
-    _print_warnings(*warnings)
+    if manifest is not None:
+        print_empty_classes(manifest)
     plain_console().print(
         summary_table(title, samples=samples, shards=shards, stored=stored, seconds=seconds, speed=speed)
     )
@@ -244,11 +220,12 @@ def check(
     root: Annotated[Path, typer.Argument(help="Folder of the raw data set.", show_default=False)],
     recipe: Annotated[str, typer.Option(help="A shipped recipe or the path of a YAML file.", show_default=False)],
     split: Annotated[str | None, typer.Option(help="Split of the recipe.", show_default="all of them")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="As for build.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="As for build.")] = None,
-    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Leave labels out.")] = False,
-    workers: _Workers = None,
-    as_json: _AsJson = False,
+    include: _Include = None,
+    exclude: _Exclude = None,
+    unlabelled: _Unlabelled = False,
+    max_pixels: _MaxPixels = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check a raw data set before building shards from it; the exit code is 1 if a build would refuse a file.
 
@@ -258,6 +235,7 @@ def check(
     from dist_pca.shards.check import check_raw
     from dist_pca.shards.progress import shown_progress
     from dist_pca.shards.report import check_tables
+    from dist_pca.shards.sample import MAX_PIXELS
 
     with shown_progress("images") as show:
         found = check_raw(
@@ -267,6 +245,7 @@ def check(
             include=include or (),
             exclude=exclude or (),
             unlabelled=unlabelled,
+            max_pixels=max_pixels or MAX_PIXELS,
             workers=workers,
             progress=show,
         )
@@ -275,8 +254,8 @@ def check(
     else:
         plain_console().print(check_tables(found))
         count = len(found.problems)
-        said = "nothing that a build would refuse" if count == 0 else f"a build would refuse {count:,}"
-        typer.echo(f"{root}: {said} in {sum(part.images for part in found.splits):,} images")
+        images = sum(part.images for part in found.splits)
+        typer.echo(f"{root}: {count_problems(count)} in {images:,} images")
     if found.problems:
         raise typer.Exit(1)
 
@@ -287,118 +266,12 @@ def merge(
 ) -> None:
     """Join the parts made by [bold]build --task[/] into one shard folder, byte for byte that of a single build."""
     from dist_pca.shards.build import merge_parts
-    from dist_pca.shards.manifest import describe_empty_classes
     from dist_pca.shards.staging import read_skipped
 
     manifest = merge_parts(out)
     _print_skipped(read_skipped(out), manifest.samples)
-    _print_warnings(describe_empty_classes(manifest))
+    print_empty_classes(manifest)
     typer.echo(f"{out}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
-
-
-@app.command("verify", epilog=_VERIFY_EXAMPLES)
-def verify(
-    folder: _Folder,
-    deep: Annotated[
-        bool,
-        typer.Option(
-            "--deep", help="Also decode every image and label: damage, sizes, label values, pixels of each class."
-        ),
-    ] = False,
-    workers: _Workers = None,
-    as_json: _AsJson = False,
-) -> None:
-    """Check a shard folder against its manifest and list all problems; the exit code is 1 if there are any.
-
-    Compares the sizes and checksums of the shards, and the key and offset of every sample.
-    """
-    from dist_pca.shards.progress import shown_progress
-    from dist_pca.shards.report import problem_table
-    from dist_pca.shards.verify import verify as check
-
-    with shown_progress("samples") as show:
-        found = check(folder, deep=deep, workers=workers, progress=show)
-    if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
-    else:
-        if found.problems:
-            plain_console().print(problem_table(found))
-        count = len(found.problems)
-        said = "no problem" if count == 0 else f"{count:,} problem{'s' if count > 1 else ''}"
-        size = f"{found.shards:,} shards, {found.bytes / 1e6:,.1f} MB"
-        depth = ", every image and label decoded" if deep else ""
-        typer.echo(f"{folder}: {said} in {found.samples:,} samples, {size}{depth}")
-    if found.problems:
-        raise typer.Exit(1)
-
-
-@app.command("index", epilog=_INDEX_EXAMPLES)
-def index(
-    folder: Annotated[Path, typer.Argument(help="A folder of WebDataset shards, *.tar.", show_default=False)],
-    classes: Annotated[
-        Path | None, typer.Option(help="Class table by train id: a YAML list of {name: road, color: \\[128, 64, 128]}.")
-    ] = None,
-    label_set: Annotated[str | None, typer.Option(help=f"Class table by name: {', '.join(LABEL_SETS)}.")] = None,
-    image_member: Annotated[
-        str | None,
-        typer.Option(
-            help="Extension of the members that hold images, such as input.jpg.", show_default="jpg, jpeg, png or webp"
-        ),
-    ] = None,
-    label_member: Annotated[
-        str, typer.Option(help="Extension of the members that hold labels: 8-bit PNGs of train ids, 255 for ignore.")
-    ] = "label.png",
-    workers: _Workers = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing manifest.")] = False,
-) -> None:
-    """Write a manifest for shards made by other tools, so that they can be used for training.
-
-    Shards are only read; nothing is extracted. A class table is needed only if there are labels.
-    """
-    from dist_pca.shards.index import class_table, index_shards
-    from dist_pca.shards.manifest import describe_empty_classes
-    from dist_pca.shards.progress import shown_progress
-    from dist_pca.shards.walk import walk
-
-    table = class_table(classes, label_set)
-    with shown_progress("shards") as show:
-        manifest = index_shards(
-            folder,
-            classes=table,
-            image_member=image_member,
-            label_member=label_member,
-            force=force,
-            workers=workers,
-            progress=show,
-        )
-    if manifest.labelled:
-        labels = f"labels in {manifest.label_member}"
-    else:
-        first = walk(folder / manifest.shards[0].name)[0]
-        labels = f"no labels in {manifest.label_member} (the first sample has {', '.join(sorted(first.members))})"
-    _print_warnings(describe_empty_classes(manifest))
-    typer.echo(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, {labels}")
-
-
-@app.command("inspect", epilog=_INSPECT_EXAMPLES)
-def inspect(
-    folder: _Folder,
-    grid: Annotated[Path | None, typer.Option(help="Write a PNG of samples with overlaid labels and a legend.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples in the grid.")] = 12,
-    as_json: _AsJson = False,
-) -> None:
-    """Show the contents of a shard folder: samples, sizes, and each class's share of pixels."""
-    from dist_pca.shards.inspect import render, save_grid, summarise
-    from dist_pca.shards.manifest import load_manifest
-
-    manifest = load_manifest(folder)
-    summary = summarise(manifest)
-    if as_json:
-        typer.echo(json.dumps(summary.to_dict(), indent=2))
-    else:
-        plain_console().print(render(summary))
-    if grid is not None:
-        save_grid(manifest, grid, samples)
 
 
 def _print_skipped(skipped: "Sequence[Skipped]", kept: int) -> None:
@@ -406,9 +279,4 @@ def _print_skipped(skipped: "Sequence[Skipped]", kept: int) -> None:
         from dist_pca.shards.report import skipped_table
 
         plain_console(stderr=True, always=True).print(skipped_table(skipped))
-        _print_warnings(f"{len(skipped):,} of {len(skipped) + kept:,} samples were skipped")
-
-
-def _print_warnings(*warnings: str) -> None:
-    for text in filter(None, warnings):
-        plain_console(stderr=True, soft_wrap=True, always=True).print(f"warning: {text}", style="yellow")
+        print_warning(f"{len(skipped):,} of {len(skipped) + kept:,} samples were skipped")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from dist_pca.errors import UserError
-from dist_pca.shards.coco import read_annotations
+from dist_pca.shards.coco import json_errors, read_annotations
 from dist_pca.shards.polygons import Points, as_points, paint_circle, paint_polygon, run_length_mask
 from dist_pca.shards.recipe import IGNORE, Coding
 from dist_pca.shards.scan import RawSample
@@ -63,14 +63,8 @@ def draw_label(root: Path, raw: RawSample, coding: Coding, size: tuple[int, int]
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
+    with json_errors(path, _REMEDY):
         content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: no such file, or not readable ({error.strerror}); {_REMEDY}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply for a label; {_REMEDY}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())}); {_REMEDY}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: its JSON is no object with shapes; {_REMEDY}")
     return content
@@ -150,7 +144,8 @@ def _draw_cityscapes(
     for number, shape in enumerate(_objects(path, content, "objects")):
         with _named(f"{path}: object {number}"):
             name = _name(shape)
-            if not shape.get("deleted") and name not in coding.skip:
+            # Files of IDD hold objects without vertices, which have no pixel.
+            if not shape.get("deleted") and name not in coding.skip and shape.get("polygon") != []:
                 points = as_points(shape.get("polygon"))
                 pen.polygon([tuple(point) for point in points.tolist()], fill=drawing.code(name))
     return replace(drawing, codes=np.array(canvas))

@@ -26,6 +26,8 @@ from dist_pca.shards.sample import (
 )
 
 _TILE_WIDTH = 480
+_TALLEST = 4 * _TILE_WIDTH
+"""Height to which taller images are squeezed."""
 _MARGIN = 8
 _FONT_SIZE = 16
 _LABEL_OPACITY = 0.55
@@ -176,7 +178,7 @@ def save_grid(manifest: Manifest, path: Path, samples: int = 12) -> None:
 def _tile(manifest: Manifest, members: dict[str, bytes]) -> Image.Image:
     extension = image_member(members, manifest.label_member, manifest.image_member)
     image = decode_rgb(decode_header(io.BytesIO(members[extension]), IMAGE_FORMATS))
-    size = (_TILE_WIDTH, max(1, round(image.height * _TILE_WIDTH / image.width)))
+    size = (_TILE_WIDTH, min(max(1, round(image.height * _TILE_WIDTH / image.width)), _TALLEST))
     image = image.resize(size, Image.Resampling.BILINEAR)
     if manifest.label_member not in members:
         return image

@@ -54,6 +54,12 @@ def label_table(coding: Coding, classes: tuple[ClassInfo, ...]) -> Table:
     return table | {name: train_ids[meaning] for name, meaning in names.items()}
 
 
+def train_id_of(value: int | str, table: Table) -> int | None:
+    """Train id of a raw value or label name; None if it is not in the table."""
+    found = table.get(str(value), _UNKNOWN) if isinstance(table, dict) else int(table[int(value)])
+    return None if found == _UNKNOWN else found
+
+
 def read_train_ids(
     root: Path, raw: RawSample, coding: Coding, table: Table, size: tuple[int, int], max_pixels: int = MAX_PIXELS
 ) -> TrainIds:
@@ -78,14 +84,16 @@ def read_train_ids(
     return _known(root / str(raw.label), train_ids, drawing.codes, coding, drawing.names)
 
 
-def count_values(root: Path, raw: RawSample, coding: Coding, size: tuple[int, int]) -> dict[int | str, int]:
+def count_values(
+    root: Path, raw: RawSample, coding: Coding, size: tuple[int, int], max_pixels: int = MAX_PIXELS
+) -> dict[int | str, int]:
     """Count the pixels of each raw value or label name in a sample's label.
 
     Raises:
         UserError: as in `read_train_ids`, but for values outside the table.
     """
     if coding.kind not in DRAWN_KINDS:
-        values, pixels = np.unique(read_codes(root / str(raw.label), coding), return_counts=True)
+        values, pixels = np.unique(read_codes(root / str(raw.label), coding, max_pixels), return_counts=True)
         return dict(zip(values.tolist(), pixels.tolist(), strict=True))
     drawing = draw_label(root, raw, coding, size)
     values, pixels = np.unique(drawing.codes, return_counts=True)
@@ -106,15 +114,13 @@ def read_label(path: Path, coding: Coding, table: TrainIds, max_pixels: int = MA
             has values outside the table and the coding does not ignore them.
     """
     codes = read_codes(path, coding, max_pixels)
-    train_ids: TrainIds = table.take(codes)
-    unknown = train_ids == _UNKNOWN
-    if coding.tolerance and unknown.any():
-        train_ids[unknown] = _nearest(codes[unknown], coding, table)
-    return _known(path, train_ids, codes, coding)
+    return _known(path, table.take(codes), codes, coding)
 
 
 def read_codes(path: Path, coding: Coding, max_pixels: int = MAX_PIXELS) -> Codes:
     """Decode a label file, upright, to its own ids or to colours as 0xRRGGBB (height x width).
+
+    With a tolerance, colours within it are those of the table that they are nearest to.
 
     Raises:
         UserError: as in `read_label`, but for values outside the table.
@@ -127,6 +133,8 @@ def read_codes(path: Path, coding: Coding, max_pixels: int = MAX_PIXELS) -> Code
             f"lossless format, or {option}"
         )
     codes = _READERS[coding.kind](path, coding, max_pixels)
+    if coding.tolerance:
+        codes = _nearest_colors(codes, coding)
     if coding.kind != "color" and codes.size and not 0 <= codes.min() <= codes.max() < 1 << 16:
         raise UserError(f"{path}: has ids {codes.min()} to {codes.max()}; give ids from 0 to 65535")
     return codes
@@ -170,26 +178,27 @@ def _packed(colors: Codes) -> Codes:
     return packed
 
 
-def _nearest(codes: Codes, coding: Coding, table: TrainIds) -> TrainIds:
-    """Train ids of the nearest colours in the table; unknown where a channel differs by more than the tolerance."""
+def _nearest_colors(codes: Codes, coding: Coding) -> Codes:
+    """Replace colours by the nearest ones of the table, unless a channel differs by more than the tolerance."""
     values, places = np.unique(codes, return_inverse=True)
     known = np.array([entry.color for entry in coding.colors])
-    found = np.full(len(values), _UNKNOWN, np.uint8)
     for start in range(0, len(values), _COLORS_AT_ONCE):
         part = values[start : start + _COLORS_AT_ONCE]
         colors = np.stack([part >> 16, part >> 8 & 255, part & 255], axis=-1).astype(np.int64)
         difference = np.abs(colors[:, None] - known)
         nearest = (difference**2).sum(-1).argmin(-1)
         close = difference.max(-1)[np.arange(len(part)), nearest] <= coding.tolerance
-        found[start : start + _COLORS_AT_ONCE][close] = table[_packed(known[nearest[close]])]
-    return found[places.reshape(-1)]
+        part[close] = _packed(known[nearest[close]])
+    replaced: Codes = values[places.reshape(codes.shape)]
+    return replaced
 
 
 def _is_lossy(path: Path, header: ImageFile.ImageFile) -> bool:
     if header.format != "WEBP":
         return header.format in {"JPEG", "MPO", "AVIF", "JPEG2000"}
     # The chunk of lossless WebP; extended files have others before it.
-    return b"VP8L" not in path.read_bytes()[:_WEBP_CHUNKS]
+    with path.open("rb") as file:
+        return b"VP8L" not in file.read(_WEBP_CHUNKS)
 
 
 def _read_index(path: Path, coding: Coding, max_pixels: int) -> Codes:

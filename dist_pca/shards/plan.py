@@ -13,14 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from typing_extensions import TypedDict
-
 from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.shards.images import Encoding, ImageFormat
 from dist_pca.shards.recipe import DRAWN_KEYS, DRAWN_KINDS, Recipe, load_recipe
 from dist_pca.shards.sample import MAX_PIXELS
-from dist_pca.shards.scan import RawSample, scan
+from dist_pca.shards.scan import RawSample, Selection, scan
 
 _log = logging.getLogger("dist_pca.shards")
 BUILDER_VERSION = 2
@@ -36,13 +34,10 @@ _UNITS = {"": 1, "B": 1} | {
 OnError = Literal["fail", "skip"]
 
 
-class PlanOptions(TypedDict, total=False):
+class PlanOptions(Selection, total=False):
     """Options of `make_plan`, documented there."""
 
     split: str | None
-    include: Sequence[str]
-    exclude: Sequence[str]
-    unlabelled: bool
     image_format: ImageFormat
     quality: int
     max_edge: int | None
@@ -194,7 +189,9 @@ def make_plan(
         root=root,
         split=split,
         samples=samples,
-        sizes=tuple((_size(root, sample.image), _label_size(root, sample)) for sample in samples),
+        sizes=tuple(
+            (_size(root, raw.image), _size(root, raw.label) if raw.coco is None else raw.coco.bytes) for raw in samples
+        ),
         classes=recipe.class_table(root, required=samples[0].label is not None),
         encoding=Encoding(image_format, quality, max_edge, tile, overlap),
         max_pixels=max_pixels,
@@ -219,10 +216,6 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2] not in _UNITS or float(match[1]) * _UNITS[match[2]] < 1:
         raise UserError(f"--shard-size {text!r}: give a size such as 256MB, 1GB or 512MiB")
     return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _label_size(root: Path, sample: RawSample) -> int | None:
-    return _size(root, sample.label) if sample.coco is None else sample.coco.bytes
 
 
 def _size(root: Path, name: str | None) -> int | None:

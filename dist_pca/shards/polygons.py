@@ -93,14 +93,11 @@ def run_length_mask(counts: Any, height: int, width: int) -> Mask:
     if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
         raise ValueError("run lengths that are no list of whole numbers from 0, nor COCO's compression of one")
     if sum(runs) != height * width:
-        raise ValueError(f"run lengths that add up to {_short(sum(runs))} where {width} x {height} pixels are")
+        total = f"{sum(runs):,}" if sum(runs) < 1 << 63 else "more than 63 bits hold"
+        raise ValueError(f"run lengths that add up to {total} where {width} x {height} pixels are")
     inside = np.arange(len(runs)) % 2 == 1
     mask: Mask = np.repeat(inside, np.array(runs, np.int64)).reshape(width, height).T
     return mask
-
-
-def _short(number: int) -> str:
-    return f"{number:,}" if number < 1 << 63 else "more than 63 bits hold"
 
 
 def _decompressed(text: str) -> list[int]:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
-from dist_pca.classes import LABEL_SETS, ClassInfo, label_set
+from dist_pca.classes import LABEL_SETS, ClassInfo, check_classes, label_set
 from dist_pca.config.section import NonNegative, Positive, Section
 from dist_pca.errors import UserError, explain, nearest
 from dist_pca.resources import resource
@@ -248,6 +248,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value}", key.start_mark)
             seen.add(key.value)
@@ -257,17 +259,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _load_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
 
 
 def _check_table(coding: Coding, classes: tuple[ClassInfo, ...]) -> None:
+    check_classes(classes)
     names = [info.name for info in classes]
-    if not 0 < len(names) <= 254:
-        raise ValueError(f"classes: {len(names)} given; labels are 8-bit with 255 for ignore, so give 1 to 254")
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"classes: {twice!r} is listed twice")
     for name in coding.class_names:
         if name not in names:
             raise ValueError(f"coding: no class {name!r}; the nearest is {nearest(name, [*names, IGNORE])!r}")

@@ -55,33 +55,26 @@ def summary_table(title: str, *, samples: int, shards: int, stored: int, seconds
 
 def skipped_table(skipped: Sequence[Skipped]) -> Group:
     """Table of the samples that a build skipped, with reasons."""
-    table = Table("file", "reason", title="skipped", title_justify="left")
-    for sample in skipped[:_ROWS]:
-        table.add_row(Text(sample.image), Text(sample.reason))
-    return Group(table, *_more(len(skipped)))
+    return _table("skipped", ("file", "reason"), [(sample.image, sample.reason) for sample in skipped])
 
 
 def problem_table(found: Verification) -> Group:
     """Table of the problems that a verification found."""
-    table = Table("file", "sample", "problem", title=Text(found.folder), title_justify="left")
-    for problem in found.problems[:_ROWS]:
-        table.add_row(Text(problem.file), Text(problem.key), Text(problem.problem))
-    return Group(table, *_more(len(found.problems)))
+    rows = [(problem.file, problem.key, problem.problem) for problem in found.problems]
+    return _table(found.folder, ("file", "sample", "problem"), rows)
 
 
 def check_tables(found: Check) -> Group:
-    """Tables of what a raw data set is, what a build would refuse, and what is odd."""
-    parts: list[Table | Text | str] = []
+    """Tables of what a raw data set is, what a build would refuse, and warnings."""
+    parts: list[Table | Text | Group] = []
     for split in found.splits:
         parts.append(_split_table(split))
         if split.label_values:
             parts.append(_label_table(split))
     if found.problems:
-        table = Table("split", "file", "problem", title="what a build would refuse", title_justify="left")
-        for problem in found.problems[:_ROWS]:
-            table.add_row(Text(problem.split), Text(problem.file), Text(problem.problem))
-        parts += [table, *_more(len(found.problems))]
-    parts += [Text(f"odd: {line}", style="yellow") for line in found.odd]
+        rows = [(problem.split, problem.file, problem.problem) for problem in found.problems]
+        parts.append(_table("what a build would refuse", ("split", "file", "problem"), rows))
+    parts += [Text(f"warning: {line}", style="yellow") for line in found.warnings]
     return Group(*parts)
 
 
@@ -111,9 +104,13 @@ def _label_table(split: SplitCheck) -> Table:
     table.add_column("share of pixels", justify="right")
     table.add_column("images with it", justify="right")
     for entry in split.label_values[:_ROWS]:
-        table.add_row(entry.value, Text(entry.meaning), f"{entry.share:.2%}", f"{entry.images:,}")
+        table.add_row(Text(entry.value), Text(entry.meaning), f"{entry.share:.2%}", f"{entry.images:,}")
     return table
 
 
-def _more(count: int) -> list[str]:
-    return [f"and {count - _ROWS} more"] if count > _ROWS else []
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Group:
+    """Table of the first rows, and the number of the others."""
+    table = Table(*headings, title=Text(title), title_justify="left")
+    for row in rows[:_ROWS]:
+        table.add_row(*map(Text, row))
+    return Group(table, f"and {len(rows) - _ROWS:,} more") if len(rows) > _ROWS else Group(table)

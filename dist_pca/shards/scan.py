@@ -10,9 +10,11 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from typing_extensions import TypedDict
+
 from dist_pca.errors import UserError
 from dist_pca.shards.coco import CocoImage, index_coco
-from dist_pca.shards.find import Found, described, find_images
+from dist_pca.shards.find import described, find_images
 from dist_pca.shards.images import SUFFIXES
 from dist_pca.shards.recipe import Pairing, Recipe, Split
 
@@ -28,6 +30,14 @@ class RawSample:
     label: str | None
     coco: CocoImage | None = None
     """Entry of the image in its label, a COCO file; None if the label is another or has no such entry."""
+
+
+class Selection(TypedDict, total=False):
+    """Options of `scan` that choose among the files of a split, documented there."""
+
+    include: Sequence[str]
+    exclude: Sequence[str]
+    unlabelled: bool
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ def scan(
             f"root {root}: no image matches {', '.join(rules.images)} (recipe {recipe.name}, split {split}); "
             f"{_remedy(root, rules, passed_over)}"
         )
-    images = _relative(root, found)
+    images = [path.relative_to(root).as_posix() for path in found.images]
     if rules.list_file is not None:
         images = _listed(images, root / rules.list_file)
     images = _selected(images, include, exclude)
@@ -87,10 +97,6 @@ def scan(
     if recipe.coding.kind == "coco":
         samples = _with_entries(root, samples, need_labels)
     return Scan(tuple(samples), passed_over)
-
-
-def _relative(root: Path, found: Found) -> list[str]:
-    return [path.relative_to(root).as_posix() for path in found.images]
 
 
 def _labels(root: Path, images: Sequence[str], pairing: Pairing, recipe: Recipe, needed: bool) -> list[str]:
@@ -160,7 +166,10 @@ def _remedy(root: Path, rules: Split, passed_over: str) -> str:
 def _listed(images: Sequence[str], path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; the recipe reads the list of the split's images from it")
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as UTF-8 text ({error}); save it as such") from None
     wanted = {line for line in lines if line and not line.startswith("#")}
     if not wanted:
         raise UserError(f"{path}: lists no image; write one per line")

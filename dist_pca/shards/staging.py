@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
-from dist_pca.files import write_json, write_whole
+from dist_pca.files import read_record, write_json, write_whole
 from dist_pca.shards.build_lock import locked
 from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, describe_empty_classes, load_manifest, save_manifest
 from dist_pca.shards.plan import OnError, Plan
@@ -211,9 +211,13 @@ def publish(out: Path, plan: Outline) -> Manifest:
 
 
 def read_skipped(out: Path) -> tuple[Skipped, ...]:
-    """Samples that were skipped when a shard folder was built."""
+    """Samples that were skipped when a shard folder was built.
+
+    Raises:
+        UserError: their list is damaged.
+    """
     path = out / SKIPPED_NAME
-    return _REPORTS.validate_json(path.read_bytes()) if path.is_file() else ()
+    return read_record(path, _REPORTS, "remove it") if path.is_file() else ()
 
 
 def _check_complete(out: Path, plan: Outline, missing: set[str]) -> None:

@@ -111,7 +111,7 @@ def _write(job: ShardJob, part: Path, report: Report) -> Written:
                 except UserError as error:
                     if job.on_error == "fail":
                         raise
-                    skipped.append(Skipped(raw.image, _reason(error, job.root, raw)))
+                    skipped.append(Skipped(_printable(raw.image), _printable(_reason(error, job.root, raw))))
                     report(1, 0)
                     continue
                 start = writer.tarstream.offset
@@ -136,6 +136,11 @@ def _reason(error: UserError, root: Path, raw: RawSample) -> str:
     return str(error).replace(f"{root}/", "").removeprefix(f"{raw.image}: ").partition("; ")[0]
 
 
+def _printable(text: str) -> str:
+    """Escape the bytes of file names that are not UTF-8, which JSON cannot hold."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def read_pair(
     root: Path,
     raw: RawSample,
@@ -150,18 +155,26 @@ def read_pair(
     Raises:
         UserError: one of them cannot be read, or they differ in size.
     """
-    path = root / raw.image
-    image = open_image(path, values, max_pixels)
-    if raw.label is None:
-        return image, None
+    image = open_image(root / raw.image, values, max_pixels)
+    return image, None if raw.label is None else read_label_of(image, root, raw, coding, table, max_pixels)
+
+
+def read_label_of(
+    image: Image.Image, root: Path, raw: RawSample, coding: Coding, table: Table, max_pixels: int = MAX_PIXELS
+) -> TrainIds:
+    """Read the train ids (height x width) of a sample with a label, whose upright image has been read.
+
+    Raises:
+        UserError: as in `read_train_ids`, or the label has another size than the image.
+    """
     train_ids = read_train_ids(root, raw, coding, table, image.size, max_pixels)
     height, width = train_ids.shape
     if (width, height) != image.size:
         raise UserError(
-            f"{root / raw.label}: {width} x {height} pixels where its image {raw.image} has "
-            f"{image.width} x {image.height}{_size_remedy(path, image, (width, height), max_pixels)}"
+            f"{root / str(raw.label)}: {width} x {height} pixels where its image {raw.image} has "
+            f"{image.width} x {image.height}{_size_remedy(root / raw.image, image, (width, height), max_pixels)}"
         )
-    return image, train_ids
+    return train_ids
 
 
 def _encoded(

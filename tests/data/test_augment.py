@@ -12,7 +12,6 @@ from dist_pca.data.augment import (
     apply_crop,
     check_crop,
     draw_crop,
-    resize_for_evaluation,
 )
 from dist_pca.data.decode import resized_size
 from dist_pca.errors import UserError
@@ -127,10 +126,3 @@ def test_a_crop_that_fits_nowhere_is_refused_with_the_image_that_is_too_small(tm
         check_crop(manifest, (48, 60), (48, 61))
     assert str(caught.value).startswith("data.crop: 48 x 61 does not fit")
     assert "'001-001' (24 x 30) measures 48 x 60 at a shorter edge of 48" in str(caught.value)
-
-
-def test_evaluation_resizes_to_height_and_width() -> None:
-    image, _ = ramp()
-    resized = resize_for_evaluation(np.asarray(image), (30, 70))
-    assert (resized.shape, resized.dtype) == ((30, 70, 3), np.uint8)
-    assert np.array_equal(resized, np.asarray(image.resize((70, 30), Image.Resampling.BICUBIC)))

@@ -144,7 +144,7 @@ def test_predict_ends_with_one_line(
     assert run(monkeypatch, *predict, "--on-error", "skip") == 0
     printed = capsys.readouterr()
     assert printed.out == f"{out}: labels (train ids of the run) of 1 image, 1 skipped\n"
-    assert printed.err.startswith(f"skipped {folder}/text.png: unreadable image")
+    assert printed.err.startswith(f"warning: skipped {folder}/text.png: unreadable image")
     assert (out / "labels" / "images" / "1.png").is_file()
     assert run(monkeypatch, *predict) == 2
     assert "--out" in capsys.readouterr().err
@@ -202,6 +202,16 @@ def test_export_names_what_it_wrote(
             "evaluate tiny --shards unlabelled --write-predictions out --write-scores x",
             "--write-scores: the shards unl",
         ),
+        (
+            "evaluate tiny --shards labelled --write-predictions out/a --write-scores out",
+            "--write-scores out, --write-predictions out/a: give folders of which none is in the other",
+        ),
+        (
+            "evaluate tiny --shards labelled --write-predictions out --write-scores ./out",
+            "--write-scores out, --write-",
+        ),
+        ("predict tiny images --out out --range 5 5", "--range 5 5: give two numbers, the lower one first"),
+        ("predict tiny images --out out --range 0 nan", "--range 0 nan: give two numbers"),
         ("predict tiny nothing.png --out out", "nothing.png: no such file or folder"),
         ("predict tiny text.png --out out", "text.png: unreadable image"),
         ("predict tiny images --out images", "--out images: exists already"),

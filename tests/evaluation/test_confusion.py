@@ -98,6 +98,15 @@ def test_counts_stay_exact_beyond_the_integers_of_single_precision() -> None:
     assert pixel_accuracy(counts) == (2**40 + 1) / (2**40 + 2)
 
 
+def test_every_pixel_of_a_large_image_is_counted_once() -> None:
+    label = torch.zeros(2049, 2048, dtype=torch.uint8)
+    label[-1, -1] = IGNORE
+    label[-1, :5] = 1
+    counts = confusion_matrix(torch.zeros_like(label), label, CLASSES, IGNORE)
+    assert counts[:, 0].tolist() == [label.numel() - 6, 5, 0, 0]
+    assert counts.sum() == label.numel() - 1
+
+
 def test_a_label_that_is_no_class_is_refused() -> None:
     with pytest.raises(ValueError, match="neither below 2 nor the ignore index 255"):
         confusion_matrix(torch.tensor([0]), torch.tensor([2]), 2, IGNORE)

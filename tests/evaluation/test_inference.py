@@ -9,7 +9,7 @@ from torch import nn
 from dist_pca.config import RunConfig
 from dist_pca.errors import UserError
 from dist_pca.evaluation import inference
-from dist_pca.evaluation.inference import input_size, predict, proportional_input_size
+from dist_pca.evaluation.inference import predict, proportional_input_size
 
 
 class LogitsOnly(NamedTuple):
@@ -81,14 +81,14 @@ def test_prediction_keeps_no_graph() -> None:
 
 
 def test_the_configured_input_size_wins() -> None:
-    assert input_size(run((20, 30), (730, 1460)), 1024, 2048) == (730, 1460)
+    assert run((20, 30), (730, 1460)).input_size(1024, 2048) == (730, 1460)
 
 
 @given(st.integers(16, 4000), st.integers(16, 4000))
 def test_without_one_the_shorter_edge_gets_the_middle_of_its_range_and_the_aspect_ratio_stays(
     height: int, width: int
 ) -> None:
-    size = input_size(run((20, 30)), height, width)
+    size = run((20, 30)).input_size(height, width)
     assert min(size) == 25
     assert max(size) == pytest.approx(25 * max(height, width) / min(height, width), abs=0.51)
 

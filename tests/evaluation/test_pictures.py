@@ -54,6 +54,11 @@ def test_images_of_any_size_fill_cells_of_one_width_in_their_own_aspect_ratio() 
     assert area(picture, (10, 200, 30)) == 480 * 240 + 480 * 720
 
 
+def test_an_image_of_one_row_has_a_row_in_the_picture() -> None:
+    picture = comparison_picture([(image(1, 2000), None, [label(1, 2000, 1)])], CLASSES, ["a"])
+    assert area(picture, (10, 200, 30)) == 480
+
+
 @pytest.mark.parametrize("classes", [CLASSES, CITYSCAPES_CLASSES])
 def test_the_legend_shows_every_class(classes: tuple[ClassInfo, ...]) -> None:
     row = (image(60, 80), None, [label(60, 80, 255)])

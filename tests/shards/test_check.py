@@ -18,15 +18,15 @@ def two_splits() -> Recipe:
     return Recipe.model_validate(recipe | {"splits": splits})
 
 
-def odd(found: Check, words: str) -> list[str]:
-    return [line for line in found.odd if words in line]
+def warnings(found: Check, words: str) -> list[str]:
+    return [line for line in found.warnings if words in line]
 
 
 def test_a_sound_folder_is_described_and_nothing_is_written(tmp_path: Path) -> None:
     make_folder(tmp_path / "raw", samples=5)
     before = sorted(path for path in tmp_path.rglob("*"))
     found = check_raw("folder", tmp_path / "raw", workers=1)
-    assert (found.problems, found.odd) == ([], [])
+    assert (found.problems, found.warnings) == ([], [])
     (split,) = found.splits
     assert (split.images, split.formats, split.sizes, split.smallest) == (5, {"PNG RGB": 5}, 1, (20, 12))
     assert {(entry.value, entry.meaning, entry.images) for entry in split.label_values} == {
@@ -59,7 +59,7 @@ def test_every_file_that_a_build_refuses_is_listed_with_the_builds_reason(tmp_pa
             build_shards("folder", raw, tmp_path / "out", include=only, workers=1)
 
 
-def test_what_is_odd_and_no_error_is_named(tmp_path: Path) -> None:
+def test_what_may_be_meant_and_may_be_a_mistake_is_a_warning(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     make_folder(raw, samples=2, classes=2)
     for number in range(2):
@@ -69,11 +69,11 @@ def test_what_is_odd_and_no_error_is_named(tmp_path: Path) -> None:
     (raw / "images/x.heic").touch()
     found = check_raw("folder", raw, workers=1)
     assert found.problems == []
-    assert odd(found, "passed over 1 .heic file (images/x.heic)")
-    assert odd(found, "no label has a pixel of class 1")
-    assert odd(found, "0 and 255 alone; if 255 is a class, name it in `coding.ids`")
-    assert odd(found, "1 images are turned upright")
-    assert odd(found, "no image is brighter than 9 of 255")
+    assert warnings(found, "passed over 1 .heic file (images/x.heic)")
+    assert warnings(found, "no label has a pixel of class 1")
+    assert warnings(found, "0 and 255 alone; if 255 is a class, name it in `coding.ids`")
+    assert warnings(found, "1 images are turned upright")
+    assert warnings(found, "no image is brighter than 9 of 255")
     assert found.splits[0].orientations == {3: 1}
 
 
@@ -96,12 +96,12 @@ def test_images_of_one_split_that_look_like_one_of_another_are_counted(tmp_path:
                 tmp_path / f"{name}/images/{number:03d}.png",
             )
             save(Image.new("L", (64, 48)), tmp_path / f"{name}/labels/{number:03d}.png")
-    assert not odd(check_raw(two_splits(), tmp_path, workers=1), "look like")
+    assert not warnings(check_raw(two_splits(), tmp_path, workers=1), "look like")
     copy = random_image(1, 12, 16).resize((96, 72), Image.Resampling.BILINEAR)
     save(copy, tmp_path / "val/images/002.jpg")
     (tmp_path / "val/images/002.png").unlink()
     save(Image.new("L", (96, 72)), tmp_path / "val/labels/002.png")
-    (line,) = odd(check_raw(two_splits(), tmp_path, workers=1), "look like")
+    (line,) = warnings(check_raw(two_splits(), tmp_path, workers=1), "look like")
     assert line == (
         "splits train and val: 1 images of val look like one of train, such as val/images/002.jpg and "
         "train/images/001.png"
@@ -114,13 +114,13 @@ def test_flat_images_are_not_called_alike(tmp_path: Path) -> None:
         save(Image.new("RGB", (64, 48), (7, 7, 7)), tmp_path / f"{name}/images/000.png")
         save(Image.new("L", (64, 48)), tmp_path / f"{name}/labels/000.png")
     (tmp_path / "train/classes.yaml").rename(tmp_path / "classes.yaml")
-    assert not odd(check_raw(two_splits(), tmp_path, workers=1), "look like")
+    assert not warnings(check_raw(two_splits(), tmp_path, workers=1), "look like")
 
 
-def test_a_split_that_is_not_there_is_odd_where_others_are_and_an_error_alone(tmp_path: Path) -> None:
+def test_a_split_that_is_not_there_is_a_warning_where_others_are_and_an_error_alone(tmp_path: Path) -> None:
     make_folder(tmp_path / "train", samples=1)
     (tmp_path / "train/classes.yaml").rename(tmp_path / "classes.yaml")
-    assert odd(check_raw(two_splits(), tmp_path, workers=1), "no image matches val/images")
+    assert warnings(check_raw(two_splits(), tmp_path, workers=1), "no image matches val/images")
     with pytest.raises(UserError, match="no image matches val/images"):
         check_raw(two_splits(), tmp_path, split="val", workers=1)
 
@@ -133,3 +133,53 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     assert told[-1] == (20, 20, 0)
     assert len(alone.problems) == 1
     assert check_raw("folder", tmp_path, workers=2) == alone
+
+
+def colors_of_lossy_labels(tolerance: int) -> Recipe:
+    recipe = load_recipe("folder").model_dump()
+    names = [f"class {index}" for index in range(3)]
+    colors = [{"name": name, "color": color} for name, color in zip(names, COLORS, strict=True)]
+    coding = {"kind": "color", "colors": colors, "tolerance": tolerance, "other": "ignore"}
+    return Recipe.model_validate(recipe | {"coding": coding})
+
+
+COLORS = [[0, 0, 0], [200, 30, 30], [20, 220, 20]]
+
+
+def test_colours_within_the_tolerance_count_as_the_class_that_a_build_makes_of_them(tmp_path: Path) -> None:
+    make_folder(tmp_path, samples=1)
+    label = np.kron(np.array(COLORS, np.uint8), np.ones((1, 32, 1), np.uint8)).reshape(1, 96, 3).repeat(64, axis=0)
+    save(blocks(), tmp_path / "images/000.png")
+    Image.fromarray(label).save(tmp_path / "labels/000.jpg", quality=90)
+    (tmp_path / "labels/000.png").unlink()
+    recipe = colors_of_lossy_labels(60)
+    (split,) = check_raw(recipe, tmp_path, workers=1).splits
+    assert {(entry.value, entry.meaning) for entry in split.label_values} == {
+        ("#000000", "class 0"),
+        ("#c81e1e", "class 1"),
+        ("#14dc14", "class 2"),
+    }
+    built = build_shards(recipe, tmp_path, tmp_path / "out", workers=1).pixel_counts
+    shares = {entry.meaning: entry.share for entry in split.label_values}
+    assert [shares[f"class {index}"] * 64 * 96 for index in range(3)] == pytest.approx(built)
+
+
+def test_of_labels_that_are_photographs_a_few_values_are_kept_and_all_classes(tmp_path: Path) -> None:
+    make_folder(tmp_path, samples=1)
+    photograph = random_image(5)
+    photograph.putpixel((3, 3), (200, 30, 30))
+    save(photograph, tmp_path / "labels/000.png")
+    recipe = colors_of_lossy_labels(0)
+    (split,) = check_raw(recipe, tmp_path, workers=1).splits
+    assert ("#c81e1e", "class 1", 1 / 240) in {
+        (entry.value, entry.meaning, entry.share) for entry in split.label_values
+    }
+    assert len(split.label_values) < 100
+    assert split.empty_classes == ["class 0", "class 2"]
+
+
+def test_the_bound_on_pixels_is_an_option(tmp_path: Path) -> None:
+    make_folder(tmp_path, samples=1)
+    (problem,) = check_raw("folder", tmp_path, workers=1, max_pixels=239).problems
+    assert problem.problem.startswith("images/000.png: more than 239 pixels; raise the bound with --max-pixels")
+    assert not check_raw("folder", tmp_path, workers=1, max_pixels=240).problems

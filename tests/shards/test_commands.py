@@ -104,12 +104,12 @@ def test_index_makes_a_folder_that_inspect_draws(run, tmp_path: Path, capsys) ->
 def test_check_exits_with_one_where_a_build_would_refuse(run, raw: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     check = ("check", raw, "--recipe", "folder", "--workers", 1)
     assert run(*check) == 0
-    assert capsys.readouterr().out.endswith(f"{raw}: nothing that a build would refuse in 6 images\n")
+    assert capsys.readouterr().out.endswith(f"{raw}: no problem in 6 images\n")
     (raw / "images/002.png").write_bytes(b"nonsense")
     assert run(*check) == 1
     printed = capsys.readouterr().out
     assert "images/002.png" in printed
-    assert printed.endswith(f"{raw}: a build would refuse 1 in 6 images\n")
+    assert printed.endswith(f"{raw}: 1 problem in 6 images\n")
     assert run(*check, "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert [entry["file"] for entry in found["problems"]] == ["images/002.png"]

@@ -1,9 +1,7 @@
 """Labels that are drawn from JSON: their pixels, the builds of them, and files that are damaged."""
 
-import io
 import json
 import re
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,20 +31,15 @@ from tests.support.drawn_data import (
     write_json,
 )
 from tests.support.raw_data import random_image, save, with_orientation
+from tests.support.shards import label_of, stored_samples
 
 Edit = Callable[[dict[str, Any]], Any]
 
 
 def built(recipe: Recipe | str, root: Path, **options: Any) -> list[npt.NDArray[np.uint8]]:
     out = root.parent / f"out-{len([*root.parent.iterdir()])}"
-    build_shards(recipe, root, out, workers=1, **options)
-    labels = []
-    for path in sorted(out.glob("*.tar")):
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.name.endswith(".label.png"):
-                    labels.append(np.asarray(Image.open(io.BytesIO(archive.extractfile(member).read()))))  # type: ignore[union-attr]
-    return labels
+    manifest = build_shards(recipe, root, out, workers=1, **options)
+    return [np.array(label_of(sample), np.uint8) for sample in stored_samples(manifest)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -158,7 +151,7 @@ def test_check_shows_label_names_with_their_meaning_and_share(tmp_path: Path, ki
     make_drawn(tmp_path / "raw", kind, samples=2)
     recipe = drawn_recipe(kind, names={"sea": "water", "boat": "boat"}, other="ignore")
     found = check_raw(recipe, tmp_path / "raw", workers=1)
-    assert (found.problems, found.odd) == ([], [])
+    assert (found.problems, found.warnings) == ([], [])
     values = {entry.value: entry for entry in found.splits[0].label_values}
     assert {name: entry.meaning for name, entry in values.items()} == {
         "sea": "water",

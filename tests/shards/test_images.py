@@ -22,6 +22,7 @@ from dist_pca.shards.images import (
     encode_image,
     open_header,
     open_image,
+    tile_boxes,
 )
 from dist_pca.shards.sample import as_rgb
 from tests.support.raw_data import blocks, png16, png_header, random_image, save, tiff, with_orientation
@@ -273,3 +274,21 @@ def test_a_range_is_linear_and_never_cuts_without_being_asked(
     else:
         with pytest.raises(UserError, match="outside the recipe's range"):
             open_image(path, ValueRange(low, low + span))
+
+
+@given(
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    tile=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    overlap=st.integers(0, 29),
+)
+def test_every_pixel_is_in_a_tile_of_the_wanted_size(
+    size: tuple[int, int], tile: tuple[int, int], overlap: int
+) -> None:
+    encoding = Encoding(tile=tile, overlap=min(overlap, min(tile) - 1))
+    boxes = tile_boxes(size, encoding)
+    seen = np.zeros(size[::-1], bool)
+    for left, top, right, bottom in boxes:
+        assert (bottom - top, right - left) == (min(tile[0], size[1]), min(tile[1], size[0]))
+        seen[top:bottom, left:right] = True
+    assert seen.all()
+    assert len(set(boxes)) == len(boxes)

@@ -81,6 +81,8 @@ def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
         ("(.+)", "(.+", r"splits\.all\.label\.match: not a regular expression"),
         ("classes:", "label_set: cityscapes_19\nclasses:", "give one of label_set, classes and classes_file"),
         ("name: mine", "name: [mine", "not readable as YAML"),
+        ("7: road", "[7]: road", "not readable as YAML .*unhashable key"),
+        ("[1, 2, 3]", "[" * 1000, "not readable as YAML .*recursion"),
     ],
 )
 def test_a_faulty_recipe_is_refused_with_file_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -89,6 +91,11 @@ def test_a_faulty_recipe_is_refused_with_file_and_key(tmp_path: Path, old: str, 
         load_recipe(_write(tmp_path, RECIPE.replace(old, new, 1)))
     assert "mine.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_recipe_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"mine\.yaml: Input should be a valid dictionary .*, got None"):
+        load_recipe(_write(tmp_path, "# nothing yet"))
 
 
 def test_an_unknown_label_set_names_the_nearest(tmp_path: Path) -> None:
@@ -116,7 +123,7 @@ def test_a_missing_class_table_says_what_to_write(tmp_path: Path) -> None:
     [
         ("- {name: a}", r"classes\.yaml: 0\.color: required and missing"),
         ("- {name: a, color: [0, 0, 0]}\n- {name: a, color: [1, 1, 1]}", "'a' is listed twice"),
-        ("[]", "0 given"),
+        ("[]", "0 classes where 1 to 254 can be"),
     ],
 )
 def test_a_faulty_class_table_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -73,6 +73,21 @@ def test_a_split_list_names_images_by_path_or_its_end(tmp_path: Path, line: str)
     assert [sample.image for sample in samples] == ["images/001.png"]
 
 
+def test_a_split_list_may_be_written_by_an_editor_of_windows(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbfimages/001.png\r\n002\r\n")
+    samples = scan(_with_list(load_recipe("folder"), "train.txt"), tmp_path, "all").samples
+    assert [sample.image for sample in samples] == ["images/001.png", "images/002.png"]
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9.png\n", "001\n".encode("utf-16")])
+def test_a_split_list_that_is_not_utf_8_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "train.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"\A[^\n]*train\.txt: not readable as UTF-8 text [^\n]*\Z"):
+        scan(_with_list(load_recipe("folder"), "train.txt"), tmp_path, "all")
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("001\n777\n", "1 of 2 lines match no image, the first is '777'"), ("\n", "lists no image")]
 )

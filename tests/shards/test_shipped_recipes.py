@@ -1,25 +1,39 @@
 """Each shipped recipe against its data set's folders and label coding, in trees of a few pixels."""
 
-import io
 import json
 import re
-import tarfile
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from dist_pca.classes import LABEL_SETS
 from dist_pca.errors import UserError
 from dist_pca.resources import names, resource
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.recipe import load_recipe
-from tests.support.raw_data import Ids, make_gta5, palette_image, random_image, save
+from tests.support.raw_data import (
+    Ids,
+    make_camvid,
+    make_cityscapes,
+    make_gta5,
+    make_synthia,
+    palette_image,
+    random_image,
+    save,
+)
+from tests.support.shards import label_of, stored_samples
 
 CLASSES = LABEL_SETS["cityscapes_19"]
 TRAIN_IDS = np.array([[*range(10)], [*range(10, 19), 255]], np.uint8)
+
+LABEL_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13}
+LABEL_IDS |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+SYNTHIA_NAMES = {1: "sky", 2: "building", 3: "road", 4: "sidewalk", 5: "fence", 6: "vegetation", 7: "pole", 8: "car"}
+SYNTHIA_NAMES |= {9: "traffic sign", 10: "person", 11: "bicycle", 12: "motorcycle", 15: "traffic light", 17: "rider"}
+SYNTHIA_NAMES |= {19: "bus", 21: "wall"}
 
 
 def _names(text: str) -> list[str]:
@@ -63,17 +77,9 @@ def _built(recipe: str, root: Path, split: str | None = None, exclude: tuple[str
     out = root.parent / f"{root.name}-{split}"
     manifest = build_shards(recipe, root, out, split=split, workers=1, exclude=exclude)
     assert tuple(info.name for info in manifest.classes) == CLASSES
-    samples: defaultdict[str, dict[str, bytes]] = defaultdict(dict)
-    for path in out.glob("*.tar"):
-        with tarfile.open(path) as archive:
-            for member in archive:
-                key, _, extension = member.name.partition(".")
-                samples[key][extension] = archive.extractfile(member).read()  # type: ignore[union-attr]
     return {
-        json.loads(sample["json"])["source"]: np.asarray(Image.open(io.BytesIO(sample["label.png"])))
-        if "label.png" in sample
-        else None
-        for sample in samples.values()
+        json.loads(sample["json"])["source"]: np.array(label_of(sample)) if "label.png" in sample else None
+        for sample in stored_samples(manifest)
     }
 
 
@@ -234,6 +240,36 @@ def test_idd_takes_png_and_jpeg_drives_and_the_labels_that_its_tool_draws(tmp_pa
     _assert_unlabelled(_built("idd", root, "test"), [image])
 
 
+def test_idd_s_polygons_give_the_labels_that_its_tool_draws(tmp_path: Path) -> None:
+    objects: list[tuple[str, list[list[float]], int]] = [
+        ("sky", [[-3, -2], [44, -2], [44, 20.5], [-3, 20.5]], CLASSES.index("sky")),
+        ("road", [[0, 20], [40, 18.25], [40, 30], [0, 30]], CLASSES.index("road")),
+        ("non-drivable fallback", [[0, 21], [9.75, 21], [0, 29]], CLASSES.index("terrain")),
+        ("cargroup", [[12.5, 19], [25, 19], [25, 26.5], [12.5, 26.5]], CLASSES.index("car")),
+        ("license plate", [[14, 22], [18, 22], [18, 24], [14, 24]], 255),
+        ("autorickshaw", [[28, 16], [36, 16], [36, 26], [28, 26]], 255),
+        ("pole", [], 255),
+    ]
+    drawn = Image.new("L", (40, 30), 255)
+    for _, points, train_id in objects[:-1]:
+        ImageDraw.Draw(drawn).polygon([(x, y) for x, y in points], fill=train_id)
+    fields = {"date": "08-Feb-2019 12:43:50", "deleted": 0, "draw": True, "user": "cvit", "verified": 0}
+    content = {
+        "imgHeight": 30,
+        "imgWidth": 40,
+        "objects": [
+            {**fields, "id": number, "label": name, "polygon": points}
+            for number, (name, points, _) in enumerate(objects)
+        ],
+    }
+    root = tmp_path / "idd"
+    image = _image(root, "leftImg8bit/val/119/frame0029_leftImg8bit.jpg", np.zeros((30, 40), np.uint8))
+    labels = root / "gtFine/val/119/frame0029_gtFine_polygons.json"
+    labels.parent.mkdir(parents=True)
+    labels.write_text(json.dumps(content))
+    _assert_labels(_built("idd_polygons", root, "val"), [image], np.asarray(drawn))
+
+
 def test_kitti_labels_are_cityscapes_ids_and_only_of_first_frames(tmp_path: Path) -> None:
     root = tmp_path / "kitti"
     ids = np.array([*range(34), 255]).reshape(5, 7)
@@ -258,3 +294,45 @@ def test_carla_tags_are_read_from_the_red_channel(tmp_path: Path, folder: str) -
     others = [np.full_like(tags, 7), np.full_like(tags, 1), np.full_like(tags, 255)]
     save(Image.fromarray(np.stack([tags, *others], axis=-1)), root / f"{folder}semantic_segmentation/004211.png")
     _assert_labels(_built("carla", root), [image], labels)
+
+
+def test_gta5_palette_indices_become_cityscapes_train_ids(tmp_path: Path) -> None:
+    ids = np.arange(35).reshape(5, 7)
+    make_gta5(tmp_path / "raw", [ids])
+    manifest = build_shards("gta5", tmp_path / "raw", tmp_path / "out", workers=1)
+    (sample,) = stored_samples(manifest)
+    assert label_of(sample) == [[LABEL_IDS.get(raw, 255) for raw in row] for row in ids.tolist()]
+    assert manifest.pixel_counts == [1] * 19
+    assert tuple(info.name for info in manifest.classes) == LABEL_SETS["cityscapes_19"]
+
+
+def test_synthia_channel_0_of_16_bits_becomes_16_train_ids(tmp_path: Path) -> None:
+    ids = np.arange(24).reshape(4, 6)
+    make_synthia(tmp_path / "raw", [ids])
+    manifest = build_shards("synthia", tmp_path / "raw", tmp_path / "out", workers=1)
+    (sample,) = stored_samples(manifest)
+    order = LABEL_SETS["synthia_16"].index
+    assert label_of(sample) == [
+        [order(SYNTHIA_NAMES[raw]) if raw in SYNTHIA_NAMES else 255 for raw in row] for row in ids.tolist()
+    ]
+
+
+def test_cityscapes_splits_are_apart_and_test_has_no_labels(tmp_path: Path) -> None:
+    ids = np.arange(34).reshape(2, 17)
+    for split, city in (("train", "aachen"), ("val", "lindau"), ("test", "berlin")):
+        make_cityscapes(tmp_path / "raw", split, city, [ids])
+    for split, city in (("train", "aachen"), ("val", "lindau")):
+        manifest = build_shards("cityscapes", tmp_path / "raw", tmp_path / split, split=split, workers=1)
+        (sample,) = stored_samples(manifest)
+        assert json.loads(sample["json"])["source"].startswith(f"leftImg8bit/{split}/{city}/")
+        assert label_of(sample) == [[LABEL_IDS.get(raw, 255) for raw in row] for row in ids.tolist()]
+    test = build_shards("cityscapes", tmp_path / "raw", tmp_path / "test", split="test", workers=1)
+    assert not test.labelled
+
+
+def test_camvid_indices_are_train_ids_and_11_is_ignore(tmp_path: Path) -> None:
+    make_camvid(tmp_path / "raw" / "day", [np.arange(12).reshape(3, 4)])
+    manifest = build_shards("camvid", tmp_path / "raw", tmp_path / "out", workers=1)
+    (sample,) = stored_samples(manifest)
+    assert label_of(sample) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 255]]
+    assert manifest.classes[10].name == "Bicyclist"

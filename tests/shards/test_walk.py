@@ -162,36 +162,25 @@ def seal(tar: bytearray, start: int) -> None:
     tar[start + 148 : start + 156] = b"%06o\0 " % sum(tar[start : start + 512])
 
 
-CHANGES = st.lists(
-    st.tuples(st.integers(0, 3), st.sampled_from(sorted(FIELDS)), st.sampled_from(VALUES)), min_size=1, max_size=4
-)
-RECORD = st.none() | st.sampled_from(RECORDS)
-CUT = st.none() | st.integers(0, 6000)
+AT_LENGTH = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(3000)]
 
 
-@given(changes=CHANGES, record=RECORD, cut=CUT)
-@settings(max_examples=300)
-def test_whatever_headers_say_the_tar_is_read_or_refused_in_one_line(
-    tmp_path_factory: pytest.TempPathFactory,
-    changes: list[tuple[int, str, bytes]],
-    record: bytes | None,
-    cut: int | None,
-) -> None:
-    check_headers(tmp_path_factory.mktemp("tar") / "a.tar", changes, record, cut)
+@pytest.mark.parametrize("examples", [300, pytest.param(20_000, marks=AT_LENGTH)])
+def test_whatever_headers_say_the_tar_is_read_or_refused_in_one_line(tmp_path: Path, examples: int) -> None:
+    @given(
+        changes=st.lists(
+            st.tuples(st.integers(0, 3), st.sampled_from(sorted(FIELDS)), st.sampled_from(VALUES)),
+            min_size=1,
+            max_size=4,
+        ),
+        record=st.none() | st.sampled_from(RECORDS),
+        cut=st.none() | st.integers(0, 6000),
+    )
+    @settings(max_examples=examples)
+    def check(changes: list[tuple[int, str, bytes]], record: bytes | None, cut: int | None) -> None:
+        check_headers(tmp_path / "a.tar", changes, record, cut)
 
-
-@pytest.mark.slow
-@pytest.mark.exhaustive
-@pytest.mark.timeout(3000)
-@given(changes=CHANGES, record=RECORD, cut=CUT)
-@settings(max_examples=20_000)
-def test_whatever_headers_say_at_length(
-    tmp_path_factory: pytest.TempPathFactory,
-    changes: list[tuple[int, str, bytes]],
-    record: bytes | None,
-    cut: int | None,
-) -> None:
-    check_headers(tmp_path_factory.mktemp("tar") / "a.tar", changes, record, cut)
+    check()
 
 
 def check_headers(path: Path, changes: list[tuple[int, str, bytes]], record: bytes | None, cut: int | None) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,20 @@ def make_shards(folder: Path, counts: list[int], *, labelled: bool = True) -> Ma
 def with_keys(manifest: Manifest, keys: list[str]) -> Manifest:
     """The manifest with its only shard's samples called otherwise."""
     return replace(manifest, shards=(replace(manifest.shards[0], keys=keys),))
+
+
+def stored_samples(manifest: Manifest) -> Iterator[dict[str, bytes]]:
+    """Every sample, read by its place in the manifest alone."""
+    for shard in manifest.shards:
+        content = (manifest.folder / shard.name).read_bytes()
+        for key, offset, length in zip(shard.keys, shard.offsets, shard.lengths, strict=True):
+            with tarfile.open(fileobj=io.BytesIO(content[offset : offset + length] + bytes(1024))) as archive:
+                members = {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+            assert all(name.startswith(f"{key}.") for name in members)
+            yield {name.removeprefix(f"{key}."): content for name, content in members.items()}
+
+
+def label_of(sample: dict[str, bytes]) -> list[list[int]]:
+    """Train ids of a sample, row by row."""
+    labels: list[list[int]] = np.asarray(Image.open(io.BytesIO(sample["label.png"]))).tolist()
+    return labels

@@ -18,6 +18,8 @@ from dist_pca.training.accumulation import fit_batches
 from dist_pca.training.run_folder import Launch, read_classes, read_launch_log
 
 Metrics = dict[str, Any]
+_LARGEST = 1e100
+"""Bound on numbers: sums and products of some of them are finite."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ class RunRecord:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value from a JSON file is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value from a JSON file is a number, and a finite one that can be computed with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
 def read_run_folder(folder: Path) -> RunRecord:
@@ -161,8 +163,8 @@ def _read_metrics(file: Path, notes: list[str]) -> list[Metrics]:
     lines: dict[int, Metrics] = {}
     try:
         for _, values in read_lines(file):
-            if isinstance(values.get("step"), int):
-                lines[values["step"]] = rename_metrics(values)
+            if is_number(step := values.get("step")) and isinstance(step, int):
+                lines[step] = rename_metrics(values)
     except OSError as error:
         notes.append(f"{file}: cannot be read ({error.strerror or error}).")
     if not lines:
@@ -179,7 +181,7 @@ def _read_scores(file: Path, notes: list[str]) -> list[ScoreRecord]:
         return [score_record(entry["scores"], str(entry.get("shards", "")), entry.get("step")) for entry in entries]
     except UserError as error:
         notes.append(f"{error}.")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         notes.append(f"{file}: holds no scores that can be read ({type(error).__name__}: {error}).")
     return []
 
@@ -188,14 +190,17 @@ def score_record(values: dict[str, Any], shards: str, step: int | None) -> Score
     """Convert scores as `Scores.to_json` writes them, with `confusion` if they hold one.
 
     Raises:
-        KeyError, TypeError, ValueError: they are something else.
+        KeyError, TypeError, ValueError, OverflowError: they are something else.
     """
     confusion = values.get("confusion")
+    classes, iou = tuple(map(str, values["classes"])), tuple(map(_number, values["iou"]))
+    if any(len(row) != len(classes) for row in (iou, *([confusion, *confusion] if confusion is not None else ()))):
+        raise ValueError(f"not of {len(classes)} classes")
     return ScoreRecord(
         shards=shards,
         step=None if step is None else int(step),
-        classes=tuple(map(str, values["classes"])),
-        iou=tuple(map(_number, values["iou"])),
+        classes=classes,
+        iou=iou,
         mean_iou=_number(values["mean_iou"]),
         pixel_accuracy=_number(values["pixel_accuracy"]),
         images=int(values["images"]),

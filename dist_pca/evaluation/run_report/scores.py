@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from dist_pca.data.addresses import redact
 from dist_pca.evaluation.run_report.curves import heat_cell
 from dist_pca.evaluation.run_report.page import Block, Cell, Color, Section, Table
 from dist_pca.evaluation.run_report.record import RunRecord, ScoreRecord
@@ -67,7 +68,8 @@ def _class_table(
             rows.append([Cell(name, swatch=colors.get(name), strong=strong), *cells, *differences])
     images = next(score.images for score in scores if score)
     headings = ["", *names, *(_difference_title(names[place], len(others)) for place in others)]
-    return Table(f"{images:,} images of {shards or 'the shards that scores.json was made on'}", headings, rows, "bars")
+    place = redact(shards) or "the shards that scores.json was made on"
+    return Table(f"{images:,} images of {place}", headings, rows, "bars")
 
 
 def _difference_title(name: str, others: int) -> str:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from dist_pca.data.addresses import redact
 from dist_pca.evaluation.run_report.curves import speed_charts
 from dist_pca.evaluation.run_report.page import Block, Cell, Code, Facts, Section, Table
-from dist_pca.evaluation.run_report.record import RunRecord
+from dist_pca.evaluation.run_report.record import RunRecord, is_number
 from dist_pca.evaluation.run_report.scores import shown_scores
 from dist_pca.resilience.exit_status import ExitCode
 
@@ -157,7 +157,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str, str]]:
         facts.append(("time", duration(record.seconds), f"{pace:.3g} s per step"))
     if (rate := record.mean_per_step("images_per_second")) is not None:
         facts.append(("images per second", f"{rate:,.1f}", _ranks(record)))
-    if (peak := record.last("peak_memory_bytes")) is not None:
+    if is_number(peak := record.last("peak_memory_bytes")):
         facts.append(("peak memory", f"{peak / 2**30:.2f} GiB", "of the highest rank"))
     return facts
 
@@ -169,7 +169,7 @@ def _result(record: RunRecord) -> tuple[str, str] | None:
         return f"{100 * score.mean_iou:.1f}", f"on {score.images:,} images" + (
             f" of {redact(score.shards)}" if score.shards else ""
         )
-    if (validated := record.last("validation_mean_iou")) is not None:
+    if is_number(validated := record.last("validation_mean_iou")):
         return f"{100 * validated:.1f}", "on data.validation"
     return None
 
@@ -257,7 +257,7 @@ def _redacted(value: Any) -> Any:
         return {key: _redacted(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_redacted(part) for part in value]
-    return redact(value) if isinstance(value, str) and "://" in value else value
+    return redact(value) if isinstance(value, str) else value
 
 
 def _words(value: Any) -> str:
@@ -271,7 +271,7 @@ def _redacted_word(word: str) -> str:
     if word.startswith("telemetry.tracker_options"):
         return f"{word.partition('=')[0]}=..."
     key, equals, url = word.partition("=")
-    return f"{key}{equals}{redact(url)}" if "://" in url else word
+    return f"{key}{equals}{redact(url)}"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from dist_pca.console import plain_console
 from dist_pca.data.stream import evaluation_stream
 from dist_pca.errors import UserError
 from dist_pca.evaluation.evaluate import evaluate
-from dist_pca.evaluation.inference import input_size, predict
+from dist_pca.evaluation.inference import predict
 from dist_pca.evaluation.load import load_run
 from dist_pca.evaluation.pictures import Row, comparison_picture
 from dist_pca.evaluation.report import Scores, compare_table
@@ -105,7 +105,7 @@ def _draw(out: Path) -> Image.Image:
     rows: list[Row] = []
     for sample in evaluation_stream(load_manifest(out / "data" / "night_test"), 0, 1, classes=classes, workers=0):
         pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None]
-        size = input_size(config, *sample.image.shape[:2])
+        size = config.input_size(*sample.image.shape[:2])
         predictions = [predict(model, pixels, size, sample.image.shape[:2])[0].numpy() for _, _, model in runs]
         rows.append((sample.image, sample.label, predictions))
         if len(rows) == PICTURES:

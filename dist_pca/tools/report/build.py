@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dist_pca.data.addresses import redact
 from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.errors import UserError
 from dist_pca.evaluation.load import find_checkpoint
@@ -73,7 +74,7 @@ def _pictured(
     if predicted:
         scored = {column.run: each.score for column, each in zip(columns, predicted, strict=True) if each.score}
         records = [replace(r, scores=[scored[r.folder]]) if r.folder in scored else r for r in records]
-        sections.append(target_section(columns, predicted, str(manifest.location)))
+        sections.append(target_section(columns, predicted, redact(manifest.location)))
     # Where labels of the target are there, the drawings show the true class of each match.
     labelled = target if predicted and manifest.labelled else None
     blocks: list[Block] = []

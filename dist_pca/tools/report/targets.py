@@ -18,7 +18,7 @@ from dist_pca.console import plain_console
 from dist_pca.data.class_table import missing_classes
 from dist_pca.data.stream import EvaluationSample, evaluation_stream
 from dist_pca.evaluation.confusion import confusion_matrix
-from dist_pca.evaluation.inference import input_size, predict
+from dist_pca.evaluation.inference import predict
 from dist_pca.evaluation.load import load_run
 from dist_pca.evaluation.pictures import color_labels
 from dist_pca.evaluation.report import score
@@ -77,7 +77,7 @@ def predict_targets(column: Column, manifest: Manifest, count: int, device: torc
     for index, sample in _samples(manifest, classes, class_map, stride, None if scored else count, column.title):
         pixels = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)[None]
         size = (sample.image.shape[0], sample.image.shape[1])
-        label = predict(model, pixels, input_size(config, *size), size, config.evaluation)[0].cpu()
+        label = predict(model, pixels, config.input_size(*size), size, config.evaluation)[0].cpu()
         if scored:
             counts += confusion_matrix(label, torch.from_numpy(sample.label), len(classes), IGNORE_INDEX)
         if index % stride == 0 and len(result.images) < count:

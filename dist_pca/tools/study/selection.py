@@ -23,7 +23,6 @@ from dist_pca.data.decode import Pixels
 from dist_pca.data.stream import evaluation_stream
 from dist_pca.errors import UserError
 from dist_pca.evaluation.confusion import confusion_matrix
-from dist_pca.evaluation.inference import input_size
 from dist_pca.evaluation.load import load_run
 from dist_pca.evaluation.views import view_logits
 from dist_pca.shards.manifest import Manifest, Shard
@@ -184,7 +183,7 @@ def measure(
 def class_probabilities(model: nn.Module, image: Pixels, config: RunConfig, device: torch.device | str) -> torch.Tensor:
     """Class probabilities of an image on the common grid, by the run's evaluation protocol, float32, K x h x w."""
     pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 255
-    views = view_logits(model, pixels, input_size(config, *image.shape[:2]), config.evaluation)
+    views = view_logits(model, pixels, config.input_size(*image.shape[:2]), config.evaluation)
     total = torch.zeros((), device=device)
     for logits in views:
         resized = F.interpolate(logits, _grid(image), mode="bilinear", align_corners=False)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,19 @@ from dist_pca.classes import ClassInfo
 from dist_pca.config import TelemetryConfig, load_config, save_config
 from dist_pca.errors import UserError
 from dist_pca.evaluation.run_report import page as pages
-from dist_pca.evaluation.run_report.page import Block, Cell, Gallery, LegendEntry, Picture, Section, Table, Text, render
+from dist_pca.evaluation.run_report.page import (
+    Block,
+    Cell,
+    Gallery,
+    LegendEntry,
+    Picture,
+    Section,
+    Table,
+    Text,
+    drawing,
+    photo,
+    render,
+)
 from dist_pca.evaluation.run_report.record import read_run_folder
 from dist_pca.evaluation.run_report.report import report_html, write_run_report
 from dist_pca.train import write_report
@@ -175,6 +188,13 @@ def test_no_word_changes_the_pages_elements(words: str) -> None:
         ("config.yaml", b"\xff\xfe", "config.yaml: cannot be read"),
         ("classes.json", None, "classes.json: cannot be read"),
         ("data.json", b"{", "data.json: cannot be read"),
+        (
+            "scores.json",
+            json.dumps(SCORES | {"classes": ["a"]}).encode(),
+            "scores.json: holds no scores that can be read",
+        ),
+        ("scores.json", json.dumps(SCORES | {"confusion": [[1]]}).encode(), "holds no scores that can be read"),
+        ("scores.json", json.dumps(SCORES | {"images": 1e999}).encode(), "holds no scores that can be read"),
         ("exit.json", b"{", None),
     ],
 )
@@ -190,11 +210,16 @@ def test_a_file_that_is_missing_or_damaged_costs_its_own_content_and_is_named(
         assert page.row("torch") == ["9.8.7"]
 
 
-@pytest.mark.parametrize("value", ["text", [1], {"a": 1}, float("nan"), float("inf"), True])
+@pytest.mark.parametrize("value", ["text", [1], {"a": 1}, float("nan"), float("inf"), 10**400, 1e308, True])
 def test_a_metric_of_another_kind_is_no_point_of_a_curve(tmp_path: Path, value: Any) -> None:
     run = write_folder(tmp_path)
     odd = {"seconds_per_step": value, "seconds": value, "peak_memory_bytes": value, "validation_mean_iou": value}
-    lines = [line(1), line(2, loss=value, kept_per_class_features=value, **odd), line(3)]
+    lines = [
+        line(1),
+        line(2, loss=value, kept_per_class_features=value, **odd),
+        line(3),
+        line(4, **{**odd, "loss": None}),
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     described = [values["aria-label"] or "" for tag, values in page_of(run).attributes if tag == "figure"]
     assert "Loss, what is minimised. Loss: 10 at step 1, 3.333 at step 3" in described
@@ -217,12 +242,20 @@ def test_passwords_and_signatures_are_not_shown(tmp_path: Path) -> None:
     )
     save_config(config, run / "config.yaml")
     (run / "data.json").unlink()
+    (run / "scores.json").write_text(json.dumps([{"shards": f"https://host/v?signature={secret}", "scores": SCORES}]))
     words = [f"data.target=https://host/t?signature={secret}", f"telemetry.tracker_options.wandb.key={secret}"]
     (run / "environment.json").write_text(json.dumps({"command": ["train.py", *words]}))
     html = report_html([read_run_folder(run)])
     assert "https://host/shards" in html
     assert "https://host/t" in html
+    assert "12 images of https://host/v<" in html
     assert secret not in html
+
+
+def test_pictures_of_very_wide_images_are_embedded() -> None:
+    pixels = np.zeros((1, 2000, 3), np.uint8)
+    assert photo(pixels, alt="", caption="", width=400).size == (400, 1)
+    assert drawing(pixels, alt="", caption="", width=400).size == (400, 1)
 
 
 def test_a_long_run_has_no_larger_page(tmp_path: Path) -> None:
