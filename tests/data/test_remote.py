@@ -78,7 +78,7 @@ def test_what_the_file_held_before_is_gone(url: str) -> None:
     assert file.getvalue() == CONTENT
 
 
-@pytest.mark.parametrize("status", ["500", "503", "429"])
+@pytest.mark.parametrize("status", ["500", "503", "429", "425", "408"])
 def test_an_answer_that_may_pass_is_tried_again(url: str, server: FolderServer, status: str) -> None:
     server.faults["file"].extend([status, status])
     assert fetch(url) == CONTENT

@@ -70,6 +70,18 @@ def test_brightness_moves_within_its_range_and_reaches_both_ends() -> None:
     assert 1.18 < float(factors.max()) <= 1.2 + 1e-5
 
 
+def test_images_turn_grey_and_are_blurred_independently_of_each_other() -> None:
+    stripes = torch.zeros(3, 4, 8)
+    stripes[0, :, ::2] = 1
+    config = PhotometricConfig(probability=0, grey_probability=0.5, blur_probability=0.5, blur_sigma=(1, 2))
+    views = photometric_view(stripes.expand(400, -1, -1, -1), range(400), config, seed=0, domain="source")
+    grey = (views[:, :1] == views).flatten(1).all(dim=1)
+    blurred = (views[..., 1:] - views[..., :-1]).abs().flatten(1).amax(dim=1) < 0.2
+    for first in (grey, ~grey):
+        for second in (blurred, ~blurred):
+            assert abs(float((first & second).float().mean()) - 0.25) < 0.06
+
+
 @settings(max_examples=50)
 @given(classes=st.integers(1, 9), index=st.integers(0, 10**6), seed=st.integers(0, 100))
 def test_half_of_the_classes_are_pasted_whole_rounded_up(classes: int, index: int, seed: int) -> None:

@@ -167,6 +167,34 @@ def test_predict_writes_the_coding_that_is_asked_for(
     assert np.array_equal(found["colors"], np.array([info.color for info in CLASSES])[train_ids])
 
 
+def test_predict_takes_the_ends_of_a_range_as_black_and_white(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grey = np.random.default_rng(1).integers(0, 256, (24, 40), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "eight_bits.png")
+    Image.fromarray(300 + 10 * grey.astype(np.uint16)).save(tmp_path / "deep.png")
+
+    def labels(name: str, *options: object) -> Any:
+        words = ("predict", folder / "tiny", tmp_path / f"{name}.png", "--out", tmp_path / name, "--no-overlay")
+        code = run(monkeypatch, *words, *options)
+        return code or np.asarray(Image.open(tmp_path / name / "labels" / f"{name}.png"))
+
+    expected = labels("eight_bits")
+    assert len(np.unique(expected)) > 1
+    assert labels("deep") == 2
+    assert "state which values are black and white" in capsys.readouterr().err
+    assert np.array_equal(labels("deep", "--range", 300, 2850), expected)
+
+
+def test_predict_refuses_images_of_more_pixels_than_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("predict", folder / "tiny", folder / "images", "--out", tmp_path / "out", "--max-pixels")
+    assert run(monkeypatch, *words, 24 * 40 - 1) == 2
+    assert "1.png: more than 959 pixels; raise the bound with --max-pixels" in capsys.readouterr().err
+    assert run(monkeypatch, *words, 24 * 40) == 0
+
+
 def test_export_names_what_it_wrote(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,15 @@ def test_a_family_that_cannot_checkpoint_is_refused(monkeypatch: pytest.MonkeyPa
         build("test_resnet", activation_checkpointing=True)
 
 
+def test_the_backbone_alone_is_compiled_and_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    build("test_resnet")
+    assert compiled == []
+    segmenter = build("test_resnet", compile=True)
+    assert compiled == [segmenter.backbone.body]
+
+
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, {"batch_norm": "frozen"}])

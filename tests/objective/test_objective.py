@@ -11,8 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from dist_pca.config import AssociationConfig, DiceConfig, LovaszConfig, ObjectiveConfig, SmoothnessConfig
+from dist_pca.config.objective import (
+    ClassStatisticsConfig,
+    MaskedConsistencyConfig,
+    SelfTrainingConfig,
+    SourceContrastConfig,
+)
 from dist_pca.errors import UserError
 from dist_pca.objective import Domain, objective
+from dist_pca.objective.class_statistics import ClassStatistics
 from dist_pca.objective.cycle_association import association_weight
 from dist_pca.objective.dice import dice_loss
 from dist_pca.objective.smoothness import smoothness
@@ -106,6 +113,33 @@ def test_total_is_the_weighted_sum_of_its_terms() -> None:
     upsampled = F.interpolate(source.logits.float(), size=(16, 24), mode="bilinear", align_corners=False)
     assert source.labels is not None
     torch.testing.assert_close(terms["ce"], F.cross_entropy(upsampled, source.labels, ignore_index=255))
+
+
+def test_terms_of_features_and_of_a_teacher_are_added_with_their_weights() -> None:
+    net = network()
+    source, target, mixed, masked = (net(*images(2, seed)) for seed in range(1, 5))
+    config = ObjectiveConfig(
+        lovasz=LovaszConfig(weight=0),
+        association=AssociationConfig(weight=0),
+        smoothness=SmoothnessConfig(weight=0),
+        source_contrast=SourceContrastConfig(weight=0.2),
+        class_statistics=ClassStatisticsConfig(weight=0.3),
+        self_training=SelfTrainingConfig(weight=0.5, threshold=0.2),
+        masked_consistency=MaskedConsistencyConfig(weight=0.7),
+    )
+    confident = torch.ones(2, 16, 24, dtype=torch.bool)
+    total, terms = objective(
+        config,
+        source._replace(seeds=(3, 4), teacher_features=source.features.detach()),
+        target._replace(teacher_logits=target.logits.detach()),
+        mixed._replace(confident=confident),
+        masked._replace(confident=confident),
+        step=0,
+        statistics=ClassStatistics(),
+    )
+    weights = {"source_contrast": 0.2, "class_statistics": 0.3, "self_training": 0.5, "masked_consistency": 0.7}
+    assert all(terms[name] > 0 for name in weights)
+    torch.testing.assert_close(total, terms["ce"] + sum(weight * terms[name] for name, weight in weights.items()))
 
 
 def test_cross_entropy_is_the_weighted_mean_and_dice_is_added() -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
+from dist_pca.resilience.watchdog import Watchdog
 from tests.support.runs import build_streets, overrides
 
 TIMEOUT = 4.0
@@ -96,6 +97,15 @@ def test_a_killed_or_stopped_rank_ends_the_other(tmp_path: Path, name: str, lost
     (line,) = lines_after(ranks, tmp_path, lost=lost)
     assert f"rank {lost} " in line
     assert "in step 7, backward" in line
+
+
+def test_a_rank_is_heard_of_as_soon_as_it_watches() -> None:
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    # Its threads do nothing within the first second.
+    with Watchdog(store, 0, 2, timeout=600, folder=None):
+        assert store.num_keys() == 1
 
 
 def test_a_rank_that_is_stopped_before_its_first_heartbeat_ends_the_other(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """What is checked before any process waits for another."""
 
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from dist_pca.config import RunConfig, load_config
 from dist_pca.errors import UserError
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
+from dist_pca.shards.manifest import Shard, load_manifest, save_manifest
 from dist_pca.tools.demo.streets import DAY, write_streets
 from dist_pca.training.prepare import prepare_run
 from dist_pca.training.run_folder import RunData, check_resume, create_run
@@ -56,5 +60,38 @@ def test_sizes_at_which_validation_would_fail_are_refused_before_training(
         prepare_run(config, world_size=1, resume=None)
         return
     message = rf"^evaluation\.window: test_maxvit cannot take images of {shown} pixels; set it to .*\[64, 96\], and "
+    with pytest.raises(UserError, match=message):
+        prepare_run(config, world_size=1, resume=None)
+
+
+def unlabelled(shard: Shard) -> Shard:
+    return replace(shard, pixel_counts=[])
+
+
+def ignored(shard: Shard) -> Shard:
+    return replace(shard, pixel_counts=[[0] * len(counts) for counts in shard.pixel_counts])
+
+
+def tall(shard: Shard) -> Shard:
+    return replace(shard, heights=[96] * len(shard.keys), widths=[64] * len(shard.keys))
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("validation", unlabelled, r"^data\.validation: .*/changed has no labels to score against; "),
+        ("source", ignored, r"^shards .*/changed: no label has a pixel of any class, all 2 are ignored; "),
+        ("source", tall, r"^data\.crop: 64 x 96 does not fit into .*/changed: image .* \(96 x 64\) measures 96 x 64 "),
+        ("target", tall, r"^data\.crop: 64 x 96 does not fit into .*/changed: image .* \(96 x 64\) measures 96 x 64 "),
+    ],
+)
+def test_shards_that_the_run_cannot_use_are_refused_before_training(
+    streets: Path, tmp_path: Path, key: str, change: Callable[[Shard], Shard], message: str
+) -> None:
+    shutil.copytree(streets / "day", tmp_path / "changed")
+    manifest = load_manifest(tmp_path / "changed")
+    shards = tuple(map(change, manifest.shards))
+    save_manifest(replace(manifest, labelled=all(shard.pixel_counts for shard in shards), shards=shards))
+    config = fixed_size_run(streets, tmp_path, f"data.{key}={tmp_path}/changed")
     with pytest.raises(UserError, match=message):
         prepare_run(config, world_size=1, resume=None)

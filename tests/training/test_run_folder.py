@@ -18,7 +18,15 @@ from dist_pca.tools.demo.streets import DAY, write_streets
 from dist_pca.training.accumulation import fit_batches
 from dist_pca.training.checkpoint import code_version, latest_checkpoint, pointed_at
 from dist_pca.training.prepare import prepare_run
-from dist_pca.training.run_folder import RunData, check_resume, create_run, is_alive, log_launch, read_launch_log
+from dist_pca.training.run_folder import (
+    RunData,
+    check_resume,
+    create_run,
+    is_alive,
+    log_launch,
+    read_classes,
+    read_launch_log,
+)
 
 
 def demo(folder: Path, *overrides: str) -> RunConfig:
@@ -127,6 +135,15 @@ def test_resume_consents_to_changed_keys_and_no_resume_to_no_run(made: Path) -> 
 @pytest.mark.parametrize("resume", [None, True, False])
 def test_a_folder_without_a_run_starts_one(tmp_path: Path, resume: bool | None) -> None:
     check_resume(demo(tmp_path), resume)
+
+
+def test_a_table_with_a_class_twice_is_refused(tmp_path: Path) -> None:
+    road = {"name": "road", "color": [128, 64, 128]}
+    (tmp_path / "classes.json").write_text(json.dumps([road, road]))
+    with pytest.raises(
+        UserError, match=r"classes\.json: cannot be read \(class 1: 'road' is listed twice\); remove it"
+    ):
+        read_classes(tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["1", "3"])
