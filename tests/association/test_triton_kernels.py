@@ -4,12 +4,10 @@ On a GPU they run compiled. Elsewhere Triton interprets them, which it must know
 time: so one test runs this file again in a process of its own.
 """
 
-import math
 import os
 import re
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dist_pca.association import cycle_association, triton_launch
-from dist_pca.association.tiles import BlockMatch
 from dist_pca.association.triton_launch import TritonKernels
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-TYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+from tests.association.kernel_rows import (
+    DEVICE,
+    INTERPRETED,
+    TOLERANCE,
+    TYPES,
+    assert_backward,
+    assert_matches,
+    assert_near,
+    largest_product,
+    rows,
+)
 
 
 def on_device(test: Any) -> Any:
@@ -54,51 +57,6 @@ def test_kernels_are_the_formulas_when_interpreted() -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"\d+ passed", run.stdout), run.stdout
-
-
-def rows(n: int, channels: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
-    x = torch.randn(n, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (scale * x / math.sqrt(channels)).to(dtype).to(DEVICE)
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor | float) -> None:
-    """Nowhere further apart than `bound`, which says of what size the parts of a sum were."""
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected.double()).abs()
-    assert bool((error <= bound).all()), f"{float(error.max())} apart, at most {bound} allowed"
-
-
-def largest_product(query: torch.Tensor, key: torch.Tensor) -> float:
-    """Bound on the products, before their parts cancel: rounding is relative to it."""
-    return float(query.double().norm(dim=1).max() * key.double().norm(dim=1).max())
-
-
-def assert_matches(found: BlockMatch, query: torch.Tensor, key: torch.Tensor, tolerance: float) -> None:
-    z = query.double() @ key.double().T
-    size = largest_product(query, key)
-    assert found.key_index.dtype == torch.int64
-    assert_near(found.logit, z.amax(dim=1), tolerance * size)
-    # A product that rounding may have put above the largest is as good an answer.
-    assert_near(z.gather(1, found.key_index[:, None])[:, 0], z.amax(dim=1), tolerance * size)
-    if found.logsumexp is not None:
-        assert_near(found.logsumexp, z.logsumexp(dim=1), tolerance * (1 + size))
-
-
-def assert_backward(
-    query: torch.Tensor, key: torch.Tensor, weighted: torch.Tensor, deterministic: bool, tolerance: float
-) -> None:
-    z = query.double() @ key.double().T
-    logsumexp = z.logsumexp(dim=1)
-    p = torch.exp(z - logsumexp[:, None])
-    # Exponentials are as uncertain as products.
-    tolerance = max(tolerance, 1e-6 * largest_product(query, key))
-    before = rows(len(key), key.shape[1], torch.float32, seed=99)
-    key_gradient = before.clone()
-    query_sum = TritonKernels(deterministic).backward(query, key, weighted, logsumexp.float(), key_gradient)
-    assert query_sum.dtype == torch.float32
-    assert_near(query_sum, p @ key.double(), tolerance * (p @ key.double().abs()))
-    added = key_gradient.double() - before.double()
-    assert_near(added, p.T @ weighted.double(), tolerance * (p.T @ weighted.double().abs()) + 1e-6 * before.abs())
 
 
 sizes = st.sampled_from([1, 2, 31, 33, 70, 129]) | st.integers(1, 100)
@@ -325,79 +283,3 @@ def test_only_a_gpu_or_the_interpreter_can_run_the_kernels(monkeypatch: pytest.M
     assert triton_launch.can_run(torch.device("cpu"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not triton_launch.can_run(torch.device("cpu"))
-
-
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 86: 99 << 10}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "match": ("match_kernel", {"LOGSUMEXP": True}),
-    "probability": ("probability_kernel", {}),
-    "query side": ("backward_kernel", {"KEYS_STATIONARY": False, "ATOMIC": False}),
-    "key side": ("backward_kernel", {"KEYS_STATIONARY": True, "ATOMIC": False}),
-    "atomic": ("backward_kernel", {"KEYS_STATIONARY": True, "ATOMIC": True}),
-}
-
-
-def takes(variant: str, channels: int, type_name: str) -> bool:
-    """Whether rows of this width go through the kernel; wider ones take another route."""
-    name, constants = VARIANTS[variant]
-    limit = triton_launch.FUSED_CHANNELS[torch.bfloat16 if type_name == "bf16" else torch.float32]
-    return name != "backward_kernel" or channels <= (triton_launch.ATOMIC_CHANNELS if constants["ATOMIC"] else limit)
-
-
-INPUTS = {"query", "key", "stationary", "streaming", "values", "probability"}
-SUMS = {"logit", "logsumexp", "stationary_sum", "streaming_sum"}
-
-
-def compiled(kernel: Any, capability: int, type_name: str, shape: Any, constants: dict[str, Any]) -> tuple[int, int]:
-    """Shared memory of a program and bytes of spilled registers of a thread, of a kernel compiled without a GPU.
-
-    None of its tensor core instructions may wait for the one before.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = {**constants, **shape.kwargs}
-    pointers = dict.fromkeys(INPUTS, "*" + type_name) | dict.fromkeys(SUMS, "*fp32") | {"index": "*i64"}
-    names = kernel.arg_names
-    source = ASTSource(
-        kernel,
-        {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names},
-        constants,
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers},
-    )
-    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    architecture = "sm_90a" if capability == 90 else f"sm_{capability}"
-    report = subprocess.run(
-        [assembler, "-v", f"--gpu-name={architecture}", "-", "-o", os.devnull],
-        input=binary.asm["ptx"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
-    assert "serialized" not in report, report
-    spilled = re.search(r"(\d+) bytes spill stores", report)
-    assert spilled is not None, report
-    return binary.metadata.shared, int(spilled[1])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing while its interpreter is on; the run without it does")
-@pytest.mark.parametrize("capability", [80, 86, 90])
-@pytest.mark.parametrize(
-    ("variant", "channels", "type_name"),
-    [case for case in product(VARIANTS, [32, 256, 2048], ["bf16", "fp32"]) if takes(*case)],
-)
-def test_kernels_compile_and_fit(variant: str, channels: int, type_name: str, capability: int) -> None:
-    from dist_pca.association import triton_kernels
-
-    name, constants = VARIANTS[variant]
-    kernel = getattr(triton_kernels, name)
-    shapes = triton_kernels.shapes(kernel, type_name == "bf16", channels)
-    # GPUs with little shared memory need one shape that fits; the first and the last must fit the others.
-    for shape in shapes[-1:] if capability == 86 else (shapes[0], shapes[-1]):
-        shared, spilled = compiled(kernel, capability, type_name, shape, {**constants, "C": channels})
-        assert shared <= SHARED_BYTES[capability], shape
-        assert spilled <= 64, shape

@@ -6,7 +6,7 @@ import torch
 from dist_pca.association import triton_launch
 from dist_pca.association.tiles import BlockMatch
 from dist_pca.association.triton_launch import TritonKernels
-from tests.association.test_triton_kernels import TOLERANCE, TYPES, assert_backward, assert_matches, rows
+from tests.association.kernel_rows import TOLERANCE, TYPES, assert_backward, assert_matches, rows
 
 pytestmark = [
     pytest.mark.gpu,
