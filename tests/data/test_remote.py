@@ -17,7 +17,6 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from moto.server import ThreadedMotoServer
 
-from dist_pca.data import bodies
 from dist_pca.data.remote import Cancelled, RetryPolicy, download
 from dist_pca.errors import UserError
 from tests.data.servers import FolderServer, serving
@@ -25,19 +24,6 @@ from tests.data.servers import FolderServer, serving
 CONTENT = random.Random(0).randbytes(1_000_000)
 QUICK = RetryPolicy(timeout=20, retries=3, backoff=0.02)
 ONE_LINE = r"\A[^\n]+\Z"
-
-
-@pytest.fixture
-def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "access",
-        "AWS_SECRET_ACCESS_KEY": "sesame",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    bodies._s3_client.cache_clear()
 
 
 @pytest.fixture
