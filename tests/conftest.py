@@ -1,5 +1,11 @@
 """Settings of all tests."""
 
+import os
+
+# Before PyTorch is loaded: processes that test side by side have a core each, and threads that wait for a core spin.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings
