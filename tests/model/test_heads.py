@@ -19,12 +19,13 @@ def pyramid(strides: tuple[int, ...], channels: tuple[int, ...], height: int, wi
 
 def test_the_deeplab_head_sums_four_dilated_convolutions_of_the_deepest_map() -> None:
     head = DeepLabV2Head(5, 3)
-    deepest = torch.randn(2, 5, 11, 13)
+    # Larger than the widest dilation, so that every branch sees more than its middle.
+    deepest = torch.randn(1, 5, 25, 27)
     parts = [
         F.conv2d(deepest, branch.get_parameter("weight"), branch.get_parameter("bias"), 1, dilation, dilation)
         for dilation, branch in zip((6, 12, 18, 24), head.branches, strict=True)
     ]
-    logits, features = head([torch.randn(2, 4, 22, 26), deepest])
+    logits, features = head([torch.randn(1, 4, 50, 54), deepest])
     torch.testing.assert_close(logits, torch.stack(parts).sum(0))
     assert features is deepest
 
