@@ -7,6 +7,7 @@ Descriptions of progress bars are the exception: rich reads markup in them, so t
 import os
 import sys
 import traceback
+from itertools import pairwise
 from typing import IO
 
 from rich.console import Console
@@ -15,6 +16,8 @@ DEBUG = "DIST_PCA_DEBUG"
 """Environment variable of `--debug`, which ranks inherit."""
 QUIET = "DIST_PCA_QUIET"
 """Environment variable of `--quiet`."""
+ERASE_BELOW = "\r\x1b[J"
+"""Moves a terminal's cursor to the start of its row, and erases that row and all below."""
 
 
 def plain_console(
@@ -43,8 +46,32 @@ def print_warning(message: str) -> None:
     plain_console(stderr=True, soft_wrap=True, always=True).print(f"warning: {message}", style="yellow")
 
 
+def has_cursor(console: Console) -> bool:
+    """Whether what a console prints is seen on a terminal whose cursor can be moved."""
+    return not console.quiet and console.file.isatty() and not console.is_dumb_terminal
+
+
+def erase_live_view() -> None:
+    """Erase the live view that a run, maybe of another process, has drawn below the cursor of stderr's terminal."""
+    console = plain_console(stderr=True)
+    if has_cursor(console):
+        console.file.write(ERASE_BELOW)
+        console.file.flush()
+
+
+def duration(seconds: float) -> str:
+    """Write seconds in the two largest units."""
+    left = max(0, round(seconds))
+    for (unit, size), (smaller, part) in pairwise((("d", 86400), ("h", 3600), ("min", 60), ("s", 1))):
+        if left >= size:
+            count, rest = left // size, left % size // part
+            return f"{count} {unit} {rest} {smaller}" if rest else f"{count} {unit}"
+    return f"{left} s"
+
+
 def print_error(message: str) -> None:
     """Print an error as one red line on stderr, after the traceback of what is being handled if that is asked for."""
+    erase_live_view()
     if DEBUG in os.environ and sys.exc_info()[0] is not None:
         traceback.print_exc()
     plain_console(stderr=True, soft_wrap=True, always=True).print(f"error: {message}", style="red")

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dist_pca.config import RunConfig, load_config
-from dist_pca.console import plain_console, print_error
+from dist_pca.console import erase_live_view, plain_console, print_error
 from dist_pca.errors import UserError
 from dist_pca.options import Resume
 from dist_pca.resilience.exit_status import SUPERVISED, ExitCode, exit_process, write_exit_status
@@ -34,11 +34,12 @@ def resolve_config(name: str, overrides: list[str]) -> RunConfig:
 
 
 def _print(message: str, *, always: bool = False) -> None:
+    erase_live_view()
     plain_console(stderr=True, soft_wrap=True, always=always).print(message)
 
 
 class LineHandler(logging.Handler):
-    """Prints each message as one line on stderr, above a progress bar if there is one."""
+    """Prints each message as one line on stderr, above the live view if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a message."""

@@ -11,7 +11,11 @@ import pytest
 from rich.table import Table
 
 import dist_pca
+<<<<<<< HEAD
 from dist_pca.console import QUIET, plain_console, print_error, print_warning
+=======
+from dist_pca.console import QUIET, duration, plain_console, print_error
+>>>>>>> 5529fb4 (Show a run on a terminal in one live view that fits 80 columns)
 from dist_pca.train import LineHandler
 
 NAMES = ["marking [/dashed]", "data/val[a]", "[red]", "[link=x]y[/link]", "\\[bold]", ":car:", "[", "{0}"]
@@ -73,6 +77,13 @@ def test_quiet_is_passed_on_to_every_process_that_a_command_starts() -> None:
     shows = "import os; print(os.environ['DIST_PCA_QUIET'])"
     done = subprocess.run([sys.executable, "-c", f"{prints}; {shows}"], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("1\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"), [(0, "0 s"), (59.6, "1 min"), (3599, "59 min 59 s"), (3600, "1 h"), (200000, "2 d 7 h")]
+)
+def test_durations_have_two_units(seconds: float, written: str) -> None:
+    assert duration(seconds) == written
 
 
 def test_shells_can_complete_commands() -> None:

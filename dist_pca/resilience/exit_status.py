@@ -15,6 +15,7 @@ from typing import NoReturn
 import psutil
 from pydantic import TypeAdapter
 
+from dist_pca.console import erase_live_view
 from dist_pca.errors import LostProcess, UserError
 from dist_pca.files import read_record, write_record
 
@@ -82,5 +83,6 @@ def exit_process(folder: Path | None, code: int) -> NoReturn:
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process().children(recursive=True):
             child.kill()
+    erase_live_view()
     reported = folder is not None and SUPERVISED in os.environ and read_exit_status(folder) is not None
     os._exit(0 if reported else code)

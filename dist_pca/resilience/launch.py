@@ -14,6 +14,7 @@ import psutil
 import torch
 import yaml
 
+from dist_pca.console import erase_live_view
 from dist_pca.cores import usable_cores
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import SUPERVISED, ExitCode, clear_exit_status, read_exit_status
@@ -129,6 +130,8 @@ def launch(command: Sequence[str], folder: Path) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        # A rank that was killed has left it.
+        erase_live_view()
     status = read_exit_status(folder)
     if status is not None:
         return status.code

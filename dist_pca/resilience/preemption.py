@@ -1,5 +1,6 @@
 """Stopping on request: signals and wall-clock limits, and the step after which all ranks stop together."""
 
+import logging
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ ECHO_SECONDS = 2.0
 SLURM_MARGIN = 120.0
 """Seconds before SLURM ends the job at which the run saves and exits."""
 _OUT_OF_TIME = 128
+_log = logging.getLogger("dist_pca.resilience")
 
 
 class StopRequest:
@@ -84,6 +86,9 @@ class StopRequest:
                 if not self._requested.is_set():
                     self._number, first = number, time.monotonic()
                     self._requested.set()
+                    if os.environ.get("RANK", "0") == "0":
+                        name = signal.Signals(number).name
+                        _log.info("%s: saving after this step; a second signal ends the run at once", name)
                 elif time.monotonic() - first > ECHO_SECONDS:
                     os._exit(128 + number)
 

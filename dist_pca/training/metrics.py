@@ -1,4 +1,4 @@
-"""Logging of metrics: a live line, `metrics.jsonl`, and the trackers. Rank 0 logs, all ranks contribute.
+"""Logging of metrics: the terminal, `metrics.jsonl`, and the trackers. Rank 0 logs, all ranks contribute.
 
 A line of `metrics.jsonl` is one JSON object with the fields of `METRICS`, every `training.log_every` steps. Terms are
 means over the steps since the line before, over their micro-batches and over ranks; null is a mean of nothing.
@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import Self
 
 from dist_pca.classes import ClassInfo
 from dist_pca.config import RunConfig
 from dist_pca.config.aliases import rename_metrics
-from dist_pca.console import plain_console
 from dist_pca.data.collate import Batch
 from dist_pca.files import append_line, drop_lines_after
 from dist_pca.training.loggers import SampleLog, Trackers
 from dist_pca.training.profiling import PhaseClock, Profile, network_passes, peak_flops, peak_memory
+from dist_pca.training.terminal import RunTerminal
 
 METRICS = {
     "step": "updates made, the skipped ones too",
@@ -106,7 +105,6 @@ CONFUSIONS = tuple(
     f"{kind}_{level}" for kind in ("confusion", "kept_confusion") for level in ("features", "predictions")
 )
 """Terms with a value for each pair of classes, too many for trackers."""
-SUMMARY_TERMS = ("loss", "ce", "dice", "lovasz", "self_training", "association_features", "association_predictions")
 MAX_PENDING = 64
 """Micro-batches whose terms are kept on the device before they are added up."""
 
@@ -145,8 +143,6 @@ class MetricsLogger:
         self._classes, self._clock, self._device = classes, clock, device
         self._steps, self._start_step, self._log_every = config.training.steps, start_step, config.training.log_every
         self._images = config.training.source_batch + (config.training.target_batch if config.objective.adapt else 0)
-        scaling = config.schedule.batch_scaling
-        self._scaling = None if scaling == "none" else f"{scaling} in {config.training.source_batch} images"
         self._passes = network_passes(config)
         self._flops, self._peak_flops = flops, peak_flops(device, config.training.precision)
         self._window = _restored(saved)
@@ -154,8 +150,6 @@ class MetricsLogger:
         self._began = self._since = time.perf_counter()
         self._step, self._logged_step = start_step, start_step
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._console = plain_console(stderr=True)
-        self._progress: Progress | None = None
         self._profile = Profile(config.telemetry, config.folder, clock)
         self._samples = SampleLog(config.folder, start_step) if config.telemetry.sample_keys else None
         self._is_rank0 = dist.get_rank() == 0
@@ -164,22 +158,11 @@ class MetricsLogger:
         self._file = config.folder / "metrics.jsonl"
         drop_lines_after(self._file, start_step)
         self._trackers = Trackers(config, start_step)
-        if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("[bold]train"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[summary]}"),
-                console=self._console,
-            )
-            self._task = self._progress.add_task("train", total=self._steps, completed=start_step, summary="")
+        self._terminal = RunTerminal(config, clock, start_step)
 
     def __enter__(self) -> Self:
-        if self._progress:
-            self._progress.start()
+        if self._is_rank0:
+            self._terminal.__enter__()
         self._clock.take()
         self._began = self._since = time.perf_counter()
         self._profile.before(self._step + 1)
@@ -190,9 +173,8 @@ class MetricsLogger:
     ) -> None:
         if error is None:
             self._profile.close()
-        if self._progress:
-            self._progress.stop()
         if self._is_rank0:
+            self._terminal.__exit__()
             self._trackers.close()
             if error is None and self._step > self._start_step:
                 self._log_time_by_phase()
@@ -209,7 +191,7 @@ class MetricsLogger:
             self._reduce_pending()
 
     def log(self, step: int, scalars: Mapping[str, float | None], *, skipped: bool) -> None:
-        """Log step `step` (from 1): update the live line, and write a line if one is due. Collective.
+        """Log step `step` (from 1): show it, and write a line if one is due. Collective.
 
         Raises:
             UserError: on rank 0, a line cannot be written.
@@ -219,8 +201,8 @@ class MetricsLogger:
         if self._samples is not None:
             self._samples.write(step)
         self._profile.before(step + 1)
-        if self._progress:
-            self._progress.update(self._task, completed=step)
+        if self._is_rank0:
+            self._terminal.advance(step)
         if step % self._log_every == 0 or step == self._steps:
             record = {"step": step, **scalars, **self._means(), **self._throughput()}
             if self._is_rank0:
@@ -329,25 +311,7 @@ class MetricsLogger:
         append_line(self._file, json.dumps(record))
         scalars = {name: value for name, value in record.items() if name != "step" and name not in CONFUSIONS}
         self._trackers.log(dict(_flat(scalars)), step)
-        summary = self._summary(record)
-        if self._progress:
-            self._progress.update(self._task, summary=summary)
-        else:
-            self._console.print(f"step {step}/{self._steps}  {summary}", highlight=False, soft_wrap=True)
-
-    def _summary(self, record: Mapping[str, Any]) -> str:
-        parts = [f"{name} {record[name]:.3f}" for name in SUMMARY_TERMS if isinstance(record.get(name), float)]
-        for level in ("features", "predictions"):
-            ratio = record.get(f"consistent_ratio_{level}")
-            if isinstance(ratio, float):
-                parts.append(f"{level} cycles {ratio:.0%} kept, {record[f'cover_ratio_{level}']:.0%} covered")
-        if self._scaling is not None:
-            parts.append(f"learning rate {record['learning_rate']:.2g}, {self._scaling}")
-        parts.append(f"{record['images_per_second']:.1f} images/s")
-        if record["flop_utilisation"] is not None:
-            parts.append(f"{record['flop_utilisation']:.0%} of peak")
-        left = record["seconds_per_step"] * (self._steps - record["step"])
-        return "  ".join([*parts, f"{left / 60:.1f} min left"])
+        self._terminal.print_record(record)
 
     def _log_time_by_phase(self) -> None:
         self._take_seconds()
@@ -356,11 +320,9 @@ class MetricsLogger:
             f"{'of it ' if phase == 'communication' else ''}{phase} {seconds / elapsed:.0%}"
             for phase, seconds in self._seconds.items()
         ]
-        self._console.print(
+        self._terminal.print_line(
             f"steps {self._start_step + 1} to {self._step} in {elapsed / 60:.1f} min, {elapsed / steps:.3g} s each, "
-            f"{self._images * steps / elapsed:.1f} images/s: {', '.join(shares)}",
-            highlight=False,
-            soft_wrap=True,
+            f"{self._images * steps / elapsed:.1f} images/s: {', '.join(shares)}"
         )
 
 

@@ -60,7 +60,8 @@ class PhaseClock:
         """Label phases in the trace of a running profiler."""
         self._watchdog = watchdog
         self._on_gpu = device.type == "cuda"
-        self._phase: Phase = "start"
+        self.current: tuple[Phase, float] = ("start", time.monotonic())
+        """The phase, and when it began by `time.monotonic`; another thread may read it."""
         self._seconds: dict[str, float] = {}
         self._marks: deque[tuple[str, Any]] = deque()
         self._spare: list[Any] = []
@@ -77,7 +78,9 @@ class PhaseClock:
 
     def enter(self, phase: Phase, step: int | None = None) -> Phase:
         """Start a phase of step `step` (from 1), or of the current step; return the phase that ends."""
-        before, self._phase = self._phase, phase
+        before, _ = self.current
+        if phase != before:
+            self.current = (phase, time.monotonic())
         self._watchdog.enter(phase, step)
         self._mark(before)
         if self._label is not None:
@@ -90,7 +93,7 @@ class PhaseClock:
 
     def take(self) -> dict[str, float]:
         """Seconds in each phase since the last call."""
-        self._mark(self._phase)
+        self._mark(self.current[0])
         self._read(wait=True)
         taken, self._seconds = self._seconds, {}
         return taken

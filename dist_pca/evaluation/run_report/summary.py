@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from dist_pca.console import duration
 from dist_pca.data.addresses import redact
 from dist_pca.evaluation.run_report.curves import speed_charts
 from dist_pca.evaluation.run_report.page import Block, Cell, Code, Facts, Section, Table
@@ -120,15 +120,6 @@ def environment_section(records: Sequence[RunRecord], names: Sequence[str]) -> S
     keys = list(dict.fromkeys(key for column in columns for key in column))
     rows = [[key, *(column.get(key, "") for column in columns)] for key in keys]
     return Section("Environment", [Table("Software, device and launches", ["", *names], rows)] if rows else [])
-
-
-def duration(seconds: float) -> str:
-    """Write a duration in its two largest units."""
-    left = max(0, round(seconds))
-    for (unit, size), (smaller, part) in pairwise((("d", 86400), ("h", 3600), ("min", 60), ("s", 1))):
-        if left >= size:
-            return f"{left // size} {unit} {left % size // part} {smaller}"
-    return f"{left} s"
 
 
 def _column(record: RunRecord) -> dict[str, str]:

@@ -6,7 +6,6 @@ import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from rich.text import Text
 from dist_pca.config import load_config
 from dist_pca.config.aliases import rename_metrics
 from dist_pca.config.training import TrainingConfig
+from dist_pca.console import duration
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.training.run_folder import Launch, is_alive, read_launch_log
@@ -148,29 +148,18 @@ def table(statuses: list[Status]) -> Table:
     for status in statuses:
         numbers = (status.metrics.get(name) for name in SHOWN)
         where = f"job {status.job} {status.job_state}" if status.job_state else ""
-        seen = f"last sign {duration(status.silent)} ago" if status.state in ("running", "stale") else ""
+        unsure = status.state in ("running", "stale") and status.silent is not None
+        seen = f"last sign {duration(status.silent)} ago" if unsure else ""
         shown.add_row(
             status.run,
             Text(status.state, _STYLES.get(status.state, "")),
             f"{status.step:,}/{status.steps:,}",
-            duration(status.seconds_left),
+            "" if status.seconds_left is None else duration(status.seconds_left),
             *(f"{number:.4g}" if isinstance(number, (int, float)) else "" for number in numbers),
             str(status.restarts),
             "; ".join(part for part in (status.message, seen, where) if part),
         )
     return shown
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as a person says them, in the two largest units."""
-    if seconds is None:
-        return ""
-    left = max(0, round(seconds))
-    for (unit, size), (smaller, part) in pairwise((("d", 86400), ("h", 3600), ("min", 60), ("s", 1))):
-        if left >= size:
-            count, rest = left // size, left % size // part
-            return f"{count} {unit} {rest} {smaller}" if rest else f"{count} {unit}"
-    return f"{left} s"
 
 
 def _is_at_work(

@@ -18,7 +18,7 @@ from dist_pca.config import load_config, save_config
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import ExitCode, write_exit_status
 from dist_pca.resources import resource
-from dist_pca.tools.cluster.status import duration, read_status, saved_step, table
+from dist_pca.tools.cluster.status import read_status, saved_step, table
 from dist_pca.training.run_folder import Launch, log_launch
 
 STEPS = 100
@@ -171,10 +171,3 @@ def test_several_runs_make_one_table_or_one_list(tmp_path: Path) -> None:
     found = json.loads(printed.output)
     assert [one["run"] for one in found] == runs
     assert {"state", "step", "steps", "saved_step", "seconds_left", "restarts", "metrics"} <= found[0].keys()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(0, "0 s"), (59.6, "1 min"), (3599, "59 min 59 s"), (3600, "1 h"), (200000, "2 d 7 h")]
-)
-def test_durations_are_said_in_two_units(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
