@@ -26,10 +26,11 @@ class Screen:
         for token in _TOKENS.finditer(output):
             assert token.start() == end, repr(output[end : end + 20])
             end = token.end()
-            self._apply(*token.groups(), columns)
+            self._apply(token, columns)
         assert end == len(output), repr(output[end : end + 20])
 
-    def _apply(self, number: str | None, code: str | None, control: str | None, char: str | None, columns: int) -> None:
+    def _apply(self, token: "re.Match[str]", columns: int) -> None:
+        number, code, control, char = token.groups()
         if char is not None:
             if self.column == columns:
                 self.wrapped, self.column = True, 0

@@ -148,8 +148,9 @@ def table(statuses: list[Status]) -> Table:
     for status in statuses:
         numbers = (status.metrics.get(name) for name in SHOWN)
         where = f"job {status.job} {status.job_state}" if status.job_state else ""
-        unsure = status.state in ("running", "stale") and status.silent is not None
-        seen = f"last sign {duration(status.silent)} ago" if unsure else ""
+        seen = ""
+        if status.state in ("running", "stale") and status.silent is not None:
+            seen = f"last sign {duration(status.silent)} ago"
         shown.add_row(
             status.run,
             Text(status.state, _STYLES.get(status.state, "")),
