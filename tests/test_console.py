@@ -11,11 +11,7 @@ import pytest
 from rich.table import Table
 
 import dist_pca
-<<<<<<< HEAD
-from dist_pca.console import QUIET, plain_console, print_error, print_warning
-=======
-from dist_pca.console import QUIET, duration, plain_console, print_error
->>>>>>> 5529fb4 (Show a run on a terminal in one live view that fits 80 columns)
+from dist_pca.console import QUIET, duration, plain_console, print_error, print_warning
 from dist_pca.train import LineHandler
 
 NAMES = ["marking [/dashed]", "data/val[a]", "[red]", "[link=x]y[/link]", "\\[bold]", ":car:", "[", "{0}"]

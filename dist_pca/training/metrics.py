@@ -201,8 +201,6 @@ class MetricsLogger:
         if self._samples is not None:
             self._samples.write(step)
         self._profile.before(step + 1)
-        if self._is_rank0:
-            self._terminal.advance(step)
         if step % self._log_every == 0 or step == self._steps:
             record = {"step": step, **scalars, **self._means(), **self._throughput()}
             if self._is_rank0:

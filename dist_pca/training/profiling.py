@@ -62,6 +62,8 @@ class PhaseClock:
         self._on_gpu = device.type == "cuda"
         self.current: tuple[Phase, float] = ("start", time.monotonic())
         """The phase, and when it began by `time.monotonic`; another thread may read it."""
+        self.step = 0
+        """The step of that phase, from 1; another thread may read it."""
         self._seconds: dict[str, float] = {}
         self._marks: deque[tuple[str, Any]] = deque()
         self._spare: list[Any] = []
@@ -81,6 +83,8 @@ class PhaseClock:
         before, _ = self.current
         if phase != before:
             self.current = (phase, time.monotonic())
+        if step is not None:
+            self.step = step
         self._watchdog.enter(phase, step)
         self._mark(before)
         if self._label is not None:

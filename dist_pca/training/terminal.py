@@ -47,13 +47,13 @@ class RunTerminal:
 
         Args:
             config: The run, in whose folder `metrics.jsonl` has the validations until `start_step`.
-            clock: Knows the phase of this rank.
+            clock: Knows the phase and the step of this rank.
             start_step: Steps already trained.
         """
         self._console = plain_console(stderr=True)
         self._live = has_cursor(self._console)
         self._clock = clock
-        self._steps, self._start_step, self._step = config.training.steps, start_step, start_step
+        self._steps, self._start_step, self._recorded_step = config.training.steps, start_step, start_step
         scaling = config.schedule.batch_scaling
         self._scaling = None if scaling == "none" else f"{scaling} in {config.training.source_batch} images"
         self._record: Mapping[str, Any] | None = None
@@ -79,14 +79,10 @@ class RunTerminal:
                 with suppress(OSError):
                     self._draw(last=True)
 
-    def advance(self, step: int) -> None:
-        """Show that step `step` (from 1) is done."""
-        self._step = step
-
     def print_record(self, record: Mapping[str, Any]) -> None:
         """Print a line of `metrics.jsonl`, or show it in the live view."""
         self._add_score(record)
-        self._record = record
+        self._record, self._recorded_step = record, int(record["step"])
         if not self._live:
             validated = [
                 f"validation mIoU {100 * score:.1f}" for score, step in self._scores[-1:] if step == self._step
@@ -103,6 +99,11 @@ class RunTerminal:
         score = record.get("validation_mean_iou")
         if isinstance(score, float):
             self._scores.append((score, int(record["step"])))
+
+    @property
+    def _step(self) -> int:
+        """Steps that are done."""
+        return max(self._recorded_step, self._clock.step - 1)
 
     def _seconds_per_step(self) -> float:
         """Seconds of a step in the last record; before there is one, since the start."""

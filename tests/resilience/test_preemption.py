@@ -99,7 +99,9 @@ def test_a_second_signal_ends_a_process_that_waits_in_native_code() -> None:
         pytest.param("SIGINT", ExitCode.INTERRUPTED, marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_signalled_run_is_saved_says_so_in_one_line_and_goes_on(tmp_path: Path, name: str, code: ExitCode) -> None:
+def test_a_signalled_run_answers_at_once_is_saved_says_so_in_one_line_and_goes_on(
+    tmp_path: Path, name: str, code: ExitCode
+) -> None:
     build_streets(tmp_path)
     command = [sys.executable, "-m", "dist_pca.cli", "train", "demo"]
     run = tmp_path / "runs" / "told"
@@ -116,7 +118,8 @@ def test_a_signalled_run_is_saved_says_so_in_one_line_and_goes_on(tmp_path: Path
     outcome = read_exit_status(run)
     assert outcome is not None
     assert outcome.code == code
-    assert [line for line in said[1:] if not line.startswith(("step", "association"))] == [outcome.message]
+    answer = f"{name}: saving after this step; a second signal ends the run at once"
+    assert [line for line in said[1:] if not line.startswith(("step", "association"))] == [answer, outcome.message]
     assert not any(rank.is_running() for rank in ranks)
     (saved,) = (run / "checkpoints").glob("step-*")
     made = int(saved.name.removeprefix("step-"))

@@ -47,13 +47,21 @@ def run(folder: Path, act: Callable[[RunTerminal, PhaseClock], object], start_st
 
 def train(terminal: RunTerminal, clock: PhaseClock) -> None:
     for step, score in ((10, 0.25), (20, 0.5), (30, 0.375)):
-        terminal.advance(step)
         terminal.print_record(record(step, validation_mean_iou=score))
         time.sleep(3 * FRAME)
 
 
 def shown(folder: Path, act: Callable[[RunTerminal, PhaseClock], object] = train, **terminal: Any) -> Shown:
     return on_terminal(lambda: run(folder, act), **terminal)
+
+
+def test_steps_between_records_are_shown(tmp_path: Path) -> None:
+    def act(terminal: RunTerminal, clock: PhaseClock) -> None:
+        train(terminal, clock)
+        clock.enter("data", 36)
+        time.sleep(3 * FRAME)
+
+    assert "step 35/40" in "\n".join(shown(tmp_path, act).screen.rows)
 
 
 @pytest.mark.parametrize(("columns", "fits"), [(200, 80), (80, 80), (40, 40)])
