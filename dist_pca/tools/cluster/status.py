@@ -65,9 +65,13 @@ class Status(NamedTuple):
 
 
 def saved_step(folder: Path) -> int:
-    """Step of a run folder's newest checkpoint; 0 without one."""
+    """Step from which a run resumes: of the checkpoint that `latest` names, else of the newest; 0 without one."""
+    checkpoints = folder / "checkpoints"
     try:
-        return int((folder / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+        if not (checkpoints / "latest").exists():
+            steps = (state.parent.name.removeprefix("step-") for state in checkpoints.glob("step-*/state.json"))
+            return max((int(step) for step in steps if step.isdecimal()), default=0)
+        return int((checkpoints / "latest").read_text().strip().removeprefix("step-"))
     except (OSError, ValueError):
         return 0
 

@@ -151,6 +151,17 @@ def test_a_damaged_pointer_counts_as_nothing_saved(tmp_path: Path, content: str)
     assert saved_step(run) == 0
 
 
+def test_without_the_pointer_the_newest_checkpoint_counts(tmp_path: Path) -> None:
+    run = make_run(tmp_path, saved=3)
+    (run / "checkpoints/latest").unlink()
+    assert saved_step(run) == 0
+    for name in ("step-00000009", "step-00000012", "step-00000099.mine"):
+        (run / "checkpoints" / name).mkdir()
+        (run / "checkpoints" / name / "state.json").touch()
+    (run / "checkpoints/step-00000050").mkdir()
+    assert saved_step(run) == 12
+
+
 def test_what_is_no_run_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a run folder \(no config.yaml\)"):
         read_status(tmp_path)
