@@ -75,7 +75,7 @@ def read_record(path: Path, shape: TypeAdapter[T], remedy: str) -> T:
             raise UserError(f"{path}: cannot be read ({reason}); update dist-pca")
         return shape.validate_python(record)
     except ValidationError as error:
-        raise UserError(f"{path}: cannot be read ({explain(error.errors()[0], ())}); {remedy}") from None
+        raise UserError(f"{path}: cannot be read ({explain(error.errors()[:1], ())}); {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
 

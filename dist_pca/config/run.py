@@ -18,8 +18,9 @@ from dist_pca.config.objective import ObjectiveConfig
 from dist_pca.config.section import NonNegative, Section
 from dist_pca.config.telemetry import TelemetryConfig
 from dist_pca.config.training import BATCH_KEYS, OptimizerConfig, ScheduleConfig, TrainingConfig
-from dist_pca.errors import UserError, explain
+from dist_pca.errors import UserError, explain, nearest
 from dist_pca.files import write_whole
+from dist_pca.resources import names as shipped_names
 
 
 class RunConfig(Section):
@@ -118,7 +119,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             new name in the same place.
     """
     if not path.is_file():
-        raise UserError(f"config {path}: no such file")
+        shipped = nearest(path.stem, shipped_names("configs"))
+        raise UserError(
+            f"config {path}: no such file; give the path of a YAML file, or the name of a config that comes with "
+            f"dist-pca, the nearest is {shipped}"
+        )
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r}: write key=value, for example training.steps=100")
@@ -144,9 +149,7 @@ def validate_config(values: object, origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(rename_keys(values, origin))
     except ValidationError as error:
-        raise UserError(
-            f"{origin}: " + "; ".join(explain(detail, _all_keys(RunConfig)) for detail in error.errors())
-        ) from None
+        raise UserError(f"{origin}: {explain(error.errors(), _all_keys(RunConfig))}") from None
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -38,6 +38,6 @@ def with_options(config: RunConfig, **options: Any) -> RunConfig:
     try:
         evaluation = EvaluationConfig.model_validate(own | chosen)
     except ValidationError as error:
-        reason = explain(error.errors()[0], EvaluationConfig.model_fields)
+        reason = explain(error.errors(), EvaluationConfig.model_fields)
         raise UserError(f"evaluation.{reason}; options give {chosen}") from None
     return config.model_copy(update={"evaluation": evaluation})

@@ -98,7 +98,9 @@ def load_manifest(folder: str | Path, *, location: str | None = None, check_file
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise UserError(f"shards {folder}: no such folder; create it with `dist-pca shards build`")
+        raise UserError(
+            f"shards {folder}: no such folder; create it with `dist-pca shards build`, or give the one that has yours"
+        )
     if not path.is_file():
         raise UserError(
             f"shards {folder}: no {MANIFEST_NAME} in it; build shards with `dist-pca shards build`, "

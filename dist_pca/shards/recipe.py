@@ -13,6 +13,7 @@ from typing_extensions import Self
 from dist_pca.classes import LABEL_SETS, ClassInfo, check_classes, label_set
 from dist_pca.config.section import NonNegative, Positive, Section
 from dist_pca.errors import UserError, explain, nearest
+from dist_pca.resources import names as shipped_names
 from dist_pca.resources import resource
 from dist_pca.shards.images import ValueRange
 
@@ -235,7 +236,8 @@ def load_recipe(name: str | Path) -> Recipe:
     """
     path = Path(name) if Path(name).suffix in {".yaml", ".yml"} else resource("shards", str(name))
     if not path.is_file():
-        raise UserError(f"recipe {path}: no such file")
+        shipped = nearest(path.stem, shipped_names("shards"))
+        raise UserError(f"recipe {path}: no such file; the nearest of the shipped recipes is {shipped}")
     try:
         return Recipe.model_validate(_load_yaml(path))
     except ValidationError as error:
@@ -276,4 +278,4 @@ def _explain(error: ValidationError) -> str:
     detail = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
     parents = "".join(f"{part}." for part in detail["loc"][:-1])
     sections = (Recipe, Split, Pairing, Coding, NamedColor)
-    return explain(detail, {parents + field for section in sections for field in section.model_fields})
+    return explain([detail], {parents + field for section in sections for field in section.model_fields})

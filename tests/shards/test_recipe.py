@@ -94,7 +94,7 @@ def test_a_faulty_recipe_is_refused_with_file_and_key(tmp_path: Path, old: str, 
 
 
 def test_a_file_that_is_no_recipe_is_refused_with_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"mine\.yaml: Input should be a valid dictionary .*, got None"):
+    with pytest.raises(UserError, match=r"mine\.yaml: expected a table of keys and values, got nothing"):
         load_recipe(_write(tmp_path, "# nothing yet"))
 
 

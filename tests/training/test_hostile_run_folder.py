@@ -129,7 +129,7 @@ def test_bytes_of_any_kind_are_refused_in_a_line_or_do_no_harm(tmp_path: Path, f
 @pytest.mark.parametrize(
     ("file", "spoil", "message"),
     [
-        ("checkpoints/step-00000004/state.json", {"step": "four"}, "step: Input should be a valid integer"),
+        ("checkpoints/step-00000004/state.json", {"step": "four"}, "step: expected a whole number, got 'four'"),
         ("checkpoints/step-00000004/state.json", {"step": -1}, "step: Input should be greater than or equal to 0"),
         ("data.json", {"source": [{"folder": "a", "samples": 1}]}, r"source\.0\.sha256: required and missing"),
         ("data.json", {"version": FORMAT + 1}, f"a newer dist-pca wrote it, in format {FORMAT + 1}.*update dist-pca"),

@@ -128,7 +128,7 @@ def read_study_file(path: Path) -> StudyFile:
     try:
         file = StudyFile.model_validate(yaml.safe_load(path.read_text()))
     except ValidationError as error:
-        raise UserError(f"study {path}: {explain(error.errors()[0], StudyFile.model_fields)}") from None
+        raise UserError(f"study {path}: {explain(error.errors(), StudyFile.model_fields)}") from None
     beside = path.parent / file.config
     return file.model_copy(update={"config": str(beside)}) if beside.is_file() else file
 
