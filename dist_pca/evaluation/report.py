@@ -154,7 +154,8 @@ def compare_table(
         differences = [("difference", 0, 1)] if len(runs) == 2 else []
     result = Table("class")
     for title in (*(title for title, _ in runs), *(title for title, _, _ in differences)):
-        result.add_column(title, justify="right")
+        # Otherwise rich cuts words of a short heading on a narrow terminal before it breaks a long one into lines.
+        result.add_column(title, justify="right", min_width=min(12, max(map(len, title.split()), default=0)))
     by_class, summaries = ([part(scores) for _, scores in runs] for part in (_by_class, _summary))
     for part in (by_class, summaries):
         for name in dict.fromkeys(name for values in part for name in values):

@@ -139,6 +139,17 @@ def test_two_networks_stand_side_by_side_with_their_difference_and_the_best_in_b
     assert lines[-1][:3] == ["images", "7", "7"]
 
 
+def test_headings_of_three_networks_are_whole_on_80_columns() -> None:
+    scores = score(COUNTS, CLASSES, 7)
+    runs = [(title, scores) for title in ("source only", "adapted without association", "adapted")]
+    content = compare_table(runs, [("adaptation adds", 0, 2), ("association adds", 1, 2)])
+    console = Console(file=io.StringIO(), width=80)
+    console.print(content)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in printed
+    assert printed.count("association") == 2
+
+
 def test_nothing_is_bold_where_networks_are_equal() -> None:
     scores = score(COUNTS, CLASSES, 7)
     assert text(compare_table([("a", scores), ("b", scores)]))[0] == ["road", "80.0", "80.0", "+0.0"]
