@@ -317,6 +317,7 @@ class MetricsLogger:
         shares = [
             f"{'of it ' if phase == 'communication' else ''}{phase} {seconds / elapsed:.0%}"
             for phase, seconds in self._seconds.items()
+            if seconds >= 0.005 * elapsed
         ]
         self._terminal.print_line(
             f"steps {self._start_step + 1} to {self._step} in {elapsed / 60:.1f} min, {elapsed / steps:.3g} s each, "
