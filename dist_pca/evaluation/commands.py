@@ -367,8 +367,9 @@ def export(
     if onnx:
         require_onnx()
     config, classes, model = load_run(run, checkpoint, weights=weights)
+    doing = "exporting; for images of any size it takes minutes" if onnx and onnx_size is None else "exporting"
     # Bind the console to the file now, because stderr is redirected during PyTorch's export.
-    with plain_console(file=sys.stderr).status("exporting"):
+    with plain_console(file=sys.stderr).status(doing):
         difference = write(model, config, classes, out, onnx=onnx, onnx_size=onnx_size)
     typer.echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if difference is not None:

@@ -122,7 +122,13 @@ def status(
     [bold]queued[/] waits to be started or resumed, [bold]stopped[/] has saved and resumes when it is restarted,
     [bold]stale[/] has neither recorded an end nor written anything for a while.
     """
-    from dist_pca.tools.cluster.status import read_status, table, to_json
+    from dist_pca.tools.cluster.status import read_status, remarks, table, to_json
 
     statuses = [read_status(run) for run in runs]
-    typer.echo(to_json(statuses)) if as_json else plain_console().print(table(statuses))
+    if as_json:
+        typer.echo(to_json(statuses))
+        return
+    console = plain_console(soft_wrap=True)
+    console.print(table(statuses), soft_wrap=False)
+    for line in remarks(statuses):
+        console.print(line)

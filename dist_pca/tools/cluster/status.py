@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import time
 from collections.abc import Mapping
@@ -147,24 +148,35 @@ def to_json(statuses: list[Status]) -> str:
 
 
 def table(statuses: list[Status]) -> Table:
-    """One row for each run."""
-    shown = Table(Column("run", overflow="fold"), "state", "step", "left", *SHOWN.values(), "restarts", "")
+    """One row for each run, named by its folder inside the folder that all share."""
+    parent = os.path.commonpath([Path(status.run).absolute().parent for status in statuses])
+    shown = Table(Column("run", overflow="fold"), "state", "step", "left", *SHOWN.values(), "restarts")
     for status in statuses:
         numbers = (status.metrics.get(name) for name in SHOWN)
-        where = f"job {status.job} {status.job_state}" if status.job_state else ""
-        seen = ""
-        if status.state in ("running", "stale") and status.silent is not None:
-            seen = f"last sign {duration(status.silent)} ago"
         shown.add_row(
-            status.run,
+            os.path.relpath(Path(status.run).absolute(), parent),
             Text(status.state, _STYLES.get(status.state, "")),
             f"{status.step:,}/{status.steps:,}",
             "" if status.seconds_left is None else duration(status.seconds_left),
             *(f"{number:.4g}" if isinstance(number, (int, float)) else "" for number in numbers),
             str(status.restarts),
-            "; ".join(part for part in (status.message, seen, where) if part),
         )
     return shown
+
+
+def remarks(statuses: list[Status]) -> list[str]:
+    """A line for each run of which there is more to say than its row does: how it ended, or when it was last seen."""
+    lines = []
+    for status in statuses:
+        seen = status.state in ("running", "stale") and status.silent is not None
+        parts = [
+            status.message.removeprefix(f"{status.run}: "),
+            f"last sign {duration(status.silent or 0)} ago" if seen else "",
+            f"job {status.job} {status.job_state}" if status.job_state else "",
+        ]
+        if any(parts):
+            lines.append(f"{status.run}: {'; '.join(filter(None, parts))}")
+    return lines
 
 
 def _is_at_work(

@@ -18,7 +18,7 @@ from dist_pca.config import load_config, save_config
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import ExitCode, write_exit_status
 from dist_pca.resources import resource
-from dist_pca.tools.cluster.status import read_status, saved_step, table
+from dist_pca.tools.cluster.status import read_status, remarks, saved_step, table
 from dist_pca.training.run_folder import Launch, log_launch
 
 STEPS = 100
@@ -173,11 +173,15 @@ def test_several_runs_make_one_table_or_one_list(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         write_exit_status(make_run(tmp_path / name, told=7, starts=(start(),)), ExitCode.DONE, "done [so]")
     runs = [str(tmp_path / name / "run") for name in names]
-    console = Console(width=200, record=True, file=io.StringIO(), markup=False)
-    console.print(table([read_status(Path(run)) for run in runs]))
+    statuses = [read_status(Path(run)) for run in runs]
+    console = Console(width=80, record=True, file=io.StringIO(), markup=False)
+    console.print(table(statuses))
     shown = console.export_text()
-    assert all(run in shown for run in runs)
-    assert "done [so]" in shown
+    assert "│ first/run  │ finished │ 7/100 │" in shown
+    assert "│ second/run │" in shown
+    assert remarks(statuses) == [f"{run}: done [so]" for run in runs]
+    printed = CliRunner().invoke(app, ["status", *runs])
+    assert all(f"{run}: done [so]" in printed.output for run in runs)
     printed = CliRunner().invoke(app, ["status", *runs, "--json"])
     found = json.loads(printed.output)
     assert [one["run"] for one in found] == runs
