@@ -18,7 +18,7 @@ from dist_pca.evaluation.label_files import overlay, save_label, save_whole
 from dist_pca.evaluation.prediction_files import Values
 from dist_pca.evaluation.views import MAX_WHOLE
 from dist_pca.files import write_json
-from dist_pca.shards.images import ValueRange, open_image
+from dist_pca.shards.images import Reading, ValueRange, open_image
 from dist_pca.shards.sample import MAX_PIXELS
 
 
@@ -70,10 +70,11 @@ def predict_images(
         UserError: an image cannot be read and is not to be skipped, or a result cannot be written.
     """
     skipped = []
+    reading = Reading(() if value_range is None else (value_range,))
     for done, (path, name) in enumerate(result_names(images).items()):
         progress(done)
         try:
-            image = np.array(open_image(path, value_range, max_pixels))
+            image = np.array(open_image(path, reading, max_pixels))
         except UserError as error:
             if on_error == "fail":
                 raise

@@ -166,7 +166,7 @@ def _write(
             classes=plan.classes,
             encoding=plan.encoding,
             on_error=plan.on_error,
-            values=plan.recipe.values,
+            reading=plan.recipe.reading,
             max_pixels=plan.max_pixels,
         )
         for name, samples in zip(names, plan.shards[part], strict=True)

@@ -13,11 +13,12 @@ from typing_extensions import Unpack
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
-from dist_pca.shards.images import ValueRange, open_header, open_image
+from dist_pca.shards.bands import Picture
+from dist_pca.shards.images import Reading, describe_file, open_image
 from dist_pca.shards.labels import Table, count_values, label_table, shown_code, train_id_of
 from dist_pca.shards.pool import Progress, Report, run_jobs
 from dist_pca.shards.recipe import Coding, Recipe, load_recipe
-from dist_pca.shards.sample import MAX_PIXELS, orientation
+from dist_pca.shards.sample import MAX_PIXELS
 from dist_pca.shards.scan import RawSample, Scan, Selection, scan
 from dist_pca.shards.writer import read_label_of
 
@@ -98,7 +99,7 @@ class _Job:
     samples: tuple[RawSample, ...]
     coding: Coding
     classes: tuple[ClassInfo, ...]
-    values: ValueRange | None
+    reading: Reading
     max_pixels: int
 
 
@@ -170,7 +171,7 @@ def check_raw(
     for name, found in scans.items():
         for start in range(0, len(found.samples), _SAMPLES_PER_JOB):
             part = found.samples[start : start + _SAMPLES_PER_JOB]
-            jobs.append(_Job(root, part, recipe.coding, tables[name], recipe.values, max_pixels))
+            jobs.append(_Job(root, part, recipe.coding, tables[name], recipe.reading, max_pixels))
             places.append(name)
     total = sum(len(found.samples) for found in scans.values())
     results = run_jobs(_examine, jobs, total=total, workers=workers, progress=progress)
@@ -215,29 +216,28 @@ def _examine(job: _Job, report: Report) -> _Examined:
 
 def _facts(job: _Job, raw: RawSample, table: Table) -> tuple[_Facts, dict[int | str, int]]:
     """What a sample is, and the pixels of each raw value or name of its label."""
-    header = open_header(job.root / raw.image, job.max_pixels)
-    kind = f"{header.format} {header.mode}"
-    image = open_image(job.root / raw.image, job.values, job.max_pixels)
+    kind, orientation = describe_file(job.root / raw.image, job.reading, job.max_pixels)
+    image = open_image(job.root / raw.image, job.reading, job.max_pixels)
     values: dict[int | str, int] = {}
     problem = ""
     try:
         if raw.label is not None:
             values = count_values(job.root, raw, job.coding, image.size, job.max_pixels)
-            read_label_of(image, job.root, raw, job.coding, table, job.max_pixels)
+            read_label_of(image, job.root, raw, job.coding, table, reading=job.reading, max_pixels=job.max_pixels)
     except UserError as error:
         problem = str(error)
     bounds = np.ravel(image.getextrema())
     return _Facts(
         problem=problem,
         kind=kind,
-        orientation=orientation(header),
+        orientation=orientation,
         size=image.size,
         extremes=(int(bounds.min()), int(bounds.max())),
         digest=_hash(image),
     ), values
 
 
-def _hash(image: Image.Image) -> bytes:
+def _hash(image: Picture) -> bytes:
     """Hash of 256 bits, each of which says whether one part of an image is brighter than the next; empty if flat."""
     small = image.convert("L").resize((_HASH_EDGE + 1, _HASH_EDGE), Image.Resampling.BOX)
     bits = np.diff(np.asarray(small, np.int16), axis=1) > 0

@@ -19,18 +19,18 @@ class Found:
     passed_over: dict[str, tuple[Path, ...]]
 
 
-def find_images(folder: Path, patterns: Sequence[str]) -> Found:
+def find_images(folder: Path, patterns: Sequence[str], suffixes: frozenset[str] = SUFFIXES) -> Found:
     """Find the images below a folder whose path matches one of the globs.
 
     `**` spans folders and follows links to folders, but not back to one that it is in. Names that begin with a dot
-    match no wildcard. A file is an image if it has the extension of a format that can be read.
+    match no wildcard. A file is an image if it has one of the extensions `suffixes`.
     """
     unreadable: dict[Path, None] = {}
     matches = (path for pattern in patterns for path in _matches(folder, PurePosixPath(pattern).parts, unreadable))
     images: list[Path] = []
     others: dict[str, list[Path]] = {}
     for path in sorted(set(matches)):
-        reason = _reason(path)
+        reason = _reason(path, suffixes)
         if reason is None:
             images.append(path)
         else:
@@ -49,13 +49,13 @@ def described(passed_over: dict[str, tuple[Path, ...]], root: Path | None = None
     )
 
 
-def _reason(path: Path) -> str | None:
+def _reason(path: Path, suffixes: frozenset[str]) -> str | None:
     """Why a path is no image; None if it is one."""
     if not path.exists():
         return "link to nothing" if path.is_symlink() else "file that is gone"
     if not path.is_file():
         return "special file"
-    if path.suffix.lower() in SUFFIXES:
+    if path.suffix.lower() in suffixes:
         return None
     return f"{path.suffix} file" if path.suffix else "file without extension"
 

@@ -1,4 +1,4 @@
-"""Raw image files: which ones can be read, their decoding to upright 8-bit RGB, and their encoding in shards."""
+"""Raw image files: which ones can be read, their decoding to upright 8-bit pictures, and their encoding in shards."""
 
 import io
 from dataclasses import dataclass
@@ -10,8 +10,11 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from dist_pca.errors import UserError
+from dist_pca.shards.band_files import BandFile, open_band_file
+from dist_pca.shards.bands import NPY, BandImage, Picture, as_picture, encode_npy
 from dist_pca.shards.sample import (
     MAX_PIXELS,
+    TURNS,
     ImageTooLarge,
     UnknownRange,
     as_rgb,
@@ -19,6 +22,7 @@ from dist_pca.shards.sample import (
     decode_pixels,
     decode_rgb,
     is_deep,
+    orientation,
     stated_maximum,
 )
 
@@ -60,24 +64,54 @@ class ValueRange:
     """Whether values outside are taken as black and white; otherwise they are an error."""
 
 
-def open_image(path: Path, values: ValueRange | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image file to upright 8-bit RGB.
+@dataclass(frozen=True)
+class Reading:
+    """How image files are read."""
+
+    values: tuple[ValueRange, ...] = ()
+    """Range of images of more than 8 bits, one for all bands or one for each of `bands`; without any they must be
+    16-bit of the full range, or 8-bit where `bands` is given."""
+    bands: tuple[int, ...] | None = None
+    """Numbers, from 1, of the bands that are kept, in this order; None converts images to RGB."""
+    exact: bool = False
+    """Whether a file must have as many bands as are kept."""
+
+    @property
+    def count(self) -> int:
+        """Number of bands of what is read."""
+        return 3 if self.bands is None else len(self.bands)
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """File name extensions of what can be read, in lower case."""
+        return SUFFIXES if self.bands is None else SUFFIXES | {f".{NPY}"}
+
+
+AS_RGB = Reading()
+"""Any image as RGB."""
+
+
+def open_image(path: Path, reading: Reading = AS_RGB, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Decode an image file to an upright 8-bit picture: RGB, or of the bands that `reading` names.
 
     `format` of the result is the file's, or None if its bytes alone do not give this image.
 
     Args:
         path: The file.
-        values: Range of images of more than 8 bits; without it they must be 16-bit of the full range.
+        reading: Bands and range of values.
         max_pixels: Larger images are refused before they are decoded.
 
     Raises:
-        UserError: it is not an image of a known format, has more than `max_pixels` or another range, or is damaged.
+        UserError: it is not an image of a known format, has more than `max_pixels`, another range or not these bands,
+            or is damaged.
     """
-    image = open_header(path, max_pixels)
     try:
-        if values is None or not is_deep(image):
+        if reading.bands is not None:
+            return _open_bands(path, reading.bands, reading, max_pixels)
+        image = open_header(path, max_pixels)
+        if not reading.values or not is_deep(image):
             return decode_rgb(image)
-        return as_rgb(_scaled(path, image, values))
+        return as_rgb(_scaled(path, image, reading.values[0]))
     except UnknownRange as error:
         raise UserError(
             f"{path}: has {error}, neither 8-bit nor 16-bit of the full range; state which values are black and white "
@@ -87,6 +121,23 @@ def open_image(path: Path, values: ValueRange | None = None, max_pixels: int = M
         raise UserError(
             f"{path}: {error}; copy the file again, or leave it out with --exclude or --on-error skip"
         ) from error
+
+
+def describe_file(path: Path, reading: Reading, max_pixels: int = MAX_PIXELS) -> tuple[str, int]:
+    """Read a file's format and mode, such as `PNG RGB` or `TIFF 10 x uint16`, and its EXIF orientation, 1 to 8.
+
+    Raises:
+        UserError: it is not an image of a known format, or has more than `max_pixels`.
+    """
+    if reading.bands is not None:
+        try:
+            file = _band_file(path, max_pixels)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; replace it, or leave it out with --exclude or --on-error skip") from None
+        if file is not None:
+            return f"{file.kind} {file.bands} x {file.dtype}", file.orientation
+    header = open_header(path, max_pixels)
+    return f"{header.format} {header.mode}", orientation(header)
 
 
 def open_unconverted(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -108,8 +159,8 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
             f"{path}: {error}; raise the bound with --max-pixels, or leave it out with --exclude or --on-error skip"
         ) from None
     except ValueError as error:
-        reason = (path.is_file() and _tiff_bands(path)) or str(error)
-        raise UserError(f"{path}: {reason}; replace it, or leave it out with --exclude or --on-error skip") from error
+        reason = (path.is_file() and _tiff_bands(path)) or f"{error}; replace it"
+        raise UserError(f"{path}: {reason}, or leave it out with --exclude or --on-error skip") from error
 
 
 def sixteen_bit_channels(path: Path, image: Image.Image) -> npt.NDArray[np.uint16]:
@@ -132,7 +183,7 @@ def sixteen_bit_channels(path: Path, image: Image.Image) -> npt.NDArray[np.uint1
     return values
 
 
-def stored_size(image: Image.Image, encoding: Encoding) -> tuple[int, int]:
+def stored_size(image: Picture, encoding: Encoding) -> tuple[int, int]:
     """Width and height at which an image is stored."""
     longest = max(image.size)
     if encoding.max_edge is None or longest <= encoding.max_edge:
@@ -161,8 +212,10 @@ def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, last, tile - overlap), last]
 
 
-def encode_image(path: Path, image: Image.Image, encoding: Encoding) -> tuple[str, bytes]:
+def encode_image(path: Path, image: Picture, encoding: Encoding) -> tuple[str, bytes]:
     """Extension and bytes as which an image is stored; the file's own bytes if format and size are kept.
+
+    Images of other than three bands are stored without loss, whatever the encoding's format.
 
     Args:
         path: The image's file.
@@ -176,6 +229,8 @@ def encode_image(path: Path, image: Image.Image, encoding: Encoding) -> tuple[st
         return extension, path.read_bytes()
     if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS)
+    if isinstance(image, BandImage):
+        return NPY, encode_npy(image)
     buffer = io.BytesIO()
     if extension == "png":
         image.save(buffer, "PNG")
@@ -184,37 +239,106 @@ def encode_image(path: Path, image: Image.Image, encoding: Encoding) -> tuple[st
     return extension, buffer.getvalue()
 
 
+def _open_bands(path: Path, wanted: tuple[int, ...], reading: Reading, max_pixels: int) -> Picture:
+    """Decode some bands of a file to an upright 8-bit picture.
+
+    Raises:
+        UserError: it does not have these bands, or they are not 8-bit and in no stated range.
+        ValueError: it is damaged, or no image of one size and several bands.
+    """
+    file = _band_file(path, max_pixels)
+    values = _pillow_bands(path, max_pixels) if file is None else file.read()
+    there = values.shape[-1]
+    if there < max(wanted) or (reading.exact and there != len(wanted)):
+        named = f"wants {len(wanted)}" if reading.exact else f"names band {max(wanted)}"
+        raise UserError(
+            f"{path}: has {there} band{'s' * (there > 1)}, and `bands` of the recipe {named}; list bands that all "
+            "files have, as `bands: [1, 2]`, or leave the file out with --exclude or --on-error skip"
+        )
+    ranges = reading.values if len(reading.values) > 1 else (reading.values or (None,)) * len(wanted)
+    picture = as_picture(
+        [_shades(path, values[..., band - 1], own, band) for band, own in zip(wanted, ranges, strict=True)]
+    )
+    turn = None if file is None else TURNS.get(file.orientation)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _band_file(path: Path, max_pixels: int) -> BandFile | None:
+    file = open_band_file(path)
+    if file is not None and file.size[0] * file.size[1] > max_pixels:
+        raise ImageTooLarge(f"more than {max_pixels:,} pixels; raise the bound with --max-pixels")
+    return file
+
+
+def _pillow_bands(path: Path, max_pixels: int) -> npt.NDArray[Any]:
+    """Values of a file in a format of Pillow as they are in the file, upright, height x width x bands."""
+    image = open_header(path, max_pixels)
+    if is_deep(image):
+        values = _deep_values(path, image)[1]
+    else:
+        pixels = decode_pixels(image)
+        if pixels.mode[0] == "P":
+            pixels = pixels.convert("RGBA" if pixels.has_transparency_data else "RGB")
+        values = np.asarray(pixels.convert("L") if pixels.mode == "1" else pixels)
+    return values if values.ndim == 3 else values[..., np.newaxis]
+
+
+def _deep_values(path: Path, image: ImageFile.ImageFile) -> tuple[Image.Image, npt.NDArray[Any]]:
+    """Decode a deep image: as Pillow does it, and with all bits, height x width if it has one channel.
+
+    Raises:
+        UserError: the low bytes of its channels cannot be read.
+        ValueError: it is damaged.
+    """
+    stated = stated_maximum(image)
+    pixels = decode_pixels(image)
+    values: npt.NDArray[Any] = np.asarray(pixels) if pixels.mode[0] in "IF" else sixteen_bit_channels(path, pixels)
+    # Pillow has scaled values whose maximum is stated to 16 bits.
+    return pixels, values if stated is None else np.rint(values * (stated / 65535))
+
+
 def _scaled(path: Path, image: ImageFile.ImageFile, wanted: ValueRange) -> Image.Image:
-    """Decode a deep image to 8 bits, the range's low end black and its high end white.
+    """Decode a deep image to 8 bits, the range's low end black and its high end white, and leave its alpha as it is.
 
     Raises:
         UserError: there are values outside the range, or that are not numbers.
         ValueError: the file is damaged.
     """
-    stated = stated_maximum(image)
-    pixels = decode_pixels(image)
-    single = pixels.mode[0] in "IF"
-    values: npt.NDArray[Any] = np.asarray(pixels) if single else sixteen_bit_channels(path, pixels)
-    colors = values if single else values[..., [name not in "aAX" for name in pixels.getbands()]]
-    if stated is not None:  # Pillow has scaled it to 16 bits
-        colors = np.rint(colors * (stated / 65535))
-    low, high = colors.min(), colors.max()
+    pixels, values = _deep_values(path, image)
+    if values.ndim == 2:
+        return _shades(path, values, wanted)
+    channels = zip(pixels.getbands(), pixels.split(), np.moveaxis(values, -1, 0), strict=True)
+    return Image.merge(
+        pixels.mode, [own if name in "aAX" else _shades(path, deep, wanted) for name, own, deep in channels]
+    )
+
+
+def _shades(path: Path, values: npt.NDArray[Any], wanted: ValueRange | None, band: int | None = None) -> Image.Image:
+    """Scale one band, height x width, to an 8-bit grey image; values of 8 bits stay as they are.
+
+    Raises:
+        UserError: there are values outside the range, or that are not numbers, or there is no range.
+    """
+    if values.dtype == np.uint8:
+        return Image.fromarray(np.ascontiguousarray(values))
+    where = "" if band is None else f" in band {band}"
+    if values.dtype.kind not in "biuf":
+        raise UserError(f"{path}: has values of type {values.dtype}{where}; store them as integers or floats")
+    low, high = float(values.min()), float(values.max())
+    if wanted is None:
+        raise UserError(
+            f"{path}: has values {low:g} to {high:g} of type {values.dtype}{where}, not of 8 bits; state which values "
+            "are black and white as `range: [low, high]` in the recipe, or as a list of such pairs, one for each band"
+        )
     if np.isnan(low):
-        raise UserError(f"{path}: has values that are not numbers (NaN); replace them or leave the image out")
+        raise UserError(f"{path}: has values that are not numbers (NaN){where}; replace them or leave the image out")
     if not wanted.clip and not wanted.low <= low <= high <= wanted.high:
         raise UserError(
-            f"{path}: has values {low:g} to {high:g} outside the recipe's range {wanted.low:g} to {wanted.high:g}; "
-            "widen the range, or add `clip: true` to the recipe to cut them off"
+            f"{path}: has values {low:g} to {high:g}{where} outside the recipe's range {wanted.low:g} to "
+            f"{wanted.high:g}; widen the range, or add `clip: true` to the recipe to cut them off"
         )
-    share = (colors.astype(np.float64) - wanted.low) / (wanted.high - wanted.low)
-    eight_bits = np.rint(share.clip(0, 1) * 255).astype(np.uint8)
-    if single:
-        return Image.fromarray(eight_bits)
-    bands = iter(Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(eight_bits, -1, 0))
-    return Image.merge(
-        pixels.mode,
-        [own if name in "aAX" else next(bands) for name, own in zip(pixels.getbands(), pixels.split(), strict=True)],
-    )
+    share = (values.astype(np.float64) - wanted.low) / (wanted.high - wanted.low)
+    return Image.fromarray(np.rint(share.clip(0, 1) * 255).astype(np.uint8))
 
 
 def _other_byte_order(arguments: Any) -> Any:
@@ -238,4 +362,7 @@ def _tiff_bands(path: Path) -> str | None:
             bands, bits = int(tags.get(277, 1)), tags.get(258, (1,))
     except Exception:  # a damaged file, which is reported as such
         return None
-    return f"is a TIFF of {bands} bands of {bits[0]} bits, not of grey or RGB, with or without alpha, of 8 or 16 bits"
+    return (
+        f"is a TIFF of {bands} bands of {bits[0]} bits, not of grey or RGB, with or without alpha, of 8 or 16 bits; "
+        "name the bands to keep as `bands` in the recipe"
+    )

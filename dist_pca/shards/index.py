@@ -1,6 +1,5 @@
 """Write a manifest for WebDataset shards that were made by other tools."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import BinaryIO, TypeVar
 from dist_pca.classes import LABEL_SETS, ClassInfo, label_set
 from dist_pca.errors import UserError
 from dist_pca.files import file_sha256
+from dist_pca.shards.facts import image_shape, label_counts
 from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, describe_empty_classes, save_manifest
 from dist_pca.shards.pool import Progress, Report, run_jobs
 from dist_pca.shards.recipe import Coding, Recipe, Split
-from dist_pca.shards.sample import image_member, image_size, label_counts
+from dist_pca.shards.sample import image_member
 from dist_pca.shards.walk import SampleSlice, walk
 
 T = TypeVar("T")
@@ -35,6 +35,7 @@ class _Found:
     """An indexed shard, and its first sample without labels with the members that it has, if there is one."""
 
     shard: Shard
+    bands: int
     lacking: str | None
     members: str
 
@@ -54,7 +55,8 @@ def index_shards(
     Args:
         folder: Folder with the shards, `*.tar`.
         classes: Class table by train id; needed if there are labels.
-        image_member: Extension of the members that hold images; None takes jpg, jpeg, png or webp.
+        image_member: Extension of the members that hold images, arrays of height x width x bands if it is `npy`; None
+            takes jpg, jpeg, png or webp.
         label_member: Extension of the members that hold labels: 8-bit PNGs of train ids, 255 for ignore.
         force: Replace an existing manifest.
         workers: Processes, one shard each; None is one per core.
@@ -74,6 +76,11 @@ def index_shards(
     _check_keys(folder, shards)
     labelled = any(shard.pixel_counts for shard in shards)
     for entry in found:
+        if entry.bands != found[0].bands:
+            raise UserError(
+                f"{folder / entry.shard.name}: its images have {entry.bands} bands, those of {shards[0].name} have "
+                f"{found[0].bands}; move shards of one number of bands to a folder of their own"
+            )
         if labelled and entry.lacking is not None:
             raise UserError(
                 f"{folder / entry.shard.name}: sample {entry.lacking!r} has no {label_member} while others have, but "
@@ -90,6 +97,7 @@ def index_shards(
         shards=shards,
         label_member=label_member.lower(),
         image_member=image_member,
+        bands=found[0].bands,
     )
     describe_empty_classes(manifest)
     try:
@@ -140,14 +148,19 @@ def _index(job: _Job, report: Report) -> _Found:
     slices = walk(job.path)
     if not slices:
         raise UserError(f"{job.path}: contains no sample; remove the file")
-    sizes, pixel_counts, lacking, members = [], [], None, ""
+    shapes, pixel_counts, lacking, members = [], [], None, ""
     with job.path.open("rb") as file:
         for sample in slices:
             try:
-                size, counts = _look(file, sample, job)
+                shape, counts = _look(file, sample, job)
             except ValueError as error:
                 raise UserError(f"{job.path}: sample {sample.key!r}: {error}; write the shard again") from None
-            sizes.append(size)
+            shapes.append(shape)
+            if shape[2] != shapes[0][2]:
+                raise UserError(
+                    f"{job.path}: sample {sample.key!r} has {shape[2]} bands, and {slices[0].key!r} has "
+                    f"{shapes[0][2]}; move samples of one number of bands to a folder of their own"
+                )
             if counts is not None:
                 pixel_counts.append(counts)
             elif lacking is None:
@@ -159,31 +172,32 @@ def _index(job: _Job, report: Report) -> _Found:
         keys=[sample.key for sample in slices],
         offsets=[sample.offset for sample in slices],
         lengths=[sample.length for sample in slices],
-        heights=[height for _, height in sizes],
-        widths=[width for width, _ in sizes],
+        heights=[height for height, _, _ in shapes],
+        widths=[width for _, width, _ in shapes],
         pixel_counts=pixel_counts,
     )
     report(1, shard.bytes)
-    return _Found(shard, lacking, members)
+    return _Found(shard, shapes[0][2], lacking, members)
 
 
-def _look(file: BinaryIO, sample: SampleSlice, job: _Job) -> tuple[tuple[int, int], list[int] | None]:
-    """Image size (width, height) of a sample, and its pixels per class if it has labels."""
+def _look(file: BinaryIO, sample: SampleSlice, job: _Job) -> tuple[tuple[int, int, int], list[int] | None]:
+    """Image shape (height, width, bands) of a sample, and its pixels per class if it has labels."""
     try:
         extension = image_member(sample.members, job.label_member, job.image_member)
     except ValueError as error:
         where = f"{job.path}: sample {sample.key!r}"
         raise UserError(f"{where}: {error}; name the image's with --image-member, or write the shard again") from None
-    size = _named(extension, lambda: image_size(_member(file, sample, extension), whole=False))
+    shape = _named(extension, lambda: image_shape(_member(file, sample, extension), extension, whole=False))
     if job.label_member not in sample.members:
-        return size, None
+        return shape, None
     if job.classes is None:
         raise UserError(
             f"{job.path}: sample {sample.key!r} has a {job.label_member}; define its classes with --classes or "
             "--label-set"
         )
     classes, label = job.classes, job.label_member
-    return size, _named(label, lambda: label_counts(_member(file, sample, label), size, classes))
+    height, width, _ = shape
+    return shape, _named(label, lambda: label_counts(_member(file, sample, label), (width, height), classes))
 
 
 def _named(member: str, read: Callable[[], T]) -> T:
@@ -194,10 +208,10 @@ def _named(member: str, read: Callable[[], T]) -> T:
         raise ValueError(f"{member}: {error}") from error
 
 
-def _member(file: BinaryIO, sample: SampleSlice, extension: str) -> io.BytesIO:
+def _member(file: BinaryIO, sample: SampleSlice, extension: str) -> bytes:
     offset, size = sample.members[extension]
     file.seek(offset)
-    return io.BytesIO(file.read(size))
+    return file.read(size)
 
 
 def _check_keys(folder: Path, shards: Sequence[Shard]) -> None:

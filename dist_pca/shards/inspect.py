@@ -16,11 +16,10 @@ from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest
 from dist_pca.shards.sample import (
-    IMAGE_FORMATS,
     LABEL_FORMATS,
     decode_header,
+    decode_image,
     decode_pixels,
-    decode_rgb,
     image_member,
     read_sample,
 )
@@ -62,6 +61,7 @@ class Summary:
     """Width and height of the image with the fewest pixels."""
     largest: tuple[int, int]
     """Width and height of the image with the most pixels."""
+    bands: int
     ignored_share: float | None
     """Share of all pixels that have no class; 0 to 1, None without labels."""
     classes: list[ClassSummary]
@@ -104,6 +104,7 @@ def summarise(manifest: Manifest) -> Summary:
         bytes=sum(shard.bytes for shard in manifest.shards),
         smallest=min(sizes, key=math.prod),
         largest=max(sizes, key=math.prod),
+        bands=manifest.bands,
         ignored_share=1 - sum(totals) / pixels if manifest.labelled else None,
         classes=classes,
     )
@@ -119,6 +120,8 @@ def render(summary: Summary) -> Group:
     facts.add_row("samples", f"{summary.samples:,}{'' if summary.labelled else ', without labels'}")
     facts.add_row("shards", f"{summary.shards:,}, {summary.bytes / 1e6:,.1f} MB")
     facts.add_row("image size", _sizes(summary))
+    if summary.bands != 3:
+        facts.add_row("bands", f"{summary.bands}")
     if summary.ignored_share is not None:
         facts.add_row("ignored", f"{summary.ignored_share:.1%} of all pixels")
     return Group(facts, _class_table(summary)) if summary.classes else Group(facts)
@@ -177,7 +180,7 @@ def save_grid(manifest: Manifest, path: Path, samples: int = 12) -> None:
 
 def _tile(manifest: Manifest, members: dict[str, bytes]) -> Image.Image:
     extension = image_member(members, manifest.label_member, manifest.image_member)
-    image = decode_rgb(decode_header(io.BytesIO(members[extension]), IMAGE_FORMATS))
+    image = decode_image(members[extension], extension).convert("RGB")
     size = (_TILE_WIDTH, min(max(1, round(image.height * _TILE_WIDTH / image.width)), _TALLEST))
     image = image.resize(size, Image.Resampling.BILINEAR)
     if manifest.label_member not in members:

@@ -12,10 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.files import write_whole
+from dist_pca.shards.bands import MAX_BANDS
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dist-pca-shards"
-VERSION = 1
+VERSION = 2
+"""Version of folders whose images have other than three bands; others are written as version 1, as by 0.1."""
 MAX_SAMPLE_BYTES = 1 << 31
 """Largest sample in a shard: samples are read whole."""
 _LONGEST_NAME = 255
@@ -65,6 +67,8 @@ class Manifest:
     """Extension of the members that hold labels."""
     image_member: str | None = None
     """Extension of the members that hold images; None is any that images usually have."""
+    bands: int = 3
+    """Bands of every image."""
     location: str = field(default="", compare=False, repr=False)
     """Origin of the shards, a path or a URL; not stored. Files of a URL are downloaded into the folder."""
 
@@ -117,6 +121,8 @@ def load_manifest(folder: str | Path, *, location: str | None = None, check_file
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {key}: {first['msg']}; build the shards again with --force") from None
+    if not 1 <= manifest.bands <= MAX_BANDS:
+        raise UserError(f"{path}: bands: not from 1 to {MAX_BANDS}; build the shards again with --force")
     for shard in manifest.shards:
         _check_columns(manifest, shard)
         if check_files:
@@ -126,11 +132,13 @@ def load_manifest(folder: str | Path, *, location: str | None = None, check_file
 
 def save_manifest(manifest: Manifest, part_folder: Path | None = None) -> None:
     """Write the manifest into its folder, atomically; `part_folder` as for `write_whole`."""
-    content = {"format": FORMAT, "version": VERSION} | _ADAPTER.dump_python(
+    content = {"format": FORMAT, "version": 1 if manifest.bands == 3 else VERSION} | _ADAPTER.dump_python(
         manifest, mode="json", exclude={"folder", "location"}
     )
     if manifest.image_member is None:
         del content["image_member"]
+    if manifest.bands == 3:
+        del content["bands"]
     write_whole(manifest.folder / MANIFEST_NAME, json.dumps(content, separators=(",", ":")), part_folder)
 
 
@@ -170,10 +178,10 @@ def describe_empty_classes(manifest: Manifest) -> str:
 def _check_format(path: Path, raw: Any) -> None:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{path}: not a manifest of dist-pca shards; create one with `dist-pca shards build`")
-    if raw.get("version") != VERSION:
+    if raw.get("version") not in (1, VERSION):
         raise UserError(
-            f"{path}: has format version {json.dumps(raw.get('version'))[:40]}, but this dist-pca reads version "
-            f"{VERSION}; build the shards again with --force or install the dist-pca version that built them"
+            f"{path}: has format version {json.dumps(raw.get('version'))[:40]}, but this dist-pca reads versions up "
+            f"to {VERSION}; build the shards again with --force or install the dist-pca version that built them"
         )
 
 

@@ -98,10 +98,11 @@ class Plan:
 
     def _options(self) -> dict[str, Any]:
         # Keys that have no effect on a build must not make it another.
-        idle = set() if self.recipe.coding.kind in DRAWN_KINDS else set(DRAWN_KEYS)
+        idle: dict[str, Any] = {} if self.recipe.coding.kind in DRAWN_KINDS else {"coding": set(DRAWN_KEYS)}
+        idle |= {"bands": True} if self.recipe.bands is None else {}
         return {
             "builder": BUILDER_VERSION,
-            "recipe": self.recipe.model_dump(mode="json", exclude={"description": True, "coding": idle}),
+            "recipe": self.recipe.model_dump(mode="json", exclude={"description": True} | idle),
             "classes": [asdict(info) for info in self.classes],
             "split": self.split,
             "encoding": asdict(self.encoding),
@@ -170,6 +171,11 @@ def make_plan(
     if samples_per_shard is None and shard_size is None:
         samples_per_shard = SAMPLES_PER_SHARD
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if image_format != "keep" and recipe.reading.count != 3:
+        raise UserError(
+            f"--image-format {image_format}: images of {recipe.reading.count} bands are stored as arrays; leave the "
+            "option out"
+        )
     root = Path(root)
     split = recipe.split(split)
     found = scan(

@@ -15,7 +15,8 @@ from dist_pca.config.section import NonNegative, Positive, Section
 from dist_pca.errors import UserError, explain, nearest
 from dist_pca.resources import names as shipped_names
 from dist_pca.resources import resource
-from dist_pca.shards.images import ValueRange
+from dist_pca.shards.bands import MAX_BANDS
+from dist_pca.shards.images import Reading, ValueRange
 
 IGNORE = "ignore"
 """Written in place of a class name; means no class."""
@@ -147,8 +148,12 @@ class Recipe(Section):
     """Class table, in train-id order."""
     classes_file: str | None = None
     """YAML file below the root that holds the class table, a list of {name, color}."""
-    range: tuple[float, float] | None = None
-    """Values that are black and white in images of more than 8 bits; None if these are 16-bit of the full range."""
+    bands: int | tuple[int, ...] | None = None
+    """Bands of each file that are kept: a number, which all files must have, or a list of band numbers from 1, in the
+    order in which they are stored. None converts images to RGB."""
+    range: tuple[tuple[float, float], ...] | None = None
+    """Values that are black and white in images of more than 8 bits: a pair, or a list of pairs for each of `bands`.
+    Without it they are 16-bit of the full range."""
     clip: bool = False
     """Whether values outside `range` are taken as black and white; otherwise they are an error."""
     coding: Coding
@@ -167,17 +172,38 @@ class Recipe(Section):
             _check_table(self.coding, self._known_classes())
         return self
 
-    @field_validator("range")
+    @field_validator("bands", mode="before")
     @classmethod
-    def _check_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not -math.inf < value[0] < value[1] < math.inf:
-            raise ValueError("give two numbers, the lower one first")
+    def _check_bands(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if value is not None and not (numbers and all(type(one) is int and 1 <= one <= MAX_BANDS for one in numbers)):
+            raise ValueError(f"give a number of bands, or a list of band numbers, from 1 to {MAX_BANDS}")
         return value
 
+    @field_validator("range", mode="before")
+    @classmethod
+    def _as_pairs(cls, value: Any) -> Any:
+        single = isinstance(value, (list, tuple)) and value and not isinstance(value[0], (list, tuple))
+        return [value] if single else value
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        pairs = self.range or ()
+        if any(not -math.inf < low < high < math.inf for low, high in pairs):
+            raise ValueError("range: give two numbers, the lower one first")
+        bands = 1 if self.bands is None else self.reading.count
+        if len(pairs) not in (0, 1, bands):
+            raise ValueError(f"range: has {len(pairs)} pairs for {bands} `bands`; give one pair, or one per band")
+        return self
+
     @property
-    def values(self) -> ValueRange | None:
-        """Range of images of more than 8 bits, if the recipe states it."""
-        return None if self.range is None else ValueRange(*self.range, clip=self.clip)
+    def reading(self) -> Reading:
+        """How the recipe has images read."""
+        bands, exact = self.bands, isinstance(self.bands, int)
+        if isinstance(bands, int):
+            bands = tuple(number + 1 for number in range(bands))
+        values = tuple(ValueRange(low, high, self.clip) for low, high in self.range or ())
+        return Reading(values, bands, exact)
 
     def _known_classes(self) -> tuple[ClassInfo, ...]:
         if self.label_set is not None:

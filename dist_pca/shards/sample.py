@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from dist_pca.classes import IGNORE_INDEX
+from dist_pca.shards.bands import Picture, decode_npy, is_npy
 from dist_pca.shards.manifest import Manifest, Shard
 
 MAX_PIXELS = 178_956_970
@@ -28,7 +28,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 LABEL_FORMATS = ("PNG",)
 """Formats of label members."""
 Transpose = Image.Transpose
-_TURNS = {
+TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -40,7 +40,7 @@ _TURNS = {
 """How an image is turned upright, by its EXIF orientation."""
 _ORIENTATION_ENTRIES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 """Entries of `Image.info` in which Pillow finds an orientation, and chunks of a PNG that become them."""
-_ORIENTATION_MARKS = (b"eXIf", *(entry.encode() for entry in _ORIENTATION_ENTRIES))
+ORIENTATION_MARKS = (b"eXIf", *(entry.encode() for entry in _ORIENTATION_ENTRIES))
 HEADER_ERRORS = (ValueError, OverflowError, RecursionError)
 """What tarfile raises for numbers in headers that are none or too large, and for headers nested too deeply."""
 _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
@@ -174,7 +174,7 @@ def orientation(image: Image.Image) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = image.getexif().get(ExifTags.Base.Orientation)
-        return int(found) if found in _TURNS else 1
+        return int(found) if found in TURNS else 1
     except Exception:  # viewers show an image whose EXIF data are damaged as it is stored
         return 1
 
@@ -199,15 +199,13 @@ def decode_pixels(
         WrongSize: it has another size.
         ValueError: it is damaged.
     """
-    width, height = image.size if size is None else upright_size(image)
-    if size is not None and (height, width) != size:
-        raise WrongSize(f"{height} x {width} pixels where the manifest lists {size[0]} x {size[1]}")
+    _check_size(image.size if size is None else upright_size(image), size)
     try:
         if minimum_size is not None:
             image.draft(None, minimum_size if orientation(image) >= 5 else minimum_size[::-1])
         image.load()
         # A TIFF is upright once Pillow has loaded it, and has no orientation then.
-        turn = _TURNS.get(orientation(image))
+        turn = TURNS.get(orientation(image))
         if turn is None:
             return image
         upright = image.transpose(turn)
@@ -217,6 +215,12 @@ def decode_pixels(
     for entry in _ORIENTATION_ENTRIES:
         upright.info.pop(entry, None)
     return upright
+
+
+def _check_size(found: tuple[int, int], size: tuple[int, int] | None) -> None:
+    """Compare a width and height with a height and width; None fits all."""
+    if size is not None and found != size[::-1]:
+        raise WrongSize(f"{found[1]} x {found[0]} pixels where the manifest lists {size[0]} x {size[1]}")
 
 
 def decode_rgb(
@@ -239,6 +243,24 @@ def decode_rgb(
         raise ValueError(f"mode {pixels.mode} cannot be converted to RGB ({error})") from error
     rgb.format = image.format
     return rgb
+
+
+def decode_image(
+    content: bytes, member: str, minimum_size: tuple[int, int] | None = None, size: tuple[int, int] | None = None
+) -> Picture:
+    """Decode the image member of this extension, upright and of 8 bits; other arguments as for `decode_pixels`.
+
+    Raises:
+        ImageTooLarge: it has more than `MAX_PIXELS`.
+        WrongSize: it has another size.
+        UnknownRange: it is neither 8-bit nor 16-bit of the full range.
+        ValueError: it is of no format that shards hold, or damaged.
+    """
+    if not is_npy(member):
+        return decode_rgb(decode_header(io.BytesIO(content), IMAGE_FORMATS), minimum_size, size)
+    picture = decode_npy(content)
+    _check_size(picture.size, size)
+    return picture
 
 
 def is_deep(image: ImageFile.ImageFile) -> bool:
@@ -296,49 +318,6 @@ def check_label_mode(label: Image.Image) -> None:
     """
     if label.mode not in ("L", "P"):
         raise ValueError(f"mode {label.mode}, not 8-bit train ids")
-
-
-def image_size(source: io.BytesIO, *, whole: bool) -> tuple[int, int]:
-    """Width and height of an encoded image member when upright; if `whole`, all of it is decoded.
-
-    Raises:
-        ValueError: it is not a JPEG, PNG or WebP image, is too large, or is damaged, or is neither 8-bit nor 16-bit of
-            the full range.
-    """
-    image = decode_header(source, IMAGE_FORMATS)
-    if whole or is_deep(image):
-        return decode_rgb(image).size
-    # In a PNG the orientation may follow the pixels, so that Pillow decodes all of them to find it.
-    content = source.getvalue()
-    if image.format == "PNG" and not any(mark in content for mark in _ORIENTATION_MARKS):
-        return image.size
-    return upright_size(image)
-
-
-def label_counts(source: IO[bytes], size: tuple[int, int], classes: int) -> list[int]:
-    """Count the pixels of each class in an encoded label.
-
-    Args:
-        source: The label, an 8-bit PNG of train ids.
-        size: Required width and height.
-        classes: Number of classes.
-
-    Raises:
-        ValueError: it is not such a label, or has a value that is neither a class nor ignore.
-    """
-    label = decode_pixels(decode_header(source, LABEL_FORMATS))
-    check_label_mode(label)
-    if label.size != size:
-        turned = " when upright, which labels keep to" if label.size == size[::-1] else ""
-        raise ValueError(f"{label.width} x {label.height} pixels where the image has {size[0]} x {size[1]}{turned}")
-    counts = np.bincount(np.asarray(label).ravel(), minlength=256)
-    unknown = [value for value in counts.nonzero()[0].tolist() if value >= classes and value != IGNORE_INDEX]
-    if unknown:
-        listed = ", ".join(map(str, unknown[:5]))
-        pixels = counts[unknown].sum()
-        raise ValueError(f"label values outside the {classes} classes: {listed}, {pixels} pixels")
-    found: list[int] = counts[:classes].tolist()
-    return found
 
 
 def _plain_members(content: bytes) -> list[tuple[str, bytes]] | None:

@@ -77,12 +77,12 @@ def scan(
     if not root.is_dir():
         raise UserError(f"root {root}: no such folder; give the folder that holds the raw data set")
     rules = recipe.splits[split]
-    found = find_images(root, rules.images)
+    found = find_images(root, rules.images, recipe.reading.suffixes)
     passed_over = described(found.passed_over, root)
     if not found.images:
         raise UserError(
             f"root {root}: no image matches {', '.join(rules.images)} (recipe {recipe.name}, split {split}); "
-            f"{_remedy(root, rules, passed_over)}"
+            f"{_remedy(root, rules, recipe, passed_over)}"
         )
     images = [path.relative_to(root).as_posix() for path in found.images]
     if rules.list_file is not None:
@@ -151,12 +151,13 @@ def _files_by_stem(folder: Path) -> dict[str, list[str]]:
     return names
 
 
-def _remedy(root: Path, rules: Split, passed_over: str) -> str:
+def _remedy(root: Path, rules: Split, recipe: Recipe, passed_over: str) -> str:
     if passed_over:
         return f"passed over there: {passed_over}; convert them to a format that can be read, such as PNG"
     # Archives are often unpacked one folder too deep.
     folders = (folder for folder in sorted(root.iterdir()) if folder.is_dir())
-    lower = next((folder for folder in folders if find_images(folder, rules.images).images), None)
+    suffixes = recipe.reading.suffixes
+    lower = next((folder for folder in folders if find_images(folder, rules.images, suffixes).images), None)
     if lower is not None:
         return f"give {lower} as the root, which has matching images"
     held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"

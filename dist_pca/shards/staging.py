@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.files import read_record, write_json, write_whole
+from dist_pca.shards.bands import NPY
 from dist_pca.shards.build_lock import locked
 from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, describe_empty_classes, load_manifest, save_manifest
 from dist_pca.shards.plan import OnError, Plan
@@ -45,6 +46,7 @@ class Outline:
     samples: int
     on_error: OnError
     tasks: int
+    bands: int = 3
 
     def part(self, task: int) -> slice:
         """Shards that a task writes."""
@@ -69,6 +71,7 @@ def outline(plan: Plan, tasks: int) -> Outline:
         samples=len(plan.samples),
         on_error=plan.on_error,
         tasks=tasks,
+        bands=plan.recipe.reading.count,
     )
 
 
@@ -199,7 +202,16 @@ def publish(out: Path, plan: Outline) -> Manifest:
         )
     shards = tuple(description.shard for description in found if description.shard.keys)
     manifest = Manifest(
-        staging, plan.recipe, plan.recipe_version, plan.split, plan.labelled, plan.classes, shards, plan.fingerprint
+        folder=staging,
+        recipe=plan.recipe,
+        recipe_version=plan.recipe_version,
+        split=plan.split,
+        labelled=plan.labelled,
+        classes=plan.classes,
+        shards=shards,
+        fingerprint=plan.fingerprint,
+        image_member=None if plan.bands == 3 else NPY,
+        bands=plan.bands,
     )
     describe_empty_classes(replace(manifest, folder=out))
     if skipped:

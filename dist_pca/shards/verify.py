@@ -1,6 +1,5 @@
 """Verify a shard folder against its manifest, and list every problem, not only the first."""
 
-import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -8,9 +7,10 @@ from pathlib import Path
 
 from dist_pca.errors import UserError
 from dist_pca.files import file_sha256
+from dist_pca.shards.facts import image_shape, label_counts
 from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest
 from dist_pca.shards.pool import Progress, Report, run_jobs
-from dist_pca.shards.sample import image_member, image_size, label_counts, read_sample
+from dist_pca.shards.sample import image_member, read_sample
 from dist_pca.shards.walk import walk
 
 _SAMPLES_PER_JOB = 64
@@ -159,7 +159,8 @@ def _sample_problems(job: _Job, report: Report) -> Iterator[Problem]:
         try:
             members = read_sample(manifest, shard, index)
             image = image_member(members, manifest.label_member, manifest.image_member)
-            yield from (Problem(shard.name, key, text) for text in _image_problems(shard, index, members, image))
+            found = _image_problems(manifest, shard, index, image, members[image])
+            yield from (Problem(shard.name, key, text) for text in found)
             if manifest.labelled:
                 label = members.get(manifest.label_member)
                 yield from (Problem(shard.name, key, text) for text in _label_problems(manifest, shard, index, label))
@@ -168,15 +169,17 @@ def _sample_problems(job: _Job, report: Report) -> Iterator[Problem]:
         report(1, 0)
 
 
-def _image_problems(shard: Shard, index: int, members: dict[str, bytes], image: str) -> Iterator[str]:
-    said = (shard.widths[index], shard.heights[index])
+def _image_problems(manifest: Manifest, shard: Shard, index: int, member: str, content: bytes) -> Iterator[str]:
     try:
-        size = image_size(io.BytesIO(members[image]), whole=True)
+        height, width, bands = image_shape(content, member, whole=True)
     except ValueError as error:
-        yield f"{image}: {error}"
+        yield f"{member}: {error}"
         return
-    if size != said:
-        yield f"{image}: {size[0]} x {size[1]} pixels where {MANIFEST_NAME} lists {said[0]} x {said[1]}"
+    said = (shard.widths[index], shard.heights[index])
+    if (width, height) != said:
+        yield f"{member}: {width} x {height} pixels where {MANIFEST_NAME} lists {said[0]} x {said[1]}"
+    if bands != manifest.bands:
+        yield f"{member}: {bands} bands where {MANIFEST_NAME} lists {manifest.bands}"
 
 
 def _label_problems(manifest: Manifest, shard: Shard, index: int, label: bytes | None) -> Iterator[str]:
@@ -185,7 +188,7 @@ def _label_problems(manifest: Manifest, shard: Shard, index: int, label: bytes |
         yield f"no {member}"
         return
     try:
-        counts = label_counts(io.BytesIO(label), (shard.widths[index], shard.heights[index]), len(manifest.classes))
+        counts = label_counts(label, (shard.widths[index], shard.heights[index]), len(manifest.classes))
     except ValueError as error:
         yield f"{member}: {error}"
         return

@@ -14,13 +14,23 @@ from pydantic import TypeAdapter, ValidationError
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.files import PART, file_sha256, write_whole
-from dist_pca.shards.images import Encoding, ValueRange, encode_image, open_header, open_image, stored_size, tile_boxes
+from dist_pca.shards.bands import Picture
+from dist_pca.shards.images import (
+    AS_RGB,
+    Encoding,
+    Reading,
+    describe_file,
+    encode_image,
+    open_image,
+    stored_size,
+    tile_boxes,
+)
 from dist_pca.shards.labels import Table, TrainIds, encode_label, label_table, read_train_ids
 from dist_pca.shards.manifest import Shard
 from dist_pca.shards.plan import OnError
 from dist_pca.shards.pool import Report
 from dist_pca.shards.recipe import Coding
-from dist_pca.shards.sample import MAX_PIXELS, orientation
+from dist_pca.shards.sample import MAX_PIXELS
 from dist_pca.shards.scan import RawSample
 
 
@@ -38,8 +48,7 @@ class ShardJob:
     classes: tuple[ClassInfo, ...]
     encoding: Encoding
     on_error: OnError
-    values: ValueRange | None = None
-    """Range of images of more than 8 bits."""
+    reading: Reading = AS_RGB
     max_pixels: int = MAX_PIXELS
 
 
@@ -105,7 +114,7 @@ def _write(job: ShardJob, part: Path, report: Report) -> Written:
             for raw in job.samples:
                 try:
                     image, train_ids = read_pair(
-                        job.root, raw, job.coding, table, values=job.values, max_pixels=job.max_pixels
+                        job.root, raw, job.coding, table, reading=job.reading, max_pixels=job.max_pixels
                     )
                     _check_stored_size(job, raw, image)
                 except UserError as error:
@@ -147,20 +156,29 @@ def read_pair(
     coding: Coding,
     table: Table,
     *,
-    values: ValueRange | None = None,
+    reading: Reading = AS_RGB,
     max_pixels: int = MAX_PIXELS,
-) -> tuple[Image.Image, TrainIds | None]:
-    """Read a sample's image, upright in 8-bit RGB, and its train ids (height x width) if it has a label.
+) -> tuple[Picture, TrainIds | None]:
+    """Read a sample's image, upright and of 8 bits, and its train ids (height x width) if it has a label.
 
     Raises:
         UserError: one of them cannot be read, or they differ in size.
     """
-    image = open_image(root / raw.image, values, max_pixels)
-    return image, None if raw.label is None else read_label_of(image, root, raw, coding, table, max_pixels)
+    image = open_image(root / raw.image, reading, max_pixels)
+    if raw.label is None:
+        return image, None
+    return image, read_label_of(image, root, raw, coding, table, reading=reading, max_pixels=max_pixels)
 
 
 def read_label_of(
-    image: Image.Image, root: Path, raw: RawSample, coding: Coding, table: Table, max_pixels: int = MAX_PIXELS
+    image: Picture,
+    root: Path,
+    raw: RawSample,
+    coding: Coding,
+    table: Table,
+    *,
+    reading: Reading = AS_RGB,
+    max_pixels: int = MAX_PIXELS,
 ) -> TrainIds:
     """Read the train ids (height x width) of a sample with a label, whose upright image has been read.
 
@@ -171,14 +189,14 @@ def read_label_of(
     height, width = train_ids.shape
     if (width, height) != image.size:
         raise UserError(
-            f"{root / str(raw.label)}: {width} x {height} pixels where its image {raw.image} has "
-            f"{image.width} x {image.height}{_size_remedy(root / raw.image, image, (width, height), max_pixels)}"
+            f"{root / str(raw.label)}: {width} x {height} pixels where its image {raw.image} has {image.width} x "
+            f"{image.height}{_size_remedy(root / raw.image, image, (width, height), reading, max_pixels)}"
         )
     return train_ids
 
 
 def _encoded(
-    job: ShardJob, raw: RawSample, image: Image.Image, train_ids: TrainIds | None
+    job: ShardJob, raw: RawSample, image: Picture, train_ids: TrainIds | None
 ) -> Iterator[tuple[str, dict[str, bytes], tuple[int, int], TrainIds | None]]:
     """Key, members by extension, stored (width, height) and labels of an image, or of each of its tiles."""
     tiled = job.encoding.tile is not None
@@ -200,13 +218,13 @@ def _encoded(
         yield f"{raw.key}_{number}" if tiled else raw.key, members, size, ids
 
 
-def _is_empty(tile: Image.Image, train_ids: TrainIds | None) -> bool:
+def _is_empty(tile: Picture, train_ids: TrainIds | None) -> bool:
     if train_ids is not None:
         return bool((train_ids == IGNORE_INDEX).all())
     return all(low == high for low, high in zip(*[iter(np.ravel(tile.getextrema()))] * 2, strict=True))
 
 
-def _check_stored_size(job: ShardJob, raw: RawSample, image: Image.Image) -> None:
+def _check_stored_size(job: ShardJob, raw: RawSample, image: Picture) -> None:
     width, height = stored_size(image, job.encoding)
     if job.encoding.tile is None and width * height > MAX_PIXELS:
         raise UserError(
@@ -215,8 +233,8 @@ def _check_stored_size(job: ShardJob, raw: RawSample, image: Image.Image) -> Non
         )
 
 
-def _size_remedy(path: Path, image: Image.Image, label_size: tuple[int, int], max_pixels: int) -> str:
-    tag = orientation(open_header(path, max_pixels))
+def _size_remedy(path: Path, image: Picture, label_size: tuple[int, int], reading: Reading, max_pixels: int) -> str:
+    _, tag = describe_file(path, reading, max_pixels)
     if tag >= 5 and label_size == image.size[::-1]:
         return (
             f" once its EXIF orientation, {tag}, turns it upright, which labels keep to; turn the label likewise, or "

@@ -18,6 +18,7 @@ from dist_pca.shards.images import (
     SUFFIXES,
     Encoding,
     ImageFormat,
+    Reading,
     ValueRange,
     encode_image,
     open_header,
@@ -178,6 +179,7 @@ def test_images_of_any_mode_are_read_in_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png")
     Image.new(mode, (6, 4)).save(path)
     read = open_image(path)
+    assert isinstance(read, Image.Image)
     assert (read.mode, read.size) == ("RGB", (6, 4))
 
 
@@ -214,12 +216,12 @@ def test_deep_images_need_a_range_and_are_shown_in_it(tmp_path: Path, case: str)
     with pytest.raises(UserError, match=rf"a\.{suffix}: has .*values .* to .*`range: \[low, high\]`") as refused:
         open_image(path)
     assert "\n" not in str(refused.value)
-    opened = open_image(path, ValueRange(low, high))
+    opened = open_image(path, Reading((ValueRange(low, high),)))
     assert np.abs(np.asarray(opened).astype(int) - _shown(values, low, high)).max() <= 1
     assert encode_image(path, opened, Encoding())[0] == "png"
     with pytest.raises(UserError, match=r"values .* outside the recipe's range .*`clip: true`"):
-        open_image(path, ValueRange(low, low + (high - low) / 3))
-    clipped = np.asarray(open_image(path, ValueRange(low, low + (high - low) / 3, clip=True)))
+        open_image(path, Reading((ValueRange(low, low + (high - low) / 3),)))
+    clipped = np.asarray(open_image(path, Reading((ValueRange(low, low + (high - low) / 3, clip=True),))))
     assert (clipped == 255).any()
 
 
@@ -241,15 +243,19 @@ def test_16_bits_of_the_full_range_keep_their_shades(tmp_path: Path, suffix: str
 
 def test_a_range_leaves_8_bit_images_and_alpha_alone(tmp_path: Path) -> None:
     random_image(1).save(tmp_path / "a.png")
-    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png", ValueRange(0, 9))), np.asarray(random_image(1)))
+    assert np.array_equal(
+        np.asarray(open_image(tmp_path / "a.png", Reading((ValueRange(0, 9),)))), np.asarray(random_image(1))
+    )
     opaque = np.concatenate([NOISE >> 4, np.full_like(NOISE[..., :1], 65535)], axis=-1)
-    opened = open_image(_written(tmp_path / "alpha.png", png16(opaque)), ValueRange(0, 4095))
+    opened = open_image(_written(tmp_path / "alpha.png", png16(opaque)), Reading((ValueRange(0, 4095),)))
     assert np.abs(np.asarray(opened).astype(int) - _shown(NOISE >> 4, 0, 4095)).max() <= 1
 
 
 def test_values_that_are_not_numbers_and_bands_that_are_not_rgb_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.tif: has values that are not numbers"):
-        open_image(_written(tmp_path / "a.tif", tiff(np.full((2, 2, 1), np.nan, "f4"), 3)), ValueRange(0, 1))
+        open_image(
+            _written(tmp_path / "a.tif", tiff(np.full((2, 2, 1), np.nan, "f4"), 3)), Reading((ValueRange(0, 1),))
+        )
     with pytest.raises(UserError, match=r"b\.tif: is a TIFF of 5 bands of 16 bits"):
         open_image(_written(tmp_path / "b.tif", tiff(np.zeros((2, 2, 5), np.uint16))))
 
@@ -267,13 +273,15 @@ def test_a_range_is_linear_and_never_cuts_without_being_asked(
     array = np.array(values, np.uint16).reshape(2, 2, 1)
     path = _written(tmp_path / f"a.{suffix}", png16(array) if suffix == "png" else tiff(array))
     share = (np.array(values) - low) / span
-    clipped = np.asarray(open_image(path, ValueRange(low, low + span, clip=True)))[..., 0].ravel()
+    clipped = np.asarray(open_image(path, Reading((ValueRange(low, low + span, clip=True),))))[..., 0].ravel()
     assert np.abs(clipped - np.clip(share, 0, 1) * 255).max() <= 0.5 + 1e-6
     if share.min() >= 0 and share.max() <= 1:
-        assert np.array_equal(np.asarray(open_image(path, ValueRange(low, low + span)))[..., 0].ravel(), clipped)
+        assert np.array_equal(
+            np.asarray(open_image(path, Reading((ValueRange(low, low + span),))))[..., 0].ravel(), clipped
+        )
     else:
         with pytest.raises(UserError, match="outside the recipe's range"):
-            open_image(path, ValueRange(low, low + span))
+            open_image(path, Reading((ValueRange(low, low + span),)))
 
 
 @given(

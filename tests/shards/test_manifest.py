@@ -92,8 +92,8 @@ def test_another_format_is_refused(built: Manifest) -> None:
 
 
 def test_another_format_version_is_refused(built: Manifest) -> None:
-    _edit(built, version=2)
-    with pytest.raises(UserError, match="format version 2, but this dist-pca reads version 1"):
+    _edit(built, version=3)
+    with pytest.raises(UserError, match="format version 3, but this dist-pca reads versions up to 2"):
         load_manifest(built.folder)
 
 

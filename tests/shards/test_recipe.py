@@ -143,5 +143,5 @@ def test_a_range_runs_from_a_lower_number_to_a_higher_one(bounds: tuple[float, f
     recipe = load_recipe("folder").model_dump()
     with pytest.raises(ValidationError, match="give two numbers, the lower one first"):
         Recipe.model_validate(recipe | {"range": bounds})
-    values = Recipe.model_validate(recipe | {"range": (0, 4095), "clip": True}).values
-    assert values == ValueRange(0, 4095, clip=True)
+    values = Recipe.model_validate(recipe | {"range": (0, 4095), "clip": True}).reading.values
+    assert values == (ValueRange(0, 4095, clip=True),)

@@ -119,7 +119,7 @@ def test_a_recipe_states_the_range_of_deep_images(tmp_path: Path) -> None:
     (tmp_path / "raw/images/000.png").write_bytes(png16(ramp))
     with pytest.raises(UserError, match=r"images/000\.png: has 16-bit values 0 to 4063.*`range: \[low, high\]`"):
         build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1)
-    recipe = load_recipe("folder").model_copy(update={"range": (0.0, 4080.0)})
+    recipe = load_recipe("folder").model_copy(update={"range": ((0.0, 4080.0),)})
     (sample,) = stored_samples(build_shards(recipe, tmp_path / "raw", tmp_path / "out", workers=1))
     stored = np.asarray(Image.open(io.BytesIO(sample["png"])))
     assert stored.dtype == np.uint8

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dist_pca.resources import resource
+
 Ids = npt.NDArray[np.integer]
 
 
@@ -83,6 +85,22 @@ def tiff(values: npt.NDArray[Any], kind: int = 1) -> bytes:
     directory = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
     header = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
     return header + directory + struct.pack("<I", 0) + bits + formats + data
+
+
+def make_band_folder(root: Path, bands: int, samples: int = 4, *, dtype: type = np.uint8) -> list[npt.NDArray[Any]]:
+    """`make_folder` with TIFFs of other than three bands, and its recipe as `recipe.yaml`; returns their values."""
+    make_folder(root, samples)
+    top = {np.uint8: 255, np.uint16: 4095}[dtype]
+    values = [
+        np.random.default_rng(number).integers(0, top + 1, (12, 20, bands)).astype(dtype) for number in range(samples)
+    ]
+    for number, array in enumerate(values):
+        (root / f"images/{number:03d}.png").unlink()
+        (root / f"images/{number:03d}.tif").write_bytes(tiff(array))
+    deep = "" if dtype is np.uint8 else f"range: [0, {top}]\n"
+    recipe = resource("shards", "folder").read_text(encoding="utf-8")
+    (root / "recipe.yaml").write_text(f"{recipe}\nbands: {bands}\n{deep}")
+    return values
 
 
 def png_header(width: int, height: int) -> bytes:

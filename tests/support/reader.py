@@ -18,7 +18,7 @@ from dist_pca.cli import main
 from tests.support import foreign_shards
 from tests.support.command_lines import ROOT
 from tests.support.networks import segmenter, write_run
-from tests.support.raw_data import Ids, make_cityscapes, make_gta5, make_synthia, random_image, save
+from tests.support.raw_data import Ids, make_band_folder, make_cityscapes, make_gta5, make_synthia, random_image, save
 from tests.support.raw_data import make_folder as make_labelled_folder
 from tests.support.shards import make_shards
 
@@ -71,10 +71,11 @@ def make_folder(folder: Path) -> None:
     for frame in ("0006R0/{}/0006R0_f00930", *(f"Seq05VD/{{}}/Seq05VD_f{number:05d}" for number in range(0, 5000, 30))):
         save(random_image(0, *SIZE), folder / "camvid" / f"{frame.format('images')}.png")
         save(Image.fromarray(ids(1, 12)[0].astype(np.uint8)), folder / "camvid" / f"{frame.format('labels')}.png")
-    recipe = re.search(r"```yaml\n(# harbour\.yaml.*?)```", (ROOT / "docs/your-data.md").read_text(), re.DOTALL)
-    assert recipe
-    (folder / "harbour.yaml").write_text(recipe[1])
-    for split in yaml.safe_load(recipe[1])["splits"]:
+    recipes = dict(re.findall(r"```yaml\n# (\w+)\.yaml(.*?)```", (ROOT / "docs/your-data.md").read_text(), re.DOTALL))
+    for name, recipe in recipes.items():
+        (folder / f"{name}.yaml").write_text(f"#{recipe}")
+    make_band_folder(folder / "fields", 4, dtype=np.uint16)
+    for split in yaml.safe_load(f"#{recipes['harbour']}")["splits"]:
         save(random_image(1, *SIZE), folder / f"harbour/frames/{split}/pier/0001.jpg")
         save(Image.fromarray(ids(1, 4)[0].astype(np.uint8)), folder / f"harbour/masks/{split}/pier/0001_id.png")
     foreign_shards.write(folder / "data/theirs", [foreign_shards.sample(str(number), "seg.png") for number in range(3)])
