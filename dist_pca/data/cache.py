@@ -67,8 +67,8 @@ def open_manifest(location: str, cache: CacheSettings) -> Manifest:
     manifest = _download_manifest(folder, cache) if remote else load_manifest(folder)
     if manifest.bands != 3:
         raise UserError(
-            f"shards {redact(folder) if remote else folder}: images of {manifest.bands} bands, and networks take three; "
-            "build the shards again with three `bands` in the recipe"
+            f"shards {redact(folder) if remote else folder}: images of {manifest.bands} bands, and networks take "
+            "three; build the shards again with three `bands` in the recipe"
         )
     if names is None:
         return manifest

@@ -87,11 +87,11 @@ def tiff(values: npt.NDArray[Any], kind: int = 1) -> bytes:
     return header + directory + struct.pack("<I", 0) + bits + formats + data
 
 
-def make_band_folder(root: Path, bands: int, samples: int = 4, *, dtype: type = np.uint8) -> list[npt.NDArray[Any]]:
+def make_band_folder(root: Path, bands: int, samples: int = 4, *, dtype: Any = np.uint8) -> list[npt.NDArray[Any]]:
     """`make_folder` with TIFFs of other than three bands, and its recipe as `recipe.yaml`; returns their values."""
     make_folder(root, samples)
-    top = {np.uint8: 255, np.uint16: 4095}[dtype]
-    values = [
+    top = 255 if dtype is np.uint8 else 4095
+    values: list[npt.NDArray[Any]] = [
         np.random.default_rng(number).integers(0, top + 1, (12, 20, bands)).astype(dtype) for number in range(samples)
     ]
     for number, array in enumerate(values):
