@@ -28,6 +28,10 @@ class ModelConfig(Section):
     image_size: tuple[Positive, Positive] | None = None
     """Height and width of the images for which timm builds a backbone of a fixed size, such as BEiT or MaxViT. None
     takes data.crop if the backbone cannot take such crops otherwise; most backbones take images of any size."""
+    bands: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Bands of the images that the network takes. None takes as many as the shards have, or three where there are no
+    shards. Pretrained weights, mean and standard deviation are those of RGB. Other bands have them repeated in turn,
+    and one band has the sum of the weights and the mean of the others."""
     head: Literal["deeplab_v2", "pyramid", "daformer", "mlp"] = "deeplab_v2"
     """`deeplab_v2`: sum of four dilated convolutions on the deepest map. The other heads fuse the maps of all strides
     at `head_stride`. `pyramid`: top-down sum; the cheapest. `mlp`: concatenation and a linear layer, as in SegFormer.

@@ -12,6 +12,7 @@ from dist_pca.config import DataConfig, SamplingConfig
 from dist_pca.data.decode import DecodedSample, Pixels, resized_size
 from dist_pca.data.randomness import Domain, Purpose, draw
 from dist_pca.errors import UserError
+from dist_pca.shards.bands import Picture
 from dist_pca.shards.manifest import Manifest
 
 
@@ -19,7 +20,7 @@ class CropSample(NamedTuple):
     """One cropped sample."""
 
     image: Pixels
-    """uint8 RGB, 3 x height x width."""
+    """uint8, bands x height x width."""
     label: Pixels | None
     """Train ids of the run, height x width."""
     key: str
@@ -94,11 +95,11 @@ def draw_crop(
     )
 
 
-def apply_crop(image: Image.Image, label: Image.Image | None, crop: Crop) -> tuple[Pixels, Pixels | None]:
-    """Crop the same window from an RGB image (antialiased, bicubic) and its label (nearest neighbour).
+def apply_crop(image: Picture, label: Image.Image | None, crop: Crop) -> tuple[Pixels, Pixels | None]:
+    """Crop the same window from an image (antialiased, bicubic) and its label (nearest neighbour).
 
     Returns:
-        The image as 3 x height x width, and the label as height x width.
+        The image as bands x height x width, and the label as height x width.
     """
     pixels = np.ascontiguousarray(_resize_window(image, crop, Image.Resampling.BICUBIC).transpose(2, 0, 1))
     return pixels, None if label is None else crop_label(label, crop)
@@ -150,7 +151,7 @@ def _draw_crop_with(
     return best
 
 
-def _resize_window(picture: Image.Image, crop: Crop, resampling: Image.Resampling) -> Pixels:
+def _resize_window(picture: Picture, crop: Crop, resampling: Image.Resampling) -> Pixels:
     # Resizing only the window gives the same pixels as resizing the whole image.
     down, across = picture.height / crop.resized[0], picture.width / crop.resized[1]
     height, width = crop.size

@@ -59,17 +59,12 @@ def open_manifest(location: str, cache: CacheSettings) -> Manifest:
         cache: Cache for the files of a URL.
 
     Raises:
-        UserError: the location is of another kind or cannot be reached, the manifest is missing or invalid, it does not
-            have the shards, or its images have other than three bands, which networks do not take.
+        UserError: the location is of another kind or cannot be reached, the manifest is missing or invalid, or it does
+            not have the shards.
     """
     remote = is_remote(location)
     folder, names = (location, None) if not remote and Path(location).is_dir() else split_shards(location)
     manifest = _download_manifest(folder, cache) if remote else load_manifest(folder)
-    if manifest.bands != 3:
-        raise UserError(
-            f"shards {redact(folder) if remote else folder}: images of {manifest.bands} bands, and networks take "
-            "three; build the shards again with three `bands` in the recipe"
-        )
     if names is None:
         return manifest
     there, wanted = {shard.name for shard in manifest.shards}, set(names)

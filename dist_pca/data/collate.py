@@ -3,7 +3,7 @@
 New shared memory for every batch would cost a page fault for each of its pages, a tenth of the time of decoding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ import torch
 
 from dist_pca.data.augment import CropSample
 from dist_pca.data.source import loader_process
+from dist_pca.errors import UserError
+from dist_pca.shards.manifest import Manifest
 
 PREFETCH = 2
 """Number of batches that each loader process prefetches."""
@@ -22,7 +24,7 @@ class Batch(NamedTuple):
     """One rank's micro-batch of m crops; in pinned memory if there is CUDA."""
 
     images: torch.Tensor
-    """uint8, m x 3 x height x width, RGB."""
+    """uint8, m x bands x height x width."""
     labels: torch.Tensor | None
     """uint8 train ids, m x height x width; None if the shards have no labels."""
     keys: list[str]
@@ -51,13 +53,13 @@ class SharedMemoryBuffer:
     batches are ready. The batch before them is copied out before the next request: `PREFETCH` + 1 slots are enough.
     """
 
-    def __init__(self, workers: int, size: int, crop: tuple[int, int], *, labelled: bool) -> None:
+    def __init__(self, workers: int, size: int, crop: tuple[int, int], *, labelled: bool, bands: int = 3) -> None:
         """Allocate slots for batches of `size` crops (height, width) of each of `workers` processes, or of this one."""
         # Without loader processes, each batch is copied out before the next one is made.
         slots = (workers, SLOTS, size) if workers else (1, 1, size)
         # One process needs no shared memory, of which a container may have little.
         allocate = _shared if workers else _own
-        self.images = allocate(*slots, 3, *crop)
+        self.images = allocate(*slots, bands, *crop)
         self.labels = allocate(*slots, *crop) if labelled else None
         self.size = size
 
@@ -93,6 +95,22 @@ class SharedMemoryBuffer:
             indices=slot.indices,
             skipped=slot.skipped,
         )
+
+
+def common_bands(manifests: Sequence[Manifest]) -> int:
+    """Bands of the images of all shard folders.
+
+    Raises:
+        UserError: folders differ.
+    """
+    first, *others = manifests
+    for other in others:
+        if other.bands != first.bands:
+            raise UserError(
+                f"shards {other.folder}: images of {other.bands} bands, and those of {first.folder} have "
+                f"{first.bands}; build both with the same `bands` in their recipes"
+            )
+    return first.bands
 
 
 def _own(*shape: int) -> torch.Tensor:

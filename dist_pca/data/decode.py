@@ -7,31 +7,32 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageFile
+from PIL import Image
 
 from dist_pca.config import DataConfig
 from dist_pca.data.read import RawSample, ShardReader, read_selected
 from dist_pca.data.source import Sampler, Selection
 from dist_pca.errors import CorruptSample, UserError
+from dist_pca.shards.bands import Picture
 from dist_pca.shards.sample import (
-    IMAGE_FORMATS,
     LABEL_FORMATS,
     ImageTooLarge,
     UnknownRange,
     WrongSize,
     check_label_mode,
     decode_header,
+    decode_image,
     decode_pixels,
-    decode_rgb,
     image_member,
 )
 
 Pixels = npt.NDArray[np.uint8]
+Decoded = TypeVar("Decoded", bound=Picture)
 _MOST_REPLACEMENTS = 8
 """Number of replacements drawn for a corrupt sample before the stream fails."""
 
@@ -43,8 +44,8 @@ class DecodedSample(NamedTuple):
     key: str
     size: tuple[int, int]
     """Height and width of the stored image; a JPEG may be decoded smaller."""
-    image: Image.Image
-    """RGB."""
+    image: Picture
+    """RGB, or of the folder's bands."""
     label: Image.Image | None
     """The folder's 8-bit train ids; None if the shards have no labels."""
     skipped: list[str]
@@ -95,7 +96,7 @@ def decode_or_replace(
 def decode_evaluation_sample(
     table: Pixels | None, label_member: str, sample: dict[str, Any]
 ) -> tuple[str, torch.Tensor, torch.Tensor | None, str]:
-    """Decode a whole sample: key, uint8 image [H, W, 3], uint8 labels [H, W] converted by `table` if it is given, and
+    """Decode a whole sample: key, uint8 image [H, W, C], uint8 labels [H, W] converted by `table` if it is given, and
     the path of the file that the image was made from, empty where the sample does not say it.
 
     Raises:
@@ -118,8 +119,8 @@ def _source(sample: dict[str, Any]) -> str:
 
 def decode_sample(
     sample: dict[str, Any], *, label_member: str | None, minimum_size: tuple[int, int] | None = None
-) -> tuple[Image.Image, Image.Image | None]:
-    """Decode the image of a sample to RGB, and its label image (8-bit train ids) if `label_member` is given.
+) -> tuple[Picture, Image.Image | None]:
+    """Decode the image of a sample, and its label image (8-bit train ids) if `label_member` is given.
 
     Members with other extensions are never decoded.
 
@@ -131,7 +132,7 @@ def decode_sample(
 
     Raises:
         CorruptSample: the image or label is missing, damaged, of an unknown format, larger than `MAX_PIXELS` pixels or
-            of another size than in the manifest; the message names shard and key.
+            of another size or number of bands than in the manifest; the message names shard and key.
     """
     where = f"{sample['__url__']}: sample {sample['__key__']!r}"
     try:
@@ -139,15 +140,20 @@ def decode_sample(
     except ValueError as error:
         raise CorruptSample(f"{where}: {error}; build the shards again") from None
     size = sample["__size__"]
-    image = _decode(
-        sample[member], f"{where}: {member}", IMAGE_FORMATS, lambda header: decode_rgb(header, minimum_size, size)
-    )
+    image = _decode(f"{where}: {member}", lambda: decode_image(sample[member], member, minimum_size, size))
+    bands = len(image.getbands())
+    if bands != sample["__bands__"]:
+        raise CorruptSample(
+            f"{where}: {member}: {bands} bands where the manifest lists {sample['__bands__']}; build the shards again "
+            "with --force"
+        )
     if label_member is None:
         return image, None
     if label_member not in sample:
         raise CorruptSample(f"{where}: no {label_member}, although the manifest lists labels; build the shards again")
     label = _decode(
-        sample[label_member], f"{where}: {label_member}", LABEL_FORMATS, lambda header: decode_pixels(header, size=size)
+        f"{where}: {label_member}",
+        lambda: decode_pixels(decode_header(io.BytesIO(sample[label_member]), LABEL_FORMATS), size=size),
     )
     try:
         check_label_mode(label)
@@ -163,17 +169,11 @@ def resized_size(size: tuple[int, int], shorter_edge: int) -> tuple[int, int]:
     return round(height * shorter_edge / shorter), round(width * shorter_edge / shorter)
 
 
-def _decode(
-    content: bytes, where: str, formats: tuple[str, ...], decode: Callable[[ImageFile.ImageFile], Image.Image]
-) -> Image.Image:
+def _decode(where: str, decode: Callable[[], Decoded]) -> Decoded:
     try:
-        header = decode_header(io.BytesIO(content), formats)
+        return decode()
     except ImageTooLarge as error:
         raise CorruptSample(f"{where}: {error}; build the shards again with --max-edge or --tile") from None
-    except ValueError as error:
-        raise CorruptSample(f"{where}: {error}; build the shards again") from error
-    try:
-        return decode(header)
     except WrongSize as error:
         raise CorruptSample(f"{where}: {error}; build the shards again with --force") from None
     except UnknownRange as error:

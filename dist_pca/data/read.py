@@ -51,7 +51,8 @@ class ShardReader:
     def read(self, shard_index: int, sample_index: int) -> dict[str, Any]:
         """Read one sample in WebDataset's form: `__key__`, `__url__` (path of the shard) and members by extension.
 
-        `__size__` is the image's (height, width) and `__image__` the extension of its member, if the manifest has one.
+        `__size__` is the image's (height, width), `__bands__` its number of bands, and `__image__` the extension of its
+        member, if the manifest has one.
         Members stay in memory; those that are not regular files with the sample's key are left out.
 
         Raises:
@@ -77,7 +78,8 @@ class ShardReader:
             raise CorruptSample(f"{where} is unreadable ({error}); {remedy}") from error
         size = (shard.heights[sample_index], shard.widths[sample_index])
         named = {} if self._manifest.image_member is None else {"__image__": self._manifest.image_member}
-        return {"__key__": key, "__url__": str(path), "__size__": size, **named, **members}
+        own = {"__key__": key, "__url__": str(path), "__size__": size, "__bands__": self._manifest.bands}
+        return {**own, **named, **members}
 
     def prefetch(self, shard_indices: Sequence[int]) -> None:
         """Start to download shards that will be read soon, in this order; returns immediately.

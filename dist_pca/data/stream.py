@@ -22,7 +22,7 @@ from dist_pca.classes import ClassInfo
 from dist_pca.config import CacheConfig, DataConfig
 from dist_pca.data.augment import augment_sample, check_crop
 from dist_pca.data.class_table import chosen_classes, lookup_table
-from dist_pca.data.collate import PREFETCH, Batch, SharedMemoryBuffer, Slot
+from dist_pca.data.collate import PREFETCH, Batch, SharedMemoryBuffer, Slot, common_bands
 from dist_pca.data.decode import Pixels, decode_evaluation_sample, decode_or_replace
 from dist_pca.data.randomness import Domain
 from dist_pca.data.read import open_reader, read_evaluation_samples, read_samples
@@ -47,7 +47,7 @@ class EvaluationSample(NamedTuple):
 
     key: str
     image: Pixels
-    """uint8 RGB, height x width x 3."""
+    """uint8, height x width x bands."""
     label: Pixels | None
     """Train ids, height x width; None if the shards have no labels."""
     source: str
@@ -87,9 +87,9 @@ def stream(
         targets: For the source, the target's shard folders, which are needed for pairing.
 
     Raises:
-        UserError: immediately if the batch cannot be divided evenly, the crop does not fit into an image, classes are
-            unknown or there are no samples; while iterating if a shard cannot be read (the message names shard and
-            key), or more than data.max_corrupt_share of the samples are corrupt.
+        UserError: immediately if the batch cannot be divided evenly, the crop does not fit into an image, folders have
+            unlike bands, classes are unknown or there are no samples; while iterating if a shard cannot be read (the
+            message names shard and key), or more than data.max_corrupt_share of the samples are corrupt.
     """
     sampler = build_sampler(config, manifests, domain, seed, targets=targets)
     size = micro_batch_size(
@@ -108,7 +108,8 @@ def stream(
         offset=offset,
     )
     openers = [partial(open_reader, manifest, config.shuffle_window, config.cache) for manifest in manifests]
-    buffer = SharedMemoryBuffer(config.workers, size, config.crop, labelled=labelled)
+    bands = common_bands((*manifests, *targets))
+    buffer = SharedMemoryBuffer(config.workers, size, config.crop, labelled=labelled, bands=bands)
     slots = _load(
         partial(ordered_samples, sampler, indices, accumulation, start_step),
         partial(read_samples, openers),
@@ -128,6 +129,7 @@ def evaluation_stream(
     *,
     classes: Sequence[ClassInfo],
     class_map: Mapping[str, str] | None = None,
+    bands: int = 3,
     workers: int = 2,
     cache: CacheConfig | None = None,
 ) -> Generator[EvaluationSample, None, None]:
@@ -139,13 +141,19 @@ def evaluation_stream(
         world_size: Number of ranks.
         classes: Classes by train id, to which labels are converted; others become ignore.
         class_map: Name in `classes` by name in the shards, for names that differ.
+        bands: Bands that images must have.
         workers: Loader processes; 0 loads in this process.
         cache: Cache for shards of a URL; None takes the defaults.
 
     Raises:
-        UserError: immediately if labelled shards have none of the classes or lack one of `class_map`; while iterating
-            if a sample cannot be read.
+        UserError: immediately if the shards have other bands, or if labelled shards have none of the classes or lack
+            one of `class_map`; while iterating if a sample cannot be read.
     """
+    if manifest.bands != bands:
+        raise UserError(
+            f"shards {manifest.folder}: images of {manifest.bands} bands, and the network takes {bands}; name shards "
+            f"of {bands} bands"
+        )
     table = lookup_table(manifest, classes, class_map) if manifest.labelled else None
     opener = partial(open_reader, manifest, 1, cache or CacheConfig())
     samples = _load(

@@ -28,15 +28,17 @@ def photometric_view(
 ) -> torch.Tensor:
     """Jitter brightness, contrast, saturation and hue of each image, and blur it (DACS, Tranheden et al. 2021).
 
+    Images of other than three bands have no saturation, hue or grey, and the contrast of each band is its own.
+
     Args:
-        images: [B, 3, H, W] RGB, uint8 or floating point in 0..1.
+        images: [B, C, H, W], uint8 or floating point in 0..1.
         indices: B sample indices.
         config: Kind, strength and probability of changes.
         seed: Seed of the run.
         domain: Domain of the images; the two domains draw independently.
 
     Returns:
-        [B, 3, H, W] floating point in 0..1; the input itself if the config changes nothing.
+        [B, C, H, W] floating point in 0..1; the input itself if the config changes nothing.
     """
     if not config.changes or domain not in config.domains:
         return images
@@ -80,7 +82,7 @@ def block_mask(images: torch.Tensor, indices: Sequence[int], *, seed: int, block
     Masked Image Consistency, Hoyer et al. 2023, equation 3.
 
     Args:
-        images: [B, 3, H, W].
+        images: [B, C, H, W].
         indices: B sample indices.
         seed: Seed of the run.
         block: Edge length of a block, in pixels.
@@ -97,7 +99,10 @@ def block_mask(images: torch.Tensor, indices: Sequence[int], *, seed: int, block
 
 
 def _change(view: torch.Tensor, config: PhotometricConfig, chance: Uniform) -> torch.Tensor:
-    """Augment one image [3, H, W] in 0..1, given twelve uniform random numbers."""
+    """Augment one image [C, H, W] in 0..1, given twelve uniform random numbers."""
+    in_color = len(view) == 3
+    # Each other band is a grey image of its own, whose saturation and hue torchvision leaves as they are.
+    view = view if in_color else view[:, None]
     if chance[0] < config.probability:
         factors = [1 + spread * (2 * u - 1) for spread, u in zip(_spreads(config), chance[1:4], strict=True)]
         changes = [
@@ -109,7 +114,7 @@ def _change(view: torch.Tensor, config: PhotometricConfig, chance: Uniform) -> t
         # The result depends on the order of the changes, so the order is random too.
         for turn in np.argsort(chance[5:9]):
             view = changes[turn](view)
-    if chance[9] < config.grey_probability:
+    if in_color and chance[9] < config.grey_probability:
         view = tv.rgb_to_grayscale(view, num_output_channels=3)
     if chance[10] < config.blur_probability:
         low, high = config.blur_sigma
@@ -118,7 +123,7 @@ def _change(view: torch.Tensor, config: PhotometricConfig, chance: Uniform) -> t
         radius = min(max(1, math.ceil(3 * sigma)), min(view.shape[-2:]) - 1)
         # Rounded, the weights of a blur may sum to slightly more than 1.
         view = tv.gaussian_blur(view, [2 * radius + 1, 2 * radius + 1], [sigma, sigma]).clamp(max=1)
-    return view
+    return view if in_color else view[:, 0]
 
 
 def _spreads(config: PhotometricConfig) -> tuple[float, float, float]:

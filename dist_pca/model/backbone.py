@@ -1,8 +1,9 @@
 """Backbones: any timm network that can give feature maps, for images of any size."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import timm
@@ -41,6 +42,8 @@ class BackboneOptions(NamedTuple):
     """Stride of the deepest map; None is the family's own."""
     image_size: Size | None = None
     """Size of images for which timm builds the network, its `img_size`; None is the network's own."""
+    bands: int = 3
+    """Bands of images, its `in_chans`."""
 
 
 class Backbone(nn.Module):
@@ -56,9 +59,9 @@ class Backbone(nn.Module):
     strides: tuple[int, ...]
     """Pixels per position of each map, finest first."""
     mean: tuple[float, ...]
-    """Mean of the RGB values in 0..1 that the pretrained weights expect."""
+    """Mean of each band's values in 0..1 that the pretrained weights expect."""
     std: tuple[float, ...]
-    """Standard deviation of the RGB values in 0..1 that the pretrained weights expect."""
+    """Standard deviation of each band's values in 0..1 that the pretrained weights expect."""
 
     def __init__(self, body: nn.Module, options: BackboneOptions, *, dilated: bool) -> None:
         super().__init__()
@@ -68,12 +71,12 @@ class Backbone(nn.Module):
         cfg: Any = body.pretrained_cfg
         self.channels = tuple(info.channels())
         self.strides = tuple(info.reduction())
-        self.mean = tuple(cfg["mean"])
-        self.std = tuple(cfg["std"])
+        self.mean = _by_band(cfg["mean"], options.bands)
+        self.std = _by_band(cfg["std"], options.bands)
         self.multiple = 1 if dilated else max(self.strides)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps, finest first, each B x C x h x w, of normalised images B x 3 x H x W.
+        """Feature maps, finest first, each B x C x h x w, of normalised images B x bands x H x W.
 
         Raises:
             UserError: the network cannot take images of this size.
@@ -91,6 +94,11 @@ class Backbone(nn.Module):
         if getattr(self.body, "output_fmt", "NCHW") == "NHWC":
             return [feature_map.permute(0, 3, 1, 2).contiguous() for feature_map in maps]
         return maps
+
+
+def _by_band(rgb: Sequence[float], bands: int) -> tuple[float, ...]:
+    """Statistics of RGB for bands: in turn, as timm repeats the weights of the first convolution; the mean for one."""
+    return (sum(rgb) / len(rgb),) if bands == 1 else tuple(islice(cycle(rgb), bands))
 
 
 def _nearest_multiple(edge: int, multiple: int) -> int | torch.SymInt:
@@ -133,7 +141,7 @@ def takes_size(options: BackboneOptions, size: Size) -> bool:
     """Whether timm can build a backbone and it gives feature maps for images of a size, by a pass on meta tensors."""
     try:
         with torch.no_grad():
-            _on_meta(options)(torch.empty(1, 3, *size, device="meta"))
+            _on_meta(options)(torch.empty(1, options.bands, *size, device="meta"))
     except Exception:
         # Each family has its own type of error for a size that it cannot take.
         return False
@@ -167,7 +175,7 @@ def _on_meta(options: BackboneOptions) -> Backbone:
 
 
 def build_backbone(
-    name: str, output_stride: int | None, image_size: Size | None = None, drop_path: float = 0.0
+    name: str, output_stride: int | None, image_size: Size | None = None, bands: int = 3, drop_path: float = 0.0
 ) -> Backbone:
     """A timm network with random weights.
 
@@ -175,6 +183,7 @@ def build_backbone(
         name: Its name in timm, with or without a tag of pretrained weights.
         output_stride: Stride of the deepest map; None leaves the family's own.
         image_size: Size of images for which timm builds the network; None leaves its own.
+        bands: Bands of images.
         drop_path: Rate of stochastic depth in training.
 
     Raises:
@@ -184,19 +193,20 @@ def build_backbone(
     if not timm.is_model(name):
         nearest = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.0))
         raise UserError(f"model.backbone: timm has no network {name!r}; the nearest are {nearest}")
-    options = BackboneOptions(name, output_stride, image_size)
+    options = BackboneOptions(name, output_stride, image_size, bands)
     # Not every family takes even a rate of 0.
     depth: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path > 0 else {}
     size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    create = partial(_create, name) if bands == 3 else partial(_create, name, in_chans=bands)
     if output_stride is not None:
         try:
-            body = _create(name, output_stride=output_stride, **depth, **size)
+            body = create(output_stride=output_stride, **depth, **size)
             return Backbone(body, options, dilated=True)
         except (TypeError, AssertionError):
             # How timm's families say that they cannot dilate, or not to this stride; their own stride may be the one.
             pass
     try:
-        backbone = Backbone(_create(name, **depth, **size), options, dilated=False)
+        backbone = Backbone(create(**depth, **size), options, dilated=False)
     except (TypeError, AssertionError) as error:
         if "img_size" in str(error) or (size and not depth):
             raise UserError(

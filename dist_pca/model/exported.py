@@ -29,6 +29,7 @@ NETWORK_KEYS = (
     "backbone",
     "output_stride",
     "image_size",
+    "bands",
     "head",
     "head_channels",
     "head_stride",
@@ -45,7 +46,7 @@ class Exported(NamedTuple):
     """What an exported folder holds."""
 
     model: Segmenter
-    """On the CPU, in evaluation mode: RGB images B x 3 x H x W, uint8 or 0..1, to logits B x K x h x w."""
+    """On the CPU, in evaluation mode: images B x bands x H x W, uint8 or 0..1, to logits B x K x h x w."""
     classes: tuple[ClassInfo, ...]
     """Classes by train id."""
     input_size: tuple[int, int] | None
@@ -106,7 +107,7 @@ def load_exported(folder: str | Path) -> Exported:
         )
     try:
         added = _NETWORK_OF_VERSION_1 if description["version"] == 1 else {}
-        described = {"image_size": None} | added | description["network"]
+        described = {"image_size": None, "bands": None} | added | description["network"]
         network = {key: described[key] for key in NETWORK_KEYS}
         network["image_size"] = network["image_size"] and tuple(network["image_size"])
         classes = tuple(ClassInfo(info["name"], tuple(info["color"])) for info in _read_json(folder / "classes.json"))

@@ -35,7 +35,7 @@ class FrozenBackbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Deepest map, B x C x h x w, of RGB images B x 3 x H x W, uint8 or floating point in 0..1."""
+        """Deepest map, B x C x h x w, of images B x bands x H x W, uint8 or floating point in 0..1."""
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             deepest: torch.Tensor = self.backbone(normalised(images, self.mean, self.std))[-1]
         return deepest

@@ -83,11 +83,11 @@ class Segmenter(nn.Module):
         self.frozen_batch_norm = False
         self.gives_deepest = False
         # Saved with the weights, which mean nothing under another normalisation.
-        self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1))
+        self.register_buffer("mean", torch.tensor(backbone.mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(backbone.std).view(-1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> Output:
-        """Segment RGB images B x 3 x H x W, uint8 or floating point in 0..1."""
+        """Segment images B x bands x H x W, uint8 or floating point in 0..1."""
         maps = self.backbone(normalised(images, self.mean, self.std))
         logits, read_by_classifier = self.head(maps)
         deepest = maps[-1] if self.gives_deepest else None
@@ -110,7 +110,7 @@ class Segmenter(nn.Module):
 
 
 def normalised(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Shift and scale RGB images B x 3 x H x W, uint8 or floating point in 0..1, to what a backbone expects."""
+    """Shift and scale images B x bands x H x W, uint8 or floating point in 0..1, to what a backbone expects."""
     if images.dtype == torch.uint8:
         images = images.float() / 255
     # Convolutions run about 1.3 times as fast on channels-last maps, on CPU and GPU.
@@ -129,7 +129,7 @@ def build_segmenter(config: "ModelConfig", num_classes: int) -> Segmenter:
     segmenter = build_network(config, num_classes, drop_path=config.drop_path)
     backbone = segmenter.backbone
     if config.init_from is None:
-        load_weights(backbone.body, config.backbone, config.weights, config.image_size)
+        load_weights(backbone.body, config.backbone, config.weights, config.image_size, backbone.options.bands)
     freeze(backbone.body, config.freeze)
     if config.batch_norm == "sync":
         synchronise(backbone)
@@ -151,7 +151,7 @@ def fit_to_crop(config: "ModelConfig", crop: Size) -> "ModelConfig":
 
 def backbone_options(config: "ModelConfig") -> BackboneOptions:
     """What a config's backbone is built from."""
-    return BackboneOptions(config.backbone, config.output_stride, config.image_size)
+    return BackboneOptions(config.backbone, config.output_stride, config.image_size, config.bands or 3)
 
 
 def build_network(config: "ModelConfig", num_classes: int, *, drop_path: float = 0.0) -> Segmenter:

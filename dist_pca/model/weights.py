@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc, resize_rel_pos_bias_table
+from timm.models import adapt_input_conv
 from torch import nn
 
 from dist_pca.errors import UserError
@@ -35,11 +36,11 @@ _MAX_PREFIX_TOKENS = 5
 _log = logging.getLogger("dist_pca.model")
 
 
-def load_weights(body: nn.Module, backbone: str, weights: str, image_size: Size | None = None) -> None:
+def load_weights(body: nn.Module, backbone: str, weights: str, image_size: Size | None = None, bands: int = 3) -> None:
     """Load pretrained weights into a timm network, whole or feature maps only, and log what was used of a file.
 
     Tensors under names of other code are renamed, and position embeddings and patches of another size resampled, as
-    timm does it for the family.
+    timm does it for the family. So are weights for RGB adapted to other bands.
 
     Args:
         body: The network.
@@ -48,20 +49,21 @@ def load_weights(body: nn.Module, backbone: str, weights: str, image_size: Size 
             of its classifier or of a whole segmenter, or `package:NAME` for an installed Python package that carries
             one such file. Nothing in the file or the package is executed.
         image_size: Height and width of the images for which the network was built; None is its own.
+        bands: Bands of these images.
 
     Raises:
         UserError: the weights cannot be had, are not weights, or do not cover all of the network.
     """
     if weights == "scratch":
         return
-    found, unused = load_state(body, backbone, _read(backbone, weights), f"model.weights: {weights}", image_size)
+    found, unused = load_state(body, backbone, _read(backbone, weights), f"model.weights: {weights}", image_size, bands)
     if weights != "hub" or found.resampled:
         others = f"; {unused} others of the file are not used" if unused > 0 else ""
         _log.info("model.weights: loaded all %s from %s%s", found.account(backbone), weights, others)
 
 
 def load_state(
-    body: nn.Module, backbone: str, state: State, origin: str, image_size: Size | None = None
+    body: nn.Module, backbone: str, state: State, origin: str, image_size: Size | None = None, bands: int = 3
 ) -> tuple["Found", int]:
     """Load tensors under the names of timm, of a run or of the family's authors into a timm network.
 
@@ -71,22 +73,23 @@ def load_state(
         state: Tensors by name.
         origin: Config key and file, with which messages begin.
         image_size: As `load_weights` takes it.
+        bands: As `load_weights` takes it.
 
     Returns:
         What was loaded, and the number of tensors that were not.
 
     Raises:
-        UserError: they do not cover all of the network.
+        UserError: they do not cover all of the network, or are for images of other bands, which are not RGB.
     """
     wanted = body.state_dict()
     state = timm_names(state, wanted)
-    found = Found(_matching(state, wanted), ())
+    found = Found(_matching(state, wanted, bands), ())
     if _misfits(found.tensors, wanted):
         with warnings.catch_warnings():
             # timm's resampling calls functions of PyTorch in ways that are deprecated.
             warnings.simplefilter("ignore")
             converted = _converted(state, backbone, image_size)
-        converted = converted._replace(tensors=_matching(converted.tensors, wanted))
+        converted = converted._replace(tensors=_matching(converted.tensors, wanted, bands))
         # Names that timm has made worse are not the user's.
         if len(converted.tensors) >= len(found.tensors):
             found = converted
@@ -100,6 +103,11 @@ def load_state(
             f"{there}; give weights of this backbone"
         )
     for key in _misfits(tensors, wanted):
+        if _other_bands(tensors[key], wanted[key], bands):
+            raise UserError(
+                f"{origin} is for images of {tensors[key].shape[1]} bands, and this run's images have {bands}; give "
+                "weights for as many bands, or for RGB"
+            )
         built = "" if image_size is None else f" for images of {image_size[0]} x {image_size[1]} pixels"
         remedy = "" if image_size is None else ", or set data.crop to the size of images that these were trained on"
         raise UserError(
@@ -128,10 +136,21 @@ class Found(NamedTuple):
         )
 
 
-def _matching(state: State, wanted: State) -> dict[str, torch.Tensor]:
-    """Select tensors under the network's own names."""
+def _matching(state: State, wanted: State, bands: int) -> dict[str, torch.Tensor]:
+    """Select tensors under the network's own names, and adapt RGB's first convolution to other bands."""
     available = {plain_name(key): value for key, value in state.items()}
-    return {key: available[plain_name(key)] for key in wanted if plain_name(key) in available}
+    found = {key: available[plain_name(key)] for key in wanted if plain_name(key) in available}
+    for key, value in found.items():
+        if _other_bands(value, wanted[key], bands) and value.shape[1] == 3:
+            found[key] = adapt_input_conv(bands, value)
+    return found
+
+
+def _other_bands(value: torch.Tensor, wanted: torch.Tensor, bands: int) -> bool:
+    """Whether a tensor is a first convolution's, for images of other bands than the network's."""
+    if value.ndim != 4 or wanted.ndim != 4 or wanted.shape[1] != bands or value.shape[1] == bands:
+        return False
+    return value.shape[0] == wanted.shape[0] and value.shape[2:] == wanted.shape[2:]
 
 
 def _misfits(found: State, wanted: State) -> list[str]:

@@ -93,11 +93,6 @@ def shown(pixels: Pixels) -> Pixels:
     return pixels if pixels.shape[-1] == 3 else pixels[..., _shown_bands(pixels.shape[-1])]
 
 
-def is_npy(member: str) -> bool:
-    """Whether a member of this extension, such as `npy` or `image.npy`, is an array."""
-    return member.rpartition(".")[2] == NPY
-
-
 def encode_npy(image: BandImage) -> bytes:
     """Encode an image as height x width x bands in NumPy's format."""
     buffer = io.BytesIO()

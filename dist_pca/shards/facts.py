@@ -5,7 +5,7 @@ import io
 import numpy as np
 
 from dist_pca.classes import IGNORE_INDEX
-from dist_pca.shards.bands import is_npy, npy_shape
+from dist_pca.shards.bands import npy_shape
 from dist_pca.shards.sample import (
     IMAGE_FORMATS,
     LABEL_FORMATS,
@@ -15,6 +15,7 @@ from dist_pca.shards.sample import (
     decode_pixels,
     decode_rgb,
     is_deep,
+    is_npy,
     upright_size,
 )
 

@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from dist_pca.shards.bands import Picture, decode_npy, is_npy
+from dist_pca.shards.bands import NPY, Picture, decode_npy
 from dist_pca.shards.manifest import Manifest, Shard
 
 MAX_PIXELS = 178_956_970
@@ -243,6 +243,11 @@ def decode_rgb(
         raise ValueError(f"mode {pixels.mode} cannot be converted to RGB ({error})") from error
     rgb.format = image.format
     return rgb
+
+
+def is_npy(member: str) -> bool:
+    """Whether a member of this extension, such as `npy` or `image.npy`, is an array."""
+    return member.rpartition(".")[2] == NPY
 
 
 def decode_image(

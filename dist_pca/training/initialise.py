@@ -35,9 +35,12 @@ def initialise(model: Segmenter, config: ModelConfig, classes: Sequence[ClassInf
     file, run = _locate(Path(config.init_from))
     state, names = load_tensors(file), [info.name for info in read_classes(run)]
     backbone = {key: value for key, value in state.items() if key.startswith("backbone.")}
-    found, _ = load_state(model.backbone.body, config.backbone, backbone, f"model.init_from: {file}", config.image_size)
+    origin, bands = f"model.init_from: {file}", model.backbone.options.bands
+    found, _ = load_state(model.backbone.body, config.backbone, backbone, origin, config.image_size, bands)
     for name in ("mean", "std"):
-        model.get_buffer(name).copy_(state[name])
+        # A network for RGB has no statistics of other bands.
+        if state[name].shape == model.get_buffer(name).shape:
+            model.get_buffer(name).copy_(state[name])
     anew = []
     if names != [info.name for info in classes]:
         anew.append(f"the head, as its {len(names)} classes are not those of this run")

@@ -35,11 +35,11 @@ def shared_memory_bytes(
     total, (height, width) = 0, config.data.crop
     for (key, batch), manifests in zip(config.batches.items(), (sources, targets), strict=False):
         images = micro_batch_size(batch, world_size=world_size, accumulation=config.training.accumulation, key=key)
-        channels = 4 if all(manifest.labelled for manifest in manifests) else 3
+        channels = manifests[0].bands + all(manifest.labelled for manifest in manifests)
         total += config.data.workers * SLOTS * images * channels * height * width
     if validation is not None:
         pixels = max(h * w for shard in validation.shards for h, w in zip(shard.heights, shard.widths, strict=True))
-        total += config.data.workers * PREFETCH * 4 * pixels
+        total += config.data.workers * PREFETCH * (validation.bands + 1) * pixels
     return total
 
 
@@ -67,9 +67,9 @@ def check_room(config: RunConfig, shared: int, classes: int, *, world_size: int,
         micro_batch_size(batch, world_size=world_size, accumulation=config.training.accumulation, key=key)
         for key, batch in config.batches.items()
     )
-    memory = available_memory()
+    memory, bands = available_memory(), config.model.bands or 3
     # As bytes, and as the numbers that the network gets, which are on the GPU if there is one.
-    needed = images * height * width * (4 if torch.cuda.is_available() else 4 + 12)
+    needed = images * height * width * (bands + 1 + (0 if torch.cuda.is_available() else 4 * bands))
     if needed > memory:
         raise UserError(
             f"data.crop: {images} crops of {height} x {width} pixels on each rank take {_size(needed)} of memory, and "

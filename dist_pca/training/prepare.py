@@ -12,6 +12,7 @@ from dist_pca.data.augment import check_crop
 from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.data.class_sampling import count_classes
 from dist_pca.data.class_table import class_table, describe_missing, lookup_table, missing_classes
+from dist_pca.data.collate import common_bands
 from dist_pca.data.source import build_sampler, micro_batch_size
 from dist_pca.errors import UserError
 from dist_pca.model.backbone import check_size
@@ -79,6 +80,7 @@ def prepare_run(
     for manifest in (*sources, *targets):
         check_crop(manifest, config.data.shorter_edge, config.data.crop)
     build_sampler(config.data, sources, "source", config.seed, targets=targets)
+    config = _fit_bands(config, (*sources, *targets))
     check_resume(config, resume, RunData(classes, sources, targets))
     check_trackers(config)
     validation = _open_validation(config, classes)
@@ -100,6 +102,21 @@ def prepare_run(
     # Only to raise its errors early: the run's own optimiser is built beside the engine.
     build_optimizer(config.optimizer, model)
     return PreparedRun(config, sources, targets, validation, classes, model, things, weights)
+
+
+def _fit_bands(config: RunConfig, manifests: Sequence[Manifest]) -> RunConfig:
+    """Set model.bands to that of the shards.
+
+    Raises:
+        UserError: folders differ, or the config has another number.
+    """
+    bands = common_bands(manifests)
+    if config.model.bands not in (None, bands):
+        raise UserError(
+            f"model.bands: {config.model.bands}, and the images of {manifests[0].folder} have {bands} bands; leave the "
+            "key out, or name shards of as many"
+        )
+    return config.model_copy(update={"model": config.model.model_copy(update={"bands": bands})})
 
 
 def _check_sizes(config: RunConfig, validation: Manifest | None) -> None:
@@ -136,4 +153,9 @@ def _open_validation(config: RunConfig, classes: Sequence[ClassInfo]) -> Manifes
     for line in describe_missing(manifest, missing_classes(manifest, classes, class_map)):
         _log.info("data.validation: %s", line)
     label_set_members(config.evaluation.label_sets, classes)
+    if manifest.bands != config.model.bands:
+        raise UserError(
+            f"data.validation: images of {manifest.folder} have {manifest.bands} bands, and those of the source "
+            f"{config.model.bands}; build both with the same `bands` in their recipes"
+        )
     return manifest

@@ -260,9 +260,10 @@ def _check_nothing_is_lost(folder: Path, made: RunConfig) -> None:
 def config_differences(made: RunConfig, wanted: RunConfig) -> list[str]:
     """List the keys that decide what is computed and differ between two runs, each as `key: made -> wanted`."""
     free = (*FREE_KEYS, *(GRAD_CACHE_KEYS if wanted.training.grad_cache else ()))
-    if None in (made.model.image_size, wanted.model.image_size):
-        # Derived from the backbone and the crop, which are compared themselves.
-        free += ("model.image_size",)
+    for name in ("image_size", "bands"):
+        if None in (getattr(made.model, name), getattr(wanted.model, name)):
+            # Derived from backbone, crop and shards, which are compared themselves.
+            free += (f"model.{name}",)
     return list(_differences(made.model_dump(mode="json"), wanted.model_dump(mode="json"), free))
 
 

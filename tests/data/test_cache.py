@@ -295,9 +295,3 @@ def test_shards_are_read_by_fsspec(tmp_path: Path, local: Manifest, cache: Cache
     with closing(ShardReader(manifest, 1, cache)) as reader:
         assert reader.read(3, 1)["png"] == read_sample(local, local.shards[3], 1)["png"]
     assert kept(cache) == ["shard-000003.tar"]
-
-
-def test_shards_of_other_than_three_bands_are_refused_in_one_line(tmp_path: Path) -> None:
-    save_manifest(replace(make_shards(tmp_path / "four", [1]), bands=4))
-    with pytest.raises(UserError, match=r"four: images of 4 bands, and networks take three; [^\n]*$"):
-        open_manifest(str(tmp_path / "four"), CacheSettings())

@@ -17,7 +17,7 @@ from tests.support.shards import png, sample_members
 
 def sample(**members: bytes) -> dict[str, Any]:
     named = {name.replace("label_png", "label.png"): content for name, content in members.items()}
-    return {"__key__": "street", "__url__": "shards/shard-000003.tar", "__size__": (24, 40), **named}
+    return {"__key__": "street", "__url__": "shards/shard-000003.tar", "__size__": (24, 40), "__bands__": 3, **named}
 
 
 def encoded(mode: str, file_format: str, size: tuple[int, int] = (40, 24)) -> bytes:

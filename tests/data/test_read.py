@@ -35,6 +35,7 @@ def test_a_sample_is_read_as_it_was_written(tmp_path: Path) -> None:
         "__key__": "001-002",
         "__url__": str(tmp_path / "shards/shard-000001.tar"),
         "__size__": (24, 40),
+        "__bands__": 3,
         **sample_members(1002),
     }
 
@@ -117,7 +118,8 @@ def test_a_sample_as_shards_are_built_here_needs_no_tarfile(tmp_path: Path, monk
     manifest = one_sample(tmp_path, "seq/000", content)
     monkeypatch.delattr(tarfile, "open")
     path = str(tmp_path / "shard-000000.tar")
-    assert read(manifest, 0, 0) == {"__key__": "seq/000", "__url__": path, "__size__": (24, 40), **members}
+    own = {"__key__": "seq/000", "__url__": path, "__size__": (24, 40), "__bands__": 3}
+    assert read(manifest, 0, 0) == {**own, **members}
 
 
 NAMES = st.one_of(
