@@ -21,7 +21,7 @@ def aggregated_logits(model: nn.Module, images: torch.Tensor, share: float) -> t
 
     Args:
         model: A `Segmenter`, in evaluation mode, on the images' device.
-        images: RGB in 0..1, B x 3 x H x W.
+        images: floating point in 0..1, B x bands x H x W.
         share: Share of each pixel that is replaced by the mean, 0 to 1.
     """
     network = cast(Segmenter, model)

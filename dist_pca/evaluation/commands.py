@@ -38,6 +38,8 @@ _PREDICT_EXAMPLES = """
 dist-pca predict runs/mine photo.jpg --out seen
 
 dist-pca predict runs/mine drive/2024 'more/**/*.png' --out seen --no-labels --on-error skip
+
+dist-pca predict runs/fields fields/images --recipe fields.yaml --out seen
 """
 
 _EXPORT_EXAMPLES = """
@@ -263,6 +265,14 @@ def predict(
             "--range", metavar="LOW HIGH", help="Values that are black and white in images of more than 8 bits."
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Read images as this recipe says, a shipped one or a YAML file: its bands, range and clip. Needed for "
+            "a network of other than three bands.",
+            show_default="as RGB",
+        ),
+    ] = None,
     max_pixels: Annotated[
         int | None, typer.Option(min=1, help="Refuse images that have more pixels than this.", show_default="178956970")
     ] = None,
@@ -282,17 +292,28 @@ def predict(
     from dist_pca.evaluation.prediction_files import prediction_values
     from dist_pca.files import refuse_existing
     from dist_pca.shards.find import described
-    from dist_pca.shards.images import ValueRange
+    from dist_pca.shards.images import AS_RGB, Reading, ValueRange
+    from dist_pca.shards.recipe import load_recipe
     from dist_pca.shards.sample import MAX_PIXELS
 
     if not labels and not overlays:
         raise UserError("--no-labels --no-overlay: nothing to write; remove one of them")
     if value_range is not None and not -math.inf < value_range[0] < value_range[1] < math.inf:
         raise UserError(f"--range {value_range[0]:g} {value_range[1]:g}: give two numbers, the lower one first")
+    if value_range is not None and recipe is not None:
+        raise UserError("--range: the recipe of --recipe has a range of its own; leave one of them out")
     if not force:
         refuse_existing(out, "--out")
-    found = find_images(images, out)
+    if recipe is not None:
+        reading = load_recipe(recipe).reading
+    else:
+        reading = AS_RGB if value_range is None else Reading((ValueRange(*value_range),))
+    found = find_images(images, out, reading.suffixes)
     config, classes, model = load_run(run, checkpoint, weights=weights)
+    bands = model.backbone.options.bands
+    if reading.count != bands:
+        how = "without a recipe images are read as RGB" if recipe is None else f"{recipe} keeps {reading.count}"
+        raise UserError(f"--recipe: the network of {run} takes {bands} bands, and {how}; name the recipe of its shards")
     values = prediction_values(classes, coding)
     config = with_options(
         config,
@@ -319,7 +340,7 @@ def predict(
             labels=labels,
             overlays=overlays,
             on_error=on_error,
-            value_range=None if value_range is None else ValueRange(*value_range),
+            reading=reading,
             max_pixels=max_pixels or MAX_PIXELS,
             progress=lambda count: bar.update(task, completed=count),
         )
@@ -340,7 +361,7 @@ def export(
     checkpoint: _Checkpoint = None,
     weights: _Weights = None,
     onnx: Annotated[
-        bool, typer.Option("--onnx", help="Add model.onnx: uint8 RGB images in, logits of the same size out.")
+        bool, typer.Option("--onnx", help="Add model.onnx: uint8 images in, logits of the same size out.")
     ] = False,
     onnx_size: Annotated[
         tuple[int, int] | None,

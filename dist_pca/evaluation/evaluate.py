@@ -23,6 +23,7 @@ from dist_pca.evaluation.prediction_files import Values, prediction_folder, pred
 from dist_pca.evaluation.report import Scores, score
 from dist_pca.evaluation.score_files import ImageScores, image_scores, write_scores
 from dist_pca.files import new_folder
+from dist_pca.model.segmenter import backbone_options
 from dist_pca.shards.manifest import Manifest
 
 
@@ -62,8 +63,8 @@ def evaluate(
         quiet: Show no progress.
 
     Raises:
-        UserError: a folder is not empty or cannot be written, the shards have no labels or none of the classes, a label
-            set is not covered by `classes`, or a sample cannot be read.
+        UserError: a folder is not empty or cannot be written, the shards have no labels, none of the classes or other
+            bands than the network takes, a label set is not covered by `classes`, or a sample cannot be read.
     """
     if not manifest.labelled:
         raise UserError(
@@ -136,7 +137,8 @@ def write_predictions(
         world_size: Number of ranks.
 
     Raises:
-        UserError: the folder is not empty or cannot be written, or a sample cannot be read.
+        UserError: the folder is not empty or cannot be written, the shards have other bands than the network takes, or
+            a sample cannot be read.
     """
     predicted = _predictions(model, manifest, classes, config, device=device, rank=rank, world_size=world_size)
     with prediction_folder(folder, "--write-predictions", values) as save, closing(predicted):
@@ -162,6 +164,7 @@ def _predictions(
         world_size,
         classes=classes,
         class_map=config.evaluation.class_map,
+        bands=backbone_options(config.model).bands,
         workers=config.data.workers,
         cache=config.data.cache,
     )

@@ -12,11 +12,11 @@ from dist_pca.shards.find import find_images as find_below
 from dist_pca.shards.images import SUFFIXES
 
 
-def find_images(sources: Sequence[str], out: Path) -> Found:
+def find_images(sources: Sequence[str], out: Path, suffixes: frozenset[str] = SUFFIXES) -> Found:
     """Expand files, folders and globs to image files, each once, in the given order, sorted within folders and globs.
 
     A folder stands for all images below it. A file is taken whatever its name; below folders and in globs images are
-    found by extension, without hidden files and without those in `out`.
+    found by their extension, one of `suffixes`, without hidden files and without those in `out`.
 
     Raises:
         UserError: a source does not exist, or contains no image.
@@ -24,11 +24,11 @@ def find_images(sources: Sequence[str], out: Path) -> Found:
     found: dict[Path, Path] = {}
     passed_over: dict[str, tuple[Path, ...]] = {}
     for source in sources:
-        below = _found(source)
+        below = _found(source, suffixes)
         images = [path for path in below.images if not path.resolve().is_relative_to(out.resolve())]
         if not images:
             reason = f" (passed over: {described(below.passed_over)})" if below.passed_over else ""
-            kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+            kinds = ", ".join(sorted(suffix[1:] for suffix in suffixes))
             raise UserError(f"{source}: no image there{reason}; give image files, folders or globs ({kinds})")
         for path in images:
             found.setdefault(path.resolve(), path)
@@ -61,14 +61,14 @@ def result_names(images: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def _found(source: str) -> Found:
+def _found(source: str, suffixes: frozenset[str]) -> Found:
     path = Path(source)
     if path.is_dir():
-        return find_below(path, ["**/*"])
+        return find_below(path, ["**/*"], suffixes)
     if path.exists():
         return Found((path,), {})
     parts = PurePosixPath(source).parts
     first = next((index for index, part in enumerate(parts) if glob.has_magic(part)), None)
     if first is None:
         raise UserError(f"{source}: {'a link to nothing' if path.is_symlink() else 'no such file or folder'}")
-    return find_below(Path(*parts[:first]), ["/".join(parts[first:])])
+    return find_below(Path(*parts[:first]), ["/".join(parts[first:])], suffixes)

@@ -30,7 +30,7 @@ def predict(
 
     Args:
         model: A segmenter, in evaluation mode, on the images' device.
-        images: uint8 RGB, B x 3 x H x W; with windows they may be on the CPU, and memory beyond theirs is bounded.
+        images: uint8, B x bands x H x W; with windows they may be on the CPU, and memory beyond theirs is bounded.
         input_size: Height and width of the network's input; bilinear with antialiasing.
         output_size: Height and width of the result; bilinear, corners not aligned.
         protocol: Windows, mirror images, scales and aggregation; None has none of them.

@@ -50,7 +50,7 @@ def require_onnx() -> None:
 
 
 def write_onnx(model: Segmenter, path: Path, size: tuple[int, int] | None = None) -> float:
-    """Write a segmenter as ONNX and run it: `images`, uint8 RGB B x 3 x H x W, to `logits`, float32 B x K x H x W.
+    """Write a segmenter as ONNX and run it: `images`, uint8 B x bands x H x W, to `logits`, float32 B x K x H x W.
 
     Normalisation is inside. The batch size is free.
 
@@ -68,7 +68,7 @@ def write_onnx(model: Segmenter, path: Path, size: tuple[int, int] | None = None
     from torch.export import Dim
 
     graph = _Graph(model).eval()
-    traced = _TRACED if size is None else (2, *size)
+    traced, bands = _TRACED if size is None else (2, *size), model.backbone.options.bands
     free = {0: Dim.DYNAMIC} if size is not None else {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     level = logging.root.manager.disable
     try:
@@ -78,7 +78,7 @@ def write_onnx(model: Segmenter, path: Path, size: tuple[int, int] | None = None
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 graph,
-                (_random_images(*traced),),
+                (_random_images(bands, *traced),),
                 dynamo=True,
                 dynamic_shapes={"images": free},
                 input_names=["images"],
@@ -96,7 +96,7 @@ def write_onnx(model: Segmenter, path: Path, size: tuple[int, int] | None = None
     finally:
         logging.disable(level)
     shapes = _CHECKED if size is None else ((1, *size), (2, *size))
-    difference = max(_difference(graph, path, _random_images(*shape)) for shape in shapes)
+    difference = max(_difference(graph, path, _random_images(bands, *shape)) for shape in shapes)
     if not difference <= TOLERANCE:
         raise UserError(
             f"--onnx: the graph's logits differ from PyTorch's by {difference:.1e} of the largest, more than "
@@ -117,8 +117,8 @@ def _difference(graph: nn.Module, path: Path, images: torch.Tensor) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def _random_images(batch: int, height: int, width: int) -> torch.Tensor:
-    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=torch.Generator())
+def _random_images(bands: int, batch: int, height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, bands, height, width), dtype=torch.uint8, generator=torch.Generator())
 
 
 def _reason(error: BaseException) -> str:

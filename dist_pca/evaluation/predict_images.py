@@ -18,7 +18,8 @@ from dist_pca.evaluation.label_files import overlay, save_label, save_whole
 from dist_pca.evaluation.prediction_files import Values
 from dist_pca.evaluation.views import MAX_WHOLE
 from dist_pca.files import write_json
-from dist_pca.shards.images import Reading, ValueRange, open_image
+from dist_pca.shards.bands import shown
+from dist_pca.shards.images import AS_RGB, Reading, open_image
 from dist_pca.shards.sample import MAX_PIXELS
 
 
@@ -44,7 +45,7 @@ def predict_images(
     labels: bool = True,
     overlays: bool = True,
     on_error: Literal["fail", "skip"] = "fail",
-    value_range: ValueRange | None = None,
+    reading: Reading = AS_RGB,
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Predicted:
@@ -62,7 +63,7 @@ def predict_images(
         labels: Write label maps.
         overlays: Write the images with colours overlaid.
         on_error: What to do with an unreadable image: stop, or skip it.
-        value_range: Range of images of more than 8 bits.
+        reading: Bands and range of values; the bands are as many as the network takes.
         max_pixels: Larger images are refused.
         progress: Called with the number of images done.
 
@@ -70,7 +71,6 @@ def predict_images(
         UserError: an image cannot be read and is not to be skipped, or a result cannot be written.
     """
     skipped = []
-    reading = Reading(() if value_range is None else (value_range,))
     for done, (path, name) in enumerate(result_names(images).items()):
         progress(done)
         try:
@@ -92,7 +92,7 @@ def predict_images(
                 file = out / "labels" / f"{name}.png"
                 save_label(file, *((label, classes) if values is None else (values.table[label], None)))
             if overlays:
-                save_whole(out / "overlays" / f"{name}.png", overlay(image, label, classes))
+                save_whole(out / "overlays" / f"{name}.png", overlay(shown(image), label, classes))
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error}); give another folder") from error
     progress(len(images))

@@ -13,6 +13,7 @@ from dist_pca.evaluation.cycle_picture import draw_cycles, image_names, sample_c
 from dist_pca.evaluation.cycles import judge
 from dist_pca.evaluation.pictures import color_labels, grid_picture
 from dist_pca.objective.cycle_association import association_weight
+from dist_pca.shards.bands import shown
 from dist_pca.training.pictures import DrawnView
 
 Pixels = npt.NDArray[np.uint8]
@@ -51,7 +52,7 @@ def training_pictures(
     if not config.objective.adapt or "target" not in views or association_weight(association, step - 1) == 0:
         return pictures
     source, target = views["source"], views["target"]
-    images = [view.images.permute(0, 2, 3, 1).cpu().numpy() for view in (source, target)]
+    images = [shown(view.images.permute(0, 2, 3, 1).cpu().numpy()) for view in (source, target)]
     # All pixels take part, as in the diagnosis of a trained run.
     association = association.model_copy(update={"pixel_budget": None})
     for level in association.levels:
@@ -70,7 +71,7 @@ def training_pictures(
 def _view_picture(view: DrawnView, classes: Sequence[ClassInfo], share: float | None) -> Pixels:
     """Draw the first images of a view with labels, prediction, and confidence and weight of pseudo labels."""
     domain = view.domain
-    columns = {"input": view.images[:ROWS].permute(0, 2, 3, 1).cpu().numpy()}
+    columns = {"input": shown(view.images[:ROWS].permute(0, 2, 3, 1).cpu().numpy())}
     size = view.images.shape[-2:]
 
     def colored(labels: torch.Tensor) -> Pixels:

@@ -44,7 +44,7 @@ def open_views(
 
     Args:
         model: A segmenter, in evaluation mode.
-        images: RGB, uint8 or floating point in 0..1, B x 3 x H x W. Without windows they must be on the model's device;
+        images: uint8 or floating point in 0..1, B x bands x H x W. Without windows they must be on the model's device;
             with windows they may be on the CPU.
         input_size: Height and width of the network's input at scale 1; bilinear with antialiasing. Images of more than
             half a gigabyte are resized in 8 bits.

@@ -9,7 +9,7 @@ from dist_pca.cores import available_memory, free_shared_memory, usable_cores
 from dist_pca.data.collate import PREFETCH, SLOTS
 from dist_pca.data.source import micro_batch_size
 from dist_pca.errors import UserError
-from dist_pca.model.segmenter import build_network
+from dist_pca.model.segmenter import backbone_options, build_network
 from dist_pca.shards.manifest import Manifest
 
 LOADERS_PER_CORE = 64
@@ -67,7 +67,7 @@ def check_room(config: RunConfig, shared: int, classes: int, *, world_size: int,
         micro_batch_size(batch, world_size=world_size, accumulation=config.training.accumulation, key=key)
         for key, batch in config.batches.items()
     )
-    memory, bands = available_memory(), config.model.bands or 3
+    memory, bands = available_memory(), backbone_options(config.model).bands
     # As bytes, and as the numbers that the network gets, which are on the GPU if there is one.
     needed = images * height * width * (bands + 1 + (0 if torch.cuda.is_available() else 4 * bands))
     if needed > memory:

@@ -27,7 +27,7 @@ class DrawnView(NamedTuple):
     """Images of one view, and what is known about them; without gradients."""
 
     images: torch.Tensor
-    """uint8 [m, 3, H, W]."""
+    """uint8 [m, C, H, W]."""
     domain: Domain
     """Floating-point tensors are fp32."""
 

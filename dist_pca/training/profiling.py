@@ -174,8 +174,8 @@ class Profile:
             _log.info("trace of steps %d to %d: %s; open it in ui.perfetto.dev", self._first, self._last, file)
 
 
-def network_flops(model: torch.nn.Module, height: int, width: int) -> int:
-    """Count floating-point operations of a forward and backward pass over one image [3, height, width].
+def network_flops(model: torch.nn.Module, bands: int, height: int, width: int) -> int:
+    """Count floating-point operations of a forward and backward pass over one image [bands, height, width].
 
     Convolutions and matrix products count, on meta tensors, which takes no memory and a fraction of a second.
     Recomputation by activation checkpointing does not count.
@@ -184,7 +184,7 @@ def network_flops(model: torch.nn.Module, height: int, width: int) -> int:
         name: torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
-    image = torch.empty(1, 3, height, width, device="meta")
+    image = torch.empty(1, bands, height, width, device="meta")
     # In evaluation mode, since synchronised batch norm would communicate.
     training = model.training
     model.eval()

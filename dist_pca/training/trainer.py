@@ -214,7 +214,7 @@ class Trainer:
         restarted = any(int(os.environ.get(f"{name}_RESTART_COUNT", 0)) for name in ("SLURM", "TORCHELASTIC"))
         wait = training.stall_timeout / 2 if restarted else 0.0
         stack.enter_context(run_lock(config.folder, wait=wait, waiting=partial(watchdog.enter, "start")))
-        flops = network_flops(run.model, *config.data.crop)
+        flops = network_flops(run.model, run.model.backbone.options.bands, *config.data.crop)
         # Before a checkpoint's weights replace those that the run began with.
         self.pretrained = self._pretrained_backbone()
         state = self._start_engine()

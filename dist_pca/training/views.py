@@ -24,7 +24,7 @@ class View(NamedTuple):
     """Images of one domain."""
 
     images: torch.Tensor
-    """[B, 3, H, W], uint8 or floating point in 0..1."""
+    """[B, C, H, W], uint8 or floating point in 0..1."""
     to_domain: Callable[..., Domain]
     """Combines the network's logits, features and deepest map with labels and other known values to a `Domain`."""
 

@@ -150,7 +150,7 @@ class OneConvolution(nn.Module):
 def test_a_convolution_counts_two_operations_a_product_forward_and_as_many_backward() -> None:
     forward = 2 * (3 * 3 * 3) * 8 * 10 * 12
     # Images need no gradient, so the way back is that of the weight alone.
-    assert network_flops(OneConvolution(), 10, 12) == 2 * forward
+    assert network_flops(OneConvolution(), 3, 10, 12) == 2 * forward
 
 
 @pytest.mark.parametrize("batch_norm", ["local", "sync", "frozen"])
@@ -160,7 +160,7 @@ def test_counting_leaves_the_network_as_it_was(batch_norm: str) -> None:
     model = build_segmenter(config.model, 5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    small, large = network_flops(model, 64, 64), network_flops(model, 128, 128)
+    small, large = network_flops(model, 3, 64, 64), network_flops(model, 3, 128, 128)
     assert 0 < 3.5 * small < large < 4.5 * small
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -176,7 +176,7 @@ def test_what_checkpointing_computes_anew_does_not_count(backbone: str) -> None:
             resource("configs", "demo"), [*settings, f"model.activation_checkpointing={checkpointing}"]
         )
         model = build_segmenter(config.model, 5)
-        counts.append(network_flops(model, 64, 64))
+        counts.append(network_flops(model, 3, 64, 64))
         on = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
         assert bool(on) is checkpointing
     assert counts[0] == counts[1] > 0

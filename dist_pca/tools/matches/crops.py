@@ -16,7 +16,7 @@ from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.stream import stream
 from dist_pca.data.views import photometric_view
 from dist_pca.errors import UserError
-from dist_pca.model.segmenter import Segmenter
+from dist_pca.model.segmenter import Segmenter, backbone_options
 from dist_pca.objective.domains import Domain
 from dist_pca.shards.manifest import Manifest
 
@@ -73,8 +73,14 @@ def take_batches(
             proportions the part that all have is shown.
 
     Raises:
-        UserError: the crop does not fit, or a shard cannot be read.
+        UserError: the crop does not fit, the shards have other bands than the network takes, or a shard cannot be read.
     """
+    bands = backbone_options(config.model).bands
+    if sources[0].bands != bands:
+        raise UserError(
+            f"--source {sources[0].location}: images of {sources[0].bands} bands, and the network takes {bands}; name "
+            f"shards of {bands} bands"
+        )
 
     def taken(domain: DomainName, manifests: Manifests) -> list[Batch]:
         # Loader processes cost more than a few images do.

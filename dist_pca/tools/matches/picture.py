@@ -13,6 +13,7 @@ from dist_pca.data.collate import Batch
 from dist_pca.evaluation.cycles import JudgedCycles
 from dist_pca.evaluation.pictures import legend_picture
 from dist_pca.objective.domains import IGNORE_INDEX
+from dist_pca.shards.bands import shown
 
 CORRECT, WRONG, UNJUDGED = (0, 205, 90), (240, 40, 40), (200, 200, 200)
 """Colours of lines to target pixels of the source's class, of another class, and of none."""
@@ -79,8 +80,8 @@ def matches_picture(
     not consistent. Dots are in the colour of the source pixel's class, and of the target pixel's true class.
 
     Args:
-        sources: uint8 [m, 3, H, W], the pool's source crops, shown on the left from top to bottom.
-        targets: uint8 [m, 3, H', W'], its target crops, on the right.
+        sources: uint8 [m, C, H, W], the pool's source crops, shown on the left from top to bottom.
+        targets: uint8 [m, C, H', W'], its target crops, on the right.
         cycles: The pool's cycles.
         classes: The run's.
         title: What is shown; counts are added.
@@ -95,7 +96,7 @@ def matches_picture(
     large = Image.new("RGB", (width * _SCALE, bottom * _SCALE), "white")
     for images, left, height in zip((sources, targets), lefts, heights, strict=True):
         for place, image in enumerate(images):
-            crop = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
+            crop = Image.fromarray(np.ascontiguousarray(shown(image.permute(1, 2, 0).cpu().numpy())))
             crop = crop.resize((_CELL_WIDTH * _SCALE, height * _SCALE), Image.Resampling.BICUBIC)
             # A little paler, so that lines and dots stand out.
             crop = Image.blend(crop, Image.new("RGB", crop.size, "white"), 0.2)

@@ -20,7 +20,7 @@ from dist_pca.config import RunConfig
 from dist_pca.data.collate import Batch
 from dist_pca.errors import UserError
 from dist_pca.model.frozen import AUTOCAST, FrozenBackbone
-from dist_pca.model.segmenter import Output, Segmenter, build_segmenter, fit_to_crop
+from dist_pca.model.segmenter import Output, Segmenter, backbone_options, build_segmenter, fit_to_crop
 from dist_pca.objective import Domains, objective
 from dist_pca.objective.cycle_association import SIMILARITY
 from dist_pca.objective.grid import pixels_at
@@ -201,7 +201,7 @@ def _forward(
 
 
 def _batch(config: RunConfig, count: int) -> Batch:
-    images = torch.zeros(count, 3, *config.data.crop, dtype=torch.uint8)
+    images = torch.zeros(count, backbone_options(config.model).bands, *config.data.crop, dtype=torch.uint8)
     labels = torch.zeros(count, *config.data.crop, dtype=torch.uint8)
     return Batch(images, labels, keys=[""] * count, indices=list(range(count)), skipped=[])
 

@@ -9,6 +9,7 @@ from dist_pca.data.collate import Batch
 from dist_pca.evaluation.cycle_picture import BROKEN, CLOSED, count_outcomes, draw_cycles, image_names, sample_cycles
 from dist_pca.evaluation.cycles import JudgedCycles
 from dist_pca.evaluation.run_report.page import Block, Cell, Gallery, LegendEntry, Table, photo
+from dist_pca.shards.bands import shown
 
 
 def cycle_blocks(
@@ -25,7 +26,7 @@ def cycle_blocks(
     """
     drawn = sample_cycles(pools, seed=0)
     grids = pools[0].source_grid, pools[0].target_grid
-    images = [domain.images.permute(0, 2, 3, 1).cpu().numpy() for domain in batch]
+    images = [shown(domain.images.permute(0, 2, 3, 1).cpu().numpy()) for domain in batch]
     sizes = [int(np.prod(grid)) for grid in grids]
     names = [image_names(len(own), ranks) for own in images]
     picture = draw_cycles(images, grids, drawn, classes, names)

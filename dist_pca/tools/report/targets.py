@@ -24,6 +24,8 @@ from dist_pca.evaluation.pictures import color_labels
 from dist_pca.evaluation.report import score
 from dist_pca.evaluation.run_report.page import Gallery, LegendEntry, Picture, Section, drawing, photo
 from dist_pca.evaluation.run_report.record import ScoreRecord, score_record
+from dist_pca.model.segmenter import backbone_options
+from dist_pca.shards.bands import shown
 from dist_pca.shards.manifest import Manifest
 
 Pixels = npt.NDArray[np.uint8]
@@ -65,7 +67,7 @@ def predict_targets(column: Column, manifest: Manifest, count: int, device: torc
         device: Where the network runs.
 
     Raises:
-        UserError: the run, its checkpoint or a shard cannot be read.
+        UserError: the run, its checkpoint or a shard cannot be read, or it takes other bands than the shards have.
     """
     config, classes, model = load_run(column.run, column.checkpoint)
     model = model.to(device)
@@ -73,8 +75,8 @@ def predict_targets(column: Column, manifest: Manifest, count: int, device: torc
     stride = max(1, manifest.samples // max(1, count))
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     result = Predicted(classes, [])
-    class_map = config.evaluation.class_map
-    for index, sample in _samples(manifest, classes, class_map, stride, None if scored else count, column.title):
+    class_map, bands = config.evaluation.class_map, backbone_options(config.model).bands
+    for index, sample in _samples(manifest, classes, class_map, bands, stride, None if scored else count, column.title):
         pixels = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)[None]
         size = (sample.image.shape[0], sample.image.shape[1])
         label = predict(model, pixels, config.input_size(*size), size, config.evaluation)[0].cpu()
@@ -96,6 +98,7 @@ def _samples(
     manifest: Manifest,
     classes: Sequence[ClassInfo],
     class_map: Mapping[str, str],
+    bands: int,
     stride: int,
     count: int | None,
     title: str,
@@ -104,7 +107,7 @@ def _samples(
     step = 1 if count is None else stride
     total = manifest.samples if count is None else min(count, len(range(0, manifest.samples, stride)))
     console = plain_console(stderr=True)
-    stream = evaluation_stream(manifest, 0, step, classes=classes, class_map=class_map, workers=0)
+    stream = evaluation_stream(manifest, 0, step, classes=classes, class_map=class_map, bands=bands, workers=0)
     with closing(stream) as samples:
         shown = track(
             islice(samples, total), title, total, console=console, transient=True, disable=not console.is_terminal
@@ -129,7 +132,7 @@ def target_section(columns: Sequence[Column], predicted: Sequence[Predicted], sh
 
 def _pictures(columns: Sequence[Column], predicted: Sequence[Predicted], place: int) -> list[Picture]:
     sample = predicted[0].images[place]
-    pictures = [photo(sample.image, alt=f"Image {sample.key}", caption="input", width=_WIDTH)]
+    pictures = [photo(shown(sample.image), alt=f"Image {sample.key}", caption="input", width=_WIDTH)]
     if sample.label is not None:
         truth = color_labels(sample.label, predicted[0].classes)
         pictures.append(drawing(truth, alt=f"True labels of {sample.key}", caption="truth", width=_WIDTH))
@@ -138,7 +141,7 @@ def _pictures(columns: Sequence[Column], predicted: Sequence[Predicted], place: 
         alt = f"Labels of {sample.key} that {column.title} predicts"
         pictures.append(drawing(color_labels(label, result.classes), alt=alt, caption=column.title, width=_WIDTH))
         if own.label is not None:
-            errors, share = error_map(own.image, own.label, label)
+            errors, share = error_map(shown(own.image), own.label, label)
             alt = f"Where {column.title} is wrong on {sample.key}"
             caption = f"{column.title}: {100 * share:.0f} % wrong"
             pictures.append(photo(errors, alt=alt, caption=caption, width=_WIDTH))

@@ -25,6 +25,7 @@ from dist_pca.errors import UserError
 from dist_pca.evaluation.confusion import confusion_matrix
 from dist_pca.evaluation.load import load_run
 from dist_pca.evaluation.views import view_logits
+from dist_pca.model.segmenter import backbone_options
 from dist_pca.shards.manifest import Manifest, Shard
 from dist_pca.training.checkpoint import latest_checkpoint, read_step, whole_checkpoints
 from dist_pca.training.run_folder import read_classes
@@ -151,7 +152,13 @@ def measure(
     densities, done = [0.0] * len(candidates), 0
     # Shards that say they have no labels are not asked for any.
     samples = evaluation_stream(
-        replace(target, labelled=False), 0, 1, classes=classes, workers=config.data.workers, cache=config.data.cache
+        replace(target, labelled=False),
+        0,
+        1,
+        classes=classes,
+        bands=backbone_options(config.model).bands,
+        workers=config.data.workers,
+        cache=config.data.cache,
     )
     with closing(samples):
         for images in _chunks((sample.image for sample in samples), number, len(candidates)):
