@@ -19,11 +19,11 @@ class PhotometricConfig(Section):
     contrast: Fraction = 0.2
     """Contrast is multiplied by a factor within this distance of 1."""
     saturation: Fraction = 0.2
-    """Saturation is multiplied by a factor within this distance of 1."""
+    """Saturation of RGB images is multiplied by a factor within this distance of 1."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.2
-    """Hue is rotated by at most this share of the colour circle."""
+    """Hue of RGB images is rotated by at most this share of the colour circle."""
     grey_probability: Fraction = 0.0
-    """Probability of conversion to greyscale. VFM-UDA uses 0.1."""
+    """Probability of conversion of RGB images to greyscale. VFM-UDA uses 0.1."""
     blur_probability: Fraction = 0.0
     """Probability of Gaussian blur. DACS and DAFormer use 0.5."""
     blur_sigma: tuple[Weight, Weight] = (0.15, 1.15)

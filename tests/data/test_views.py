@@ -119,3 +119,19 @@ def test_whole_blocks_are_hidden_at_the_stated_ratio() -> None:
 def test_hidden_blocks_do_not_depend_on_the_batch() -> None:
     together = block_mask(images(3), [4, 5, 6], seed=1, block=4, ratio=0.5)
     assert torch.equal(together[1:2], block_mask(images(1), [5], seed=1, block=4, ratio=0.5))
+
+
+def test_each_of_several_bands_is_changed_as_a_grey_image_of_its_own() -> None:
+    several = images(2)[:, [0, 1, 2, 0]]
+    several[:, 3] //= 2
+    whole = photometric_view(several, [0, 1], STRONG, seed=0, domain="source")
+    alone = [photometric_view(several[:, k : k + 1], [0, 1], STRONG, seed=0, domain="source") for k in range(4)]
+    assert torch.equal(whole, torch.cat(alone, dim=1))
+    assert not torch.equal(whole, several / 255)
+
+
+def test_bands_that_are_no_colours_keep_saturation_hue_and_colour() -> None:
+    several = images(1)[:, [0, 1, 2, 0]]
+    colours = {"probability": 1.0, "grey_probability": 1.0, "brightness": 0.0, "contrast": 0.0}
+    view = photometric_view(several, [0], PhotometricConfig.model_validate(colours), seed=0, domain="source")
+    assert torch.allclose(view, several / 255)

@@ -32,13 +32,14 @@ def test_an_export_says_at_which_size_images_are_shown(tmp_path: Path, size: tup
 
 
 @needs_onnx
-def test_a_graph_of_one_size_gives_the_networks_logits_at_the_images_resolution(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bands", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_graph_of_one_size_gives_the_networks_logits_at_the_images_resolution(tmp_path: Path, bands: int) -> None:
     import onnxruntime
 
-    model = segmenter()
+    model = segmenter(bands=bands)
     assert write_onnx(model, tmp_path / "model.onnx", (48, 64)) < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    images = torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8)
+    images = torch.randint(0, 256, (3, bands, 48, 64), dtype=torch.uint8)
     (logits,) = session.run(None, {"images": images.numpy()})
     with torch.no_grad():
         small = model(images).logits

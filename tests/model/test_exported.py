@@ -25,6 +25,7 @@ NETWORKS: list[dict[str, Any]] = [
         "association_stride": 16,
         "projection_channels": 12,
     },
+    {"backbone": "test_resnet", "head": "pyramid", "head_channels": 8, "bands": 5},
 ]
 
 
@@ -39,7 +40,7 @@ def export(folder: Path, keys: dict[str, Any] = NETWORKS[0]) -> torch.nn.Module:
 def test_what_is_read_is_what_was_written(tmp_path: Path, keys: dict[str, Any]) -> None:
     model = export(tmp_path, keys)
     found = load_exported(tmp_path)
-    images = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, keys.get("bands", 3), 48, 64), dtype=torch.uint8)
     with torch.no_grad():
         read, written = found.model(images), model(images)
     assert torch.equal(read.logits, written.logits)

@@ -242,6 +242,38 @@ def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
         load_weights(build_backbone("test_resnet", None).body, "test_resnet", str(tmp_path / "weights.pth"))
 
 
+def rgb_weights(folder: Path) -> str:
+    torch.save(classifier("test_resnet").state_dict(), folder / "rgb.pth")
+    return str(folder / "rgb.pth")
+
+
+def test_weights_for_rgb_see_repeated_bands_as_they_see_rgb(tmp_path: Path) -> None:
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    keys = {"backbone": "test_resnet", "weights": rgb_weights(tmp_path), "association_features": "backbone"}
+    rgb, twice = (build_segmenter(ModelConfig.model_validate(keys | {"bands": bands}), 3).eval() for bands in (3, 6))
+    torch.testing.assert_close(twice(images.repeat(1, 2, 1, 1)).features, rgb(images).features)
+
+
+def test_one_band_has_the_sum_of_the_weights_for_rgb(tmp_path: Path) -> None:
+    body = build_backbone("test_resnet", None, bands=1).body
+    load_weights(body, "test_resnet", rgb_weights(tmp_path), bands=1)
+    expected = classifier("test_resnet").get_parameter("conv1.0.weight").sum(dim=1, keepdim=True)
+    torch.testing.assert_close(body.get_parameter("conv1.0.weight"), expected)
+
+
+def test_weights_for_other_bands_that_are_not_rgb_are_refused_with_both(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet", in_chans=5).state_dict(), tmp_path / "five.pth")
+    for bands in (3, 4):
+        message = rf"five\.pth is for images of 5 bands, and this run's images have {bands}; give weights for as many"
+        with pytest.raises(UserError, match=message):
+            load_weights(
+                build_backbone("test_resnet", None, bands=bands).body,
+                "test_resnet",
+                str(tmp_path / "five.pth"),
+                bands=bands,
+            )
+
+
 class Payload:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return Path.touch, (Path("touched"),)  # type: ignore[return-value]

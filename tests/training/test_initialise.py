@@ -99,6 +99,17 @@ def test_what_does_not_fit_starts_anew_and_is_named(
     assert caplog.messages[0].endswith(f"; new from the start: {reason}")
 
 
+def test_a_segmenter_of_rgb_starts_one_of_more_bands_which_keeps_its_own_normalisation(tmp_path: Path) -> None:
+    network = segmenter()
+    model, before = initialised(write_run(tmp_path, network), bands=4)
+    assert_from(model, network, "head.", "backbone.body.layer")
+    assert torch.equal(model.mean, before["mean"])
+    assert model.mean.shape == (4, 1, 1)
+    (first,) = (name for name, value in network.named_parameters() if value.shape[1:2] == (3,))
+    expected = network.get_parameter(first)[:, [0, 1, 2, 0]] * 3 / 4
+    torch.testing.assert_close(model.get_parameter(first), expected)
+
+
 def test_another_backbone_or_no_segmenter_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path, segmenter())
     with pytest.raises(

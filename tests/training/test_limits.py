@@ -1,5 +1,7 @@
 """A machine without room for a run is found out before anything is allocated."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,23 @@ def test_the_bytes_are_those_of_the_loaders_buffers(shards: Manifest) -> None:
     assert shared_memory_bytes(run, [shards], [shards], None, 4) == sum(part.nbytes for part in tensors) // 4
     alone = SharedMemoryBuffer(0, 8, (16, 16), labelled=True)
     assert not alone.images.is_shared()
+
+
+def test_more_bands_need_more_room(shards: Manifest) -> None:
+    five = replace(shards, bands=5)
+    buffer = SharedMemoryBuffer(2, 8, (16, 16), labelled=True, bands=5)
+    assert buffer.labels is not None
+    wanted = 2 * (buffer.images.nbytes + buffer.labels.nbytes)
+    assert shared_memory_bytes(config(shards), [five], [five], None, 1) == wanted
+    in_validation = (shared_memory_bytes(config(shards), [five], [five], other, 1) - wanted for other in (five, shards))
+    assert next(in_validation) * 4 == next(in_validation) * 6
+    rgb, many = (config(shards, crop=(40_000, 40_000), bands=bands) for bands in (3, 600))
+    refused = []
+    for run in (rgb, many):
+        with pytest.raises(UserError, match=r"crops of 40000 x 40000 pixels on each rank take") as error:
+            check_room(run, 0, 3, world_size=1, local_ranks=1)
+        refused.append(float(re.findall(r"take ([\d,]+)\.", str(error.value))[0].replace(",", "")))
+    assert refused[1] > 150 * refused[0]
 
 
 def test_too_little_shared_memory_is_refused_with_both_sizes(

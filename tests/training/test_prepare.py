@@ -64,6 +64,41 @@ def test_sizes_at_which_validation_would_fail_are_refused_before_training(
         prepare_run(config, world_size=1, resume=None)
 
 
+def with_bands(streets: Path, folder: Path, bands: int) -> Path:
+    """A copy of the shards that says it has other bands."""
+    shutil.copytree(streets / "day", folder)
+    save_manifest(replace(load_manifest(folder), bands=bands))
+    return folder
+
+
+def test_the_network_takes_the_bands_of_the_shards_and_the_run_resumes_as_the_same(
+    streets: Path, tmp_path: Path
+) -> None:
+    folder = with_bands(streets, tmp_path / "four", 4)
+    shards = [f"data.{part}={folder}" for part in ("source", "target", "validation")]
+    config = fixed_size_run(streets, tmp_path, "model.backbone=test_resnet", "evaluation.input_size=null", *shards)
+    plan = prepare_run(config, world_size=1, resume=None)
+    assert (plan.config.model.bands, plan.model.backbone.options.bands) == (4, 4)
+    create_run(plan.config, RunData(plan.classes, plan.sources, plan.targets), world_size=1, start_step=0)
+    check_resume(config, None)
+    assert prepare_run(config, world_size=1, resume=None).config == plan.config
+    with pytest.raises(UserError, match=r"^model\.bands: 3, and the images of .*/four have 4 bands; leave the key out"):
+        prepare_run(fixed_size_run(streets, tmp_path / "other", "model.bands=3", *shards), world_size=1, resume=None)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("target", r"^shards .*/five: images of 5 bands, and those of .*/day have 3; build both with the same `bands`"),
+        ("validation", r"^data\.validation: images of .*/five have 5 bands, and those of the source 3; build both "),
+    ],
+)
+def test_shards_of_unlike_bands_are_refused_with_both(streets: Path, tmp_path: Path, key: str, message: str) -> None:
+    folder = with_bands(streets, tmp_path / "five", 5)
+    with pytest.raises(UserError, match=message):
+        prepare_run(fixed_size_run(streets, tmp_path, f"data.{key}={folder}"), world_size=1, resume=None)
+
+
 def unlabelled(shard: Shard) -> Shard:
     return replace(shard, pixel_counts=[])
 
