@@ -148,6 +148,33 @@ def test_images_are_normalised_as_the_backbones_weights_expect() -> None:
     torch.testing.assert_close(received[0].mean((0, 2, 3)), torch.tensor(expected))
 
 
+@pytest.mark.parametrize(
+    ("bands", "mean", "std"),
+    [
+        (1, [(0.485 + 0.456 + 0.406) / 3], [(0.229 + 0.224 + 0.225) / 3]),
+        (5, [0.485, 0.456, 0.406, 0.485, 0.456], [0.229, 0.224, 0.225, 0.229, 0.224]),
+    ],
+)
+def test_other_bands_are_normalised_as_rgb_in_turn_and_one_as_its_mean(
+    bands: int, mean: list[float], std: list[float]
+) -> None:
+    segmenter = build("resnet18", bands=bands)
+    torch.testing.assert_close(segmenter.mean.flatten(), torch.tensor(mean))
+    torch.testing.assert_close(segmenter.std.flatten(), torch.tensor(std))
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext", "test_vit", "swin_tiny_patch4_window7_224"])
+def test_every_family_takes_other_bands(backbone: str) -> None:
+    segmenter = build(backbone, bands=4)
+    images = noise(64, 96)[:, [0, 1, 2, 0]]
+    images[:, 3] //= 2
+    changed = images.clone()
+    changed[:, 3] = 0
+    with torch.no_grad():
+        first, second = segmenter.eval()(images).logits, segmenter(changed).logits
+    assert not torch.equal(first, second)
+
+
 def test_head_features_are_what_the_pyramids_classifier_reads() -> None:
     segmenter = build("test_resnet", association_features="head").eval()
     output = segmenter(noise(64, 64))

@@ -127,6 +127,19 @@ def test_a_view_of_each_kind_and_the_cycles_are_drawn_without_a_random_number() 
     assert white > 0.1
 
 
+def test_of_several_bands_the_first_three_are_drawn() -> None:
+    many = torch.randint(0, 256, (2, 5, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def drawn(bands: torch.Tensor) -> dict[str, Any]:
+        views = {name: DrawnView(bands, random_domain(2, 0, teacher=True)) for name in ("source", "target")}
+        step = run_config().objective.association.start_step + 1
+        return training_pictures(run_config(), CLASSES, views, step=step, ranks=1, share=None)
+
+    whole, first = drawn(many), drawn(many[:, :3])
+    assert whole.keys() == first.keys()
+    assert all((whole[name] == first[name]).all() for name in whole)
+
+
 def lines(run: Path) -> list[dict[str, object]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMING} for line in found]

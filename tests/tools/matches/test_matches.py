@@ -117,6 +117,13 @@ def test_other_classes_are_refused(folder: Path, tmp_path: Path) -> None:
     )
 
 
+def test_shards_of_other_bands_are_refused_with_both(folder: Path, tmp_path: Path) -> None:
+    write_run(tmp_path, segmenter(bands=4), model={"bands": 4})
+    for name in ("source", "target"):
+        (tmp_path / name).symlink_to(folder / name)
+    assert "images of 3 bands, and the network takes 4; name shards of 4" in refusal(tmp_path)
+
+
 def test_runs_without_the_checkpoint_are_refused(folder: Path, tmp_path: Path) -> None:
     assert "has no checkpoint yet" in refusal(write_run(tmp_path).parent, "--target", str(folder / "target"))
     assert "checkpoint 7: not in" in refusal(folder, "--checkpoint", "7")

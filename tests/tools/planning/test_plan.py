@@ -43,6 +43,12 @@ def plan(
     return predict(run, network(*network_with), cluster, Assumptions(), images=(1, 1), stage=stage, steps=100)
 
 
+def test_more_bands_take_more_work_in_the_first_convolution() -> None:
+    rgb, many = network(), network("model.bands=12")
+    assert many.convolution_flops > rgb.convolution_flops
+    assert many.product_flops == rgb.product_flops
+
+
 def test_live_bytes_are_those_of_storages_that_are_still_there() -> None:
     with LiveBytes() as live:
         live.begin("made")

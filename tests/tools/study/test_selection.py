@@ -16,6 +16,7 @@ from dist_pca.errors import UserError
 from dist_pca.evaluation.evaluate import evaluate
 from dist_pca.evaluation.load import load_run
 from dist_pca.model.segmenter import Segmenter
+from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import Manifest, load_manifest
 from dist_pca.tools.study import selection
 from dist_pca.tools.study.selection import (
@@ -32,6 +33,7 @@ from dist_pca.tools.study.selection import (
     spread,
 )
 from tests.support.networks import segmenter, write_run
+from tests.support.raw_data import make_band_folder
 from tests.support.shards import CLASSES, make_shards
 
 
@@ -114,6 +116,18 @@ def test_probabilities_are_those_that_evaluation_labels_by(folder: Path) -> None
         probabilities = class_probabilities(model, image, config, "cpu")
         assert probabilities.shape == (3, 6, 10)
         assert torch.allclose(probabilities.sum(dim=0), torch.ones(6, 10))
+
+
+def test_runs_of_other_bands_are_compared_on_shards_of_as_many_alone(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tifffile", reason="tifffile is in the extra `bands`")
+    for name in ("one", "two"):
+        write_run(tmp_path / name, segmenter(bands=4), model={"bands": 4})
+    make_band_folder(tmp_path / "raw", 4, samples=2)
+    four = build_shards(tmp_path / "raw/recipe.yaml", tmp_path / "raw", tmp_path / "four", workers=1)
+    candidates = find_candidates(runs(tmp_path, "one", "two"), all_checkpoints=False)
+    assert int(measure(candidates, four, device="cpu").ensemble.sum()) > 0
+    with pytest.raises(UserError, match="images of 3 bands, and the network takes 4"):
+        measure(candidates, manifest_of(folder, "target"), device="cpu")
 
 
 def test_labels_of_the_target_never_choose(folder: Path, tmp_path: Path) -> None:
