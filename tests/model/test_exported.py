@@ -52,7 +52,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, keys: dict[str, Any]) 
 def test_a_folder_of_the_first_version_is_read_as_the_network_of_stride_eight_that_it_is(tmp_path: Path) -> None:
     model = export(tmp_path, NETWORKS[0] | {"head_stride": 8})
     description = json.loads((tmp_path / "config.json").read_text()) | {"version": 1}
-    for key in ("head_stride", "association_stride", "projection_channels"):
+    for key in ("head_stride", "association_stride", "projection_channels", "image_size", "bands"):
         del description["network"][key]
     (tmp_path / "config.json").write_text(json.dumps(description))
     images = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)

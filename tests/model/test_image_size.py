@@ -34,6 +34,7 @@ def test_the_size_is_that_to_which_images_are_resized_for_the_network() -> None:
     assert fitted.image_size == (96, 192)
     logits = build_network(fitted, 3).eval()(torch.zeros(1, 3, 100, 200)).logits
     assert logits.shape[-2:] == (24, 48)
+    assert fit_image_size(BackboneOptions("test_maxvit", bands=4), (100, 200)).image_size == (96, 192)
 
 
 @pytest.mark.parametrize(
