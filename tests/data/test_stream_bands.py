@@ -64,7 +64,7 @@ def test_folders_of_unlike_bands_are_refused_with_both(tmp_path: Path) -> None:
     rgb, other = make_shards(tmp_path / "rgb", [4]), replace(make_shards(tmp_path / "other", [4]), bands=4)
     message = r"^shards .*other: images of 4 bands, and those of .*rgb have 3; build both with the same `bands`"
     with pytest.raises(UserError, match=message):
-        stream(data_config(), [rgb], "source", global_batch=4, targets=[other], **ONE_RANK)  # type: ignore[arg-type]
+        stream(data_config(), [rgb], "source", global_batch=4, targets=[other], **ONE_RANK)
 
 
 def test_shards_of_other_bands_than_the_networks_are_not_evaluated(tmp_path: Path) -> None:
