@@ -40,7 +40,7 @@ def load_weights(body: nn.Module, backbone: str, weights: str, image_size: Size 
     """Load pretrained weights into a timm network, whole or feature maps only, and log what was used of a file.
 
     Tensors under names of other code are renamed, and position embeddings and patches of another size resampled, as
-    timm does it for the family. So are weights for RGB adapted to other bands.
+    timm does it for the family. Weights for RGB are adapted to other bands in the same way.
 
     Args:
         body: The network.
