@@ -7,7 +7,9 @@ Descriptions of progress bars are the exception: rich reads markup in them, so t
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import IO
 
 from rich.console import Console
@@ -39,6 +41,13 @@ def plain_console(
     return Console(
         stderr=stderr, soft_wrap=soft_wrap, quiet=quiet, file=file, markup=False, emoji=False, highlight=False
     )
+
+
+def paths_in_common(paths: Sequence[str]) -> list[str]:
+    """Shorten paths to what tells them apart: each as it is inside the folder that holds them all."""
+    absolute = [Path(path).absolute() for path in paths]
+    parent = os.path.commonpath([path.parent for path in absolute])
+    return [os.path.relpath(path, parent) for path in absolute]
 
 
 def print_warning(message: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.table import Table
 
 import dist_pca
-from dist_pca.console import QUIET, duration, plain_console, print_error, print_warning
+from dist_pca.console import QUIET, duration, paths_in_common, plain_console, print_error, print_warning
 from dist_pca.train import LineHandler
 
 NAMES = ["marking [/dashed]", "data/val[a]", "[red]", "[link=x]y[/link]", "\\[bold]", ":car:", "[", "{0}"]
@@ -88,3 +88,16 @@ def test_shells_can_complete_commands() -> None:
         [sys.executable, "-m", "dist_pca.cli"], capture_output=True, text=True, env=environment, check=True
     )
     assert done.stdout.split() == ["shards"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "shown"),
+    [
+        (["runs/a"], ["a"]),
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["runs/a", "other/runs/a"], ["runs/a", "other/runs/a"]),
+        (["/tmp/x/a", "/tmp/y/a", "/tmp/y/a"], ["x/a", "y/a", "y/a"]),
+    ],
+)
+def test_paths_are_shortened_to_what_tells_them_apart(paths: list[str], shown: list[str]) -> None:
+    assert paths_in_common(paths) == shown

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import time
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from rich.text import Text
 from dist_pca.config import load_config
 from dist_pca.config.aliases import rename_metrics
 from dist_pca.config.training import TrainingConfig
-from dist_pca.console import duration
+from dist_pca.console import duration, paths_in_common
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
 from dist_pca.training.run_folder import Launch, is_alive, read_launch_log
@@ -149,12 +148,11 @@ def to_json(statuses: list[Status]) -> str:
 
 def table(statuses: list[Status]) -> Table:
     """One row for each run, named by its folder inside the folder that all share."""
-    parent = os.path.commonpath([Path(status.run).absolute().parent for status in statuses])
     shown = Table(Column("run", overflow="fold"), "state", "step", "left", *SHOWN.values(), "restarts")
-    for status in statuses:
+    for status, run in zip(statuses, paths_in_common([status.run for status in statuses]), strict=True):
         numbers = (status.metrics.get(name) for name in SHOWN)
         shown.add_row(
-            os.path.relpath(Path(status.run).absolute(), parent),
+            run,
             Text(status.state, _STYLES.get(status.state, "")),
             f"{status.step:,}/{status.steps:,}",
             "" if status.seconds_left is None else duration(status.seconds_left),

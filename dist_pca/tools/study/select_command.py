@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dist_pca.console import plain_console
+from dist_pca.console import paths_in_common, plain_console
 
 if TYPE_CHECKING:
     from dist_pca.shards.manifest import Manifest
@@ -159,7 +159,7 @@ def _print_table(rows: Sequence[dict[str, Any]], score: str, chosen: int, title:
 
     shown = [
         {
-            "candidate": f"{'> ' if place == chosen else '  '}{row['run']} step {row['step']}",
+            "candidate": f"{'> ' if place == chosen else '  '}{run} step {row['step']}",
             score: percent(row[score]) if score == "agreement" else f"{row[score]:.3f}",
             "classes": str(row["classes"]),
             "entropy": f"{row['entropy']:.2f}",
@@ -167,6 +167,6 @@ def _print_table(rows: Sequence[dict[str, Any]], score: str, chosen: int, title:
             "true mIoU": percent(row["true_mean_iou"]),
             "out": "; ".join(row["out"]),
         }
-        for place, row in enumerate(rows)
+        for place, (row, run) in enumerate(zip(rows, paths_in_common([row["run"] for row in rows]), strict=True))
     ]
     plain_console().print(rich_table(title, shown))
