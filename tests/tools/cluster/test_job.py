@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from dist_pca.config import load_config
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status, write_exit_status
 from dist_pca.resources import resource
-from dist_pca.tools.cluster.job import FRUITLESS_STARTS, GAVE_UP, judge, launcher
+from dist_pca.tools.cluster.job import FRUITLESS_STARTS, GAVE_UP, app, judge, launcher
 from dist_pca.training.run_folder import Launch
 from tests.tools.cluster.test_status import STEPS, make_run
 
@@ -87,18 +88,17 @@ def test_the_launcher_is_that_of_the_runs_stage(override: str, gpus: int, name: 
     assert launcher(load_config(resource("configs", "demo"), [override]), gpus).stem == name
 
 
-def test_begin_forgets_the_last_end_and_end_gives_the_code(tmp_path: Path) -> None:
+def test_begin_forgets_the_last_end_and_end_gives_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, saved=30, starts=(start(0, 0),))
     write_exit_status(run, ExitCode.DIVERGED, "of the last start")
-    command = [sys.executable, "-m", "dist_pca.tools.cluster.job"]
     begin = ("begin", "--gpus", "8", "demo", "name=run", f"output={tmp_path}", "--resume")
-    said = subprocess.run([*command, *begin], capture_output=True, text=True, check=True).stdout.splitlines()
+    said = CliRunner().invoke(app, begin).stdout.splitlines()
     assert said == [str(run), str(resource("launch", "accelerate/multi_node"))]
     assert read_exit_status(run) is None
     (run / "exit.json").write_text(json.dumps({"code": 75, "message": "saved"}))
-    environment = {"SLURM_JOB_ID": "7", "PATH": ""}
-    ended = subprocess.run([*command, "end", str(run)], env=environment, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (75, "saved\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    ended = CliRunner().invoke(app, ["end", str(run)])
+    assert (ended.exit_code, ended.stdout) == (75, "saved\n")
 
 
 def test_a_wrong_key_ends_begin_with_one_line(tmp_path: Path) -> None:
