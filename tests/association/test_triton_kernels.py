@@ -64,7 +64,7 @@ widths = st.sampled_from([11, 19, 40, 1, 16, 32, 64, 65])
 
 
 @on_device
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     n=sizes, m=sizes, channels=widths, dtype=st.sampled_from(TYPES), logsumexp=st.booleans(), seed=st.integers(0, 99)
 )
@@ -80,7 +80,7 @@ def test_match_is_the_plain_formula(
 
 
 @on_device
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     n=sizes,
     m=sizes,

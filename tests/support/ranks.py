@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-
 PRELOADED = ["hypothesis", "pytest", "torch.distributed", "dist_pca.data.stream", "dist_pca.model.segmenter"]
 """Modules that the server of processes imports once, in place of every rank: seconds each time."""
 

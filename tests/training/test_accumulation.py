@@ -3,6 +3,7 @@
 import json
 import re
 import weakref
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,19 +30,23 @@ def apart(one: Trained, other: Trained) -> float:
     return float((distance / moved).detach())
 
 
+@cache
+def whole_batch(*settings: str) -> Trained:
+    """Two updates of one process that passes whole batches."""
+    return plain(run_config(2, "sgd", *settings), 2)
+
+
 @pytest.mark.parametrize("scope", ["pair", "world"])
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_one_loss_over_micro_batches_is_that_of_the_bigger_batch(scope: str, accumulation: int) -> None:
     settings = (*COMMON, f"objective.association.scope={scope}")
-    whole = plain(run_config(2, "sgd", *settings), 2)
     pooled = run_config(2, "sgd", *settings, f"training.accumulation={accumulation}", "training.grad_cache=true")
-    assert apart(plain(pooled, 2), whole) < 1e-4
+    assert apart(plain(pooled, 2), whole_batch(*settings)) < 1e-4
 
 
 def test_separate_losses_are_not_the_bigger_batchs_where_labels_and_cycles_are_shared_out_unevenly() -> None:
-    whole = plain(run_config(2, "sgd", *COMMON), 2)
     separate = plain(run_config(2, "sgd", *COMMON, "training.accumulation=4"), 2)
-    assert apart(separate, whole) > 1e-2
+    assert apart(separate, whole_batch(*COMMON)) > 1e-2
 
 
 def test_running_statistics_follow_each_micro_batch_once() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_pca.classes import ClassInfo
-from dist_pca.config import load_config, save_config
+from dist_pca.config import RunConfig, load_config, save_config
 from dist_pca.errors import UserError
 from dist_pca.files import FORMAT, drop_lines_after, write_record
 from dist_pca.resilience.exit_status import read_exit_status, write_exit_status
@@ -34,9 +35,18 @@ JSON_FILES = ("classes.json", "data.json", "exit.json", "checkpoints/step-000000
 FILES = (*JSON_FILES, "config.yaml", "starts.jsonl", "checkpoints/latest")
 
 
+@cache
+def plain_config() -> RunConfig:
+    return load_config(resource("configs", "demo"), ["name=run"])
+
+
+def run_config(folder: Path) -> RunConfig:
+    return plain_config().model_copy(update={"output": str(folder)})
+
+
 def write_run(folder: Path) -> Path:
     """The files of a run of four steps that a start reads before it trains."""
-    config = load_config(resource("configs", "demo"), [f"output={folder}", "name=run"])
+    config = run_config(folder)
     run = config.folder
     checkpoint = run / "checkpoints" / "step-00000004"
     checkpoint.mkdir(parents=True)
@@ -54,7 +64,7 @@ def write_run(folder: Path) -> Path:
 
 def start(run: Path) -> list[str]:
     """Read a run folder in every way in which a start, `status` and `evaluate` do; returns what was refused."""
-    config = load_config(resource("configs", "demo"), [f"output={run.parent}", "name=run"])
+    config = run_config(run.parent)
     checkpoint = run / "checkpoints" / "step-00000004"
     readers: tuple[Callable[[], object], ...] = (
         lambda: check_resume(config, True, RunData(CLASSES, (), ())),
