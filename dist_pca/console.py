@@ -44,7 +44,7 @@ def plain_console(
 
 
 def paths_in_common(paths: Sequence[str]) -> list[str]:
-    """Shorten paths to what tells them apart: each as it is inside the folder that holds them all."""
+    """Shorten paths to where they differ: each as it is inside the folder that holds them all."""
     absolute = [Path(path).absolute() for path in paths]
     parent = os.path.commonpath([path.parent for path in absolute])
     return [os.path.relpath(path, parent) for path in absolute]

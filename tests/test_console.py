@@ -99,5 +99,5 @@ def test_shells_can_complete_commands() -> None:
         (["/tmp/x/a", "/tmp/y/a", "/tmp/y/a"], ["x/a", "y/a", "y/a"]),
     ],
 )
-def test_paths_are_shortened_to_what_tells_them_apart(paths: list[str], shown: list[str]) -> None:
+def test_paths_are_shortened_to_where_they_differ(paths: list[str], shown: list[str]) -> None:
     assert paths_in_common(paths) == shown
