@@ -171,9 +171,9 @@ def sixteen_bit_channels(path: Path, image: Image.Image) -> npt.NDArray[np.uint1
     """
     # Decoding the file again as if it had the other byte order gives the low bytes.
     again = open_header(path, max_pixels=image.width * image.height)
-    again.tile = [(*tile[:3], _other_byte_order(tile[3])) for tile in again.tile]  # type: ignore[misc]
+    again.tile = [tile._replace(args=_other_byte_order(tile.args)) for tile in again.tile]
     unknown = UserError(f"{path}: the low bytes of several channels cannot be read from it; convert it to RGB as PNG")
-    if again.tile[0][0] not in ("zip", "raw", "libtiff"):
+    if again.tile[0].codec_name not in ("zip", "raw", "libtiff"):
         raise unknown
     try:
         low = np.asarray(decode_pixels(again))

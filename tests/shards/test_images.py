@@ -195,6 +195,7 @@ DEEP: dict[str, tuple[str, bytes, npt.NDArray[Any], tuple[float, float]]] = {
         ("12 bits in an RGB PNG", "png", png16(NOISE >> 4), NOISE >> 4, (0, 4095)),
         ("12 bits in a grey TIFF", "tif", tiff(NOISE[..., :1] >> 4), NOISE[..., :1] >> 4, (0, 4095)),
         ("14 bits in an RGB TIFF", "tif", tiff(NOISE >> 2), NOISE >> 2, (0, 16383)),
+        ("14 bits in a compressed RGB TIFF", "tif", tiff(NOISE >> 2, deflated=True), NOISE >> 2, (0, 16383)),
         ("floats", "tif", tiff((NOISE[..., :1] / 65535).astype("f4"), 3), NOISE[..., :1] / 65535, (0, 1)),
         ("int16", "tif", tiff((NOISE[..., :1] // 2 - 99).astype("i2"), 2), NOISE[..., :1] // 2 - 99.0, (-99, 32700)),
         ("int32", "tif", tiff(NOISE[..., :1].astype("i4") * 9, 2), NOISE[..., :1] * 9.0, (0, 600_000)),

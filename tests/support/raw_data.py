@@ -63,17 +63,24 @@ def png16(values: Ids) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def tiff(values: npt.NDArray[Any], kind: int = 1) -> bytes:
-    """An uncompressed TIFF of height x width x bands of any type, which Pillow cannot write for several deep bands.
+def tiff(values: npt.NDArray[Any], kind: int = 1, *, deflated: bool = False) -> bytes:
+    """A TIFF of height x width x bands of any type, which Pillow cannot write for several deep bands.
 
     `kind` is the sample format: 1 without a sign, 2 with one, 3 a float.
     """
     height, width, bands = values.shape
     data = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    if deflated:
+        data = zlib.compress(data)
     bits = struct.pack(f"<{bands}H", *[8 * values.dtype.itemsize] * bands)
     formats = struct.pack(f"<{bands}H", *[kind] * bands)
     entries = [
-        *((256, 4, 1, width), (257, 4, 1, height), (259, 3, 1, 1), (262, 3, 1, 2 if bands == 3 else 1)),
+        *(
+            (256, 4, 1, width),
+            (257, 4, 1, height),
+            (259, 3, 1, 8 if deflated else 1),
+            (262, 3, 1, 2 if bands == 3 else 1),
+        ),
         *((277, 3, 1, bands), (278, 4, 1, height), (279, 4, 1, len(data)), (284, 3, 1, 1)),
     ]
     end = 8 + 2 + 12 * (len(entries) + 3) + 4
