@@ -182,10 +182,14 @@ def test_a_log_file_ends_with_where_the_time_went(tmp_path: Path, capfd: pytest.
         time.sleep(0.2)
         phases.enter("log")
         steps(run, [[1.0]] * 3, first=1)
+        phases.enter("checkpoint")
+        time.sleep(0.2)
     said = capfd.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in said[:2]] == ["step 2/3", "step 3/3"]
     assert re.fullmatch(
-        r"steps 1 to 3 in 0\.0 min, \S+ s each, \S+ images/s: association \d+%, of it communication \d+%.*", said[2]
+        r"steps 1 to 3 in 0\.0 min, \S+ s each, \S+ images/s: "
+        r"association \d+%, of it communication \d+%.*checkpoint \d+%.*",
+        said[2],
     )
     assert " 0%" not in said[2]
     assert len(said) == 3
