@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_pca.cli import main
+from dist_pca.console import QUIET
 from dist_pca.resources import resource
 from dist_pca.shards.recipe import load_recipe
 from tests.support.foreign_shards import sample, write
@@ -182,8 +183,9 @@ def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(run, raw:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); main()"
     )
     command = [sys.executable, "-c", code, "shards", *map(str, _build(raw, out))]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # A slow build prints its progress, if it is not to be quiet.
+    own = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", QUIET: "1"}
+    ended = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert "build stopped: [Errno 27]" in line
