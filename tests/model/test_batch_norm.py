@@ -168,6 +168,18 @@ def test_averaging_keeps_every_bit_of_what_three_ranks_have_in_common(tmp_path: 
         assert torch.equal(values, before)
 
 
+def variance_of_one_pixel(rank: int, world_size: int) -> torch.Tensor:
+    layer = nn.Sequential(nn.BatchNorm2d(2, momentum=0.25))
+    synchronise(layer)
+    layer(torch.full((1 - rank, 2, 1, 1), 3.0))
+    return layer.get_buffer("0.running_var")
+
+
+def test_one_pixel_on_all_ranks_has_no_variance_and_leaves_the_running_one_finite(tmp_path: Path) -> None:
+    for found in run_on_ranks(variance_of_one_pixel, 2, tmp_path):
+        assert found.tolist() == [0.75, 0.75]
+
+
 def test_averaging_in_a_single_process_changes_nothing() -> None:
     net = network()
     step(net, *batch())
