@@ -72,6 +72,11 @@ def test_time_is_up_on_all_ranks_together(tmp_path: Path, slurm: bool) -> None:
     assert found == [("out of time", ExitCode.SAVED)] * 2
 
 
+def test_a_process_that_listens_for_signals_can_end() -> None:
+    code = "from dist_pca.resilience.preemption import StopRequest; StopRequest()"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
 def test_a_second_signal_ends_a_process_that_waits_in_native_code() -> None:
     # A sleep stands for a collective that does not end: Python's own handlers would not run meanwhile.
     code = (
