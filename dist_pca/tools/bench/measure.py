@@ -91,15 +91,17 @@ def measure(rank: int, case: Case, store: Path, reference: Path | None) -> Readi
 def unavoidable_products(case: Case, source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> float:
     """Products of n x C and C x n that value and both gradients take at least, in memory linear in n.
 
-    One gives all similarities, and so the matches in both directions. A source pixel whose cycle is kept takes part
-    in the products of its row's softmax for both gradients. A target with a kept cycle takes part in two of its own
-    softmax, too, and in one for its similarities, which are there no more: which targets these are is known only
-    after all similarities have been seen.
+    One gives all similarities. A source pixel whose cycle is kept takes part in the products of its row's softmax for
+    both gradients. A target with a kept cycle takes part in two of its own softmax, too, and in one for its
+    similarities, which are there no more: its weight is known only after all source pixels are matched. Whether a
+    source pixel's cycle is kept is known only once its target is matched back, either in a product of its own before
+    the source pixel's similarities go, or after all of them have been seen, and then they are computed again.
     """
     matches = find_matches(source, target, similarity=case.similarity)
     kept = labels == labels[matches.ends]
-    targets = torch.unique(matches.targets[kept])
-    return 1 + 2 * float(kept.float().mean()) + 3 * len(targets) / case.n
+    matched, targets = (len(torch.unique(chosen)) / case.n for chosen in (matches.targets, matches.targets[kept]))
+    kept_share = float(kept.float().mean())
+    return 1 + min(matched, kept_share) + 2 * kept_share + 3 * targets
 
 
 def compute_reference(rank: int, case: Case, file: Path) -> ReferenceValues:

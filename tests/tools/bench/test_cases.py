@@ -73,10 +73,19 @@ def test_given_shares_of_kept_cycles_and_matched_targets_come_out(kept: float, c
     found = cycle_association(source, target, labels, num_classes=case.classes)
     assert float(found.consistent_ratio) == pytest.approx(kept, abs=0.03)
     assert float(found.cover_ratio) == pytest.approx(cover, abs=0.03)
-    targets = float(found.cover_ratio)
-    assert unavoidable_products(case, source, target, labels) == pytest.approx(
-        1 + 2 * float(found.consistent_ratio) + 3 * targets, abs=0.01
-    )
+    targets, kept = float(found.cover_ratio), float(found.consistent_ratio)
+    # Here every matched target has a kept cycle, so that matching back takes fewer products than a second look at rows.
+    assert unavoidable_products(case, source, target, labels) == pytest.approx(1 + 2 * kept + 4 * targets, abs=0.01)
+
+
+def test_where_fewer_cycles_are_kept_than_targets_matched_their_similarities_are_computed_twice() -> None:
+    case = dataclasses.replace(CASE, data="random")
+    source, target, _ = inputs(case, 0)
+    matches, labels = find_matches(source, target), torch.arange(case.n)
+    # With labels that differ, those cycles are kept that end where they began, each through a target of its own.
+    kept = float((matches.ends == labels).float().mean())
+    assert 0 < kept < len(torch.unique(matches.targets)) / case.n
+    assert unavoidable_products(case, source, target, labels) == pytest.approx(1 + 6 * kept)
 
 
 def test_a_target_without_a_kept_cycle_takes_no_product_of_its_own() -> None:
@@ -86,7 +95,7 @@ def test_a_target_without_a_kept_cycle_takes_no_product_of_its_own() -> None:
     # No two pixels of a cycle but the leader itself share a label.
     labels = torch.arange(case.n)
     leaders = float((matches.ends == labels).float().mean())
-    assert unavoidable_products(case, source, target, labels) == pytest.approx(1 + 5 * leaders)
+    assert unavoidable_products(case, source, target, labels) == pytest.approx(1 + 6 * leaders)
 
 
 def test_pixels_for_kl_are_distributions() -> None:
