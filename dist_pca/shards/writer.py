@@ -113,9 +113,11 @@ def _write(job: ShardJob, part: Path, report: Report) -> Written:
         with TarWriter(file, encoder=False, user="root", group="root", mode=0o644, mtime=0) as writer:
             for raw in job.samples:
                 try:
-                    image, train_ids = read_pair(
-                        job.root, raw, job.coding, table, reading=job.reading, max_pixels=job.max_pixels
-                    )
+                    image, train_ids = open_image(job.root / raw.image, job.reading, job.max_pixels), None
+                    if raw.label is not None:
+                        train_ids = read_label_of(
+                            image, job.root, raw, job.coding, table, reading=job.reading, max_pixels=job.max_pixels
+                        )
                     _check_stored_size(job, raw, image)
                 except UserError as error:
                     if job.on_error == "fail":
@@ -150,26 +152,6 @@ def _printable(text: str) -> str:
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
-def read_pair(
-    root: Path,
-    raw: RawSample,
-    coding: Coding,
-    table: Table,
-    *,
-    reading: Reading = AS_RGB,
-    max_pixels: int = MAX_PIXELS,
-) -> tuple[Picture, TrainIds | None]:
-    """Read a sample's image, upright and of 8 bits, and its train ids (height x width) if it has a label.
-
-    Raises:
-        UserError: one of them cannot be read, or they differ in size.
-    """
-    image = open_image(root / raw.image, reading, max_pixels)
-    if raw.label is None:
-        return image, None
-    return image, read_label_of(image, root, raw, coding, table, reading=reading, max_pixels=max_pixels)
-
-
 def read_label_of(
     image: Picture,
     root: Path,
@@ -177,8 +159,8 @@ def read_label_of(
     coding: Coding,
     table: Table,
     *,
-    reading: Reading = AS_RGB,
-    max_pixels: int = MAX_PIXELS,
+    reading: Reading,
+    max_pixels: int,
 ) -> TrainIds:
     """Read the train ids (height x width) of a sample with a label, whose upright image has been read.
 
