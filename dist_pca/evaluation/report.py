@@ -68,8 +68,10 @@ class Scores:
             raise ValueError("scores are not a JSON object")
         known = {field.name: _none_to_nan(values[field.name]) for field in fields(cls) if field.name in values}
         scores = TypeAdapter(cls).validate_python(known)
-        by_class = (scores.iou, scores.precision, scores.recall, scores.f1, scores.boundary_iou)
-        if any(len(part) not in (0, len(scores.classes)) for part in by_class):
+        # Older versions did not write the others.
+        others = (scores.precision, scores.recall, scores.f1, scores.boundary_iou)
+        wanted = len(scores.classes)
+        if len(scores.iou) != wanted or any(len(part) not in (0, wanted) for part in others):
             raise ValueError("scores of other classes than listed")
         return scores
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
@@ -164,6 +164,7 @@ def test_networks_with_other_classes_share_a_table() -> None:
 
 @settings(max_examples=200)
 @given(steps=st.lists(st.integers(0, 20), max_size=3), value=NASTY)
+@example(steps=[1], value=[])
 def test_whatever_was_kept_as_scores_is_read_or_refused_as_a_wrong_value(steps: list[int], value: object) -> None:
     whole = json.loads(replace(score(COUNTS, CLASSES, 7), label_sets={"synthia_16": 0.5}).to_json())
     with suppress(ValueError, KeyError, OverflowError):
