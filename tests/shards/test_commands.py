@@ -40,7 +40,8 @@ def _build(raw: Path, out: Path) -> tuple[object, ...]:
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(run, raw: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     assert run(*_build(raw, tmp_path / "out"), "--dry-run") == 0
-    printed = capsys.readouterr().out
+    # Lines break where the folder's path is long.
+    printed = " ".join(capsys.readouterr().out.split())
     for word in ("3, each of 2 samples", "images/000.png", "labels/004.png", "class 2", "nothing is written"):
         assert word in printed
     assert "images/005.png" not in printed  # only the first ones
@@ -60,7 +61,8 @@ def test_skipped_samples_are_a_table_and_a_warning(run, raw: Path, tmp_path: Pat
 def test_parts_are_built_and_merged(run, raw: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     for task in (1, 0):
         assert run(*_build(raw, tmp_path / "out"), "--task", task, "--tasks", 2) == 0
-        assert f"task {task} of 2" in capsys.readouterr().out
+        # The title breaks where the folder's path is long.
+        assert f"task {task} of 2" in " ".join(capsys.readouterr().out.split())
     assert run("merge", tmp_path / "out") == 0
     assert capsys.readouterr().out == f"{tmp_path}/out: 6 samples in 3 shards\n"
     assert run("merge", tmp_path / "out") == 0
