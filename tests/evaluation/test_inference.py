@@ -93,6 +93,13 @@ def test_without_one_the_shorter_edge_gets_the_middle_of_its_range_and_the_aspec
     assert max(size) == pytest.approx(25 * max(height, width) / min(height, width), abs=0.51)
 
 
+@pytest.mark.parametrize(("image", "resized"), [((100, 1600), (25, 400)), ((40, 4000), (10, 1000))])
+def test_an_image_longer_than_16_to_1_gets_the_area_of_one_that_is_not(
+    image: tuple[int, int], resized: tuple[int, int]
+) -> None:
+    assert proportional_input_size(run((20, 30)), *image) == resized
+
+
 @pytest.mark.parametrize("band", [1, 40, 200, 1000])
 def test_labels_made_in_bands_are_those_of_whole_maps(band: int, monkeypatch: pytest.MonkeyPatch) -> None:
     class Random(nn.Module):
