@@ -57,7 +57,7 @@ def test_products_that_cannot_be_avoided_stand_beside_those_measured_on_data_wit
     printed = capfd.readouterr().out
     assert "0.90 of cycles hold, 0.50 of targets are matched" in printed
     assert "at least" in printed
-    assert "4.3" in printed
+    assert "4.8" in printed
     assert run(monkeypatch, "association", *small, "--data", "random", "--kept", 0.9) != 0
     assert "--data random" in capfd.readouterr().err
 
