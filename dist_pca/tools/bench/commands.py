@@ -283,7 +283,8 @@ def scale(
     """Measure what a training step takes of one rank as ranks are added: seconds, memory and bytes sent, by phase.
 
     Every rank is a small process of its own with one source and one target image. They share this machine's cores, so
-    seconds are CPU seconds of one rank; the wall time of a step, in which the cores serve all ranks, is in the JSON.
+    seconds are CPU seconds of one rank, those of its step and of the threads in which gloo sends and adds up. The wall
+    time of a step, in which the cores serve all ranks, is in the JSON.
     Network, batch norm over ranks, objective and the sum of gradients are those of training; DeepSpeed is left out.
     """
     from dist_pca.tools.bench.scale import ScaleCase, measure_scale, scale_rows

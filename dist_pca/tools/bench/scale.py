@@ -30,7 +30,7 @@ CLASSES = 19
 RANK_BYTES = 400 * 2**20
 """Memory of one rank's process, most of which is PyTorch."""
 PHASES = ("forward", "objective", "association", "communication", "backward", "gradients")
-_HEADINGS = {"seconds": "CPU", "peak_bytes": "peak", "bytes_sent": "sent"}
+_HEADINGS = {"seconds": "CPU", "transport_seconds": "gloo", "peak_bytes": "peak", "bytes_sent": "sent"}
 SETTINGS = (
     *("data.crop=[64,96]", "data.shorter_edge=[64,64]", "objective.association.start_step=0"),
     *("model.backbone=test_resnet", "model.weights=scratch", "model.output_stride=null", "model.batch_norm=sync"),
@@ -53,7 +53,10 @@ class ScaleCase(NamedTuple):
 class _Reading(NamedTuple):
     """One phase of a step on one rank."""
 
-    cpu_seconds: float
+    seconds: float
+    """CPU seconds of the thread that runs the step."""
+    transport_seconds: float
+    """CPU seconds of the process's other threads."""
     wall_seconds: float
     peak_bytes: int
     bytes_sent: float
@@ -62,9 +65,12 @@ class _Reading(NamedTuple):
 def measure_scale(worlds: Sequence[int], case: ScaleCase, tell: Callable[[str], object]) -> list[Record]:
     """Measure a step on each number of ranks; one record for each phase, and one for the whole step.
 
-    `seconds` are the CPU seconds of one rank, the mean over ranks: ranks share this machine's cores, and the wall time
-    of a step is that of all of them. It is given beside them, with the cores. `peak_bytes` are those of the rank with
-    the most, of tensors that are alive; `bytes_sent` those that one rank sends if collectives are rings.
+    `seconds` are the CPU seconds of the thread that runs a rank's step, and `transport_seconds` those of the threads in
+    which gloo sends, receives and adds up, both as means over ranks. Gloo's all-reduce is a ring of 2 (W - 1) messages
+    a rank, each of which wakes a thread, where NCCL takes trees; so the transport's seconds say little about GPUs.
+    Ranks share this machine's cores, and `wall_seconds` are those in which the cores serve all of them. `peak_bytes`
+    are those of the rank with the most, of tensors that are alive; `bytes_sent` those that one rank sends if
+    collectives are rings.
 
     Args:
         worlds: Numbers of ranks.
@@ -99,14 +105,15 @@ def _records(ranks: int, case: ScaleCase, readings: Sequence[dict[str, _Reading]
                 common
                 | {
                     "phase": phase,
-                    "seconds": sum(part.cpu_seconds for part in parts) / len(parts),
+                    "seconds": sum(part.seconds for part in parts) / len(parts),
+                    "transport_seconds": sum(part.transport_seconds for part in parts) / len(parts),
                     "wall_seconds": sum(part.wall_seconds for part in parts) / len(parts),
                     "peak_bytes": max(part.peak_bytes for part in parts),
                     "bytes_sent": max(part.bytes_sent for part in parts),
                 }
             )
     whole: Record = {"phase": "step"}
-    for field in ("seconds", "wall_seconds", "bytes_sent"):
+    for field in ("seconds", "transport_seconds", "wall_seconds", "bytes_sent"):
         whole[field] = sum(float(record[field] or 0) for record in records)
     whole["peak_bytes"] = max(int(record["peak_bytes"] or 0) for record in records)
     return [*records, common | whole]
@@ -120,6 +127,7 @@ def scale_rows(records: Sequence[Record]) -> list[dict[str, str]]:
         row = {"phase": str(phase)}
         for field, unit, scale in (
             ("seconds", "ms", 1e3),
+            ("transport_seconds", "ms", 1e3),
             ("peak_bytes", "MiB", 2**-20),
             ("bytes_sent", "KiB", 2**-10),
         ):
@@ -131,16 +139,16 @@ def scale_rows(records: Sequence[Record]) -> list[dict[str, str]]:
 
 
 class _Clock:
-    """Adds up CPU and wall seconds of this process by phase, and names the phase to what counts bytes."""
+    """Adds up seconds of this process by phase, and names the phase to what counts bytes."""
 
     def __init__(self) -> None:
         self.live: LiveBytes | None = None
         self.phase = "start"
-        self._since = (time.process_time(), time.perf_counter())
-        self._seconds: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._since = _clocks()
+        self._seconds: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
 
     def enter(self, phase: str) -> str:
-        now = (time.process_time(), time.perf_counter())
+        now = _clocks()
         for place, (before, after) in enumerate(zip(self._since, now, strict=True)):
             self._seconds[self.phase][place] += after - before
         before_this, self.phase, self._since = self.phase, phase, now
@@ -150,8 +158,13 @@ class _Clock:
 
     def take(self) -> dict[str, list[float]]:
         self.enter(self.phase)
-        taken, self._seconds = self._seconds, defaultdict(lambda: [0.0, 0.0])
+        taken, self._seconds = self._seconds, defaultdict(lambda: [0.0, 0.0, 0.0])
         return taken
+
+
+def _clocks() -> tuple[float, float, float]:
+    """CPU seconds of this thread, of all threads, and wall seconds."""
+    return time.thread_time(), time.process_time(), time.perf_counter()
 
 
 def _measure_rank(rank: int, ranks: int, case: ScaleCase, store: Path) -> dict[str, _Reading]:
@@ -177,8 +190,10 @@ def _measure_rank(rank: int, ranks: int, case: ScaleCase, store: Path) -> dict[s
     dist.barrier()
     dist.destroy_process_group()
     return {
-        phase: _Reading(cpu / case.steps, wall / case.steps, live.peaks[phase], live.sent[phase])
-        for phase, (cpu, wall) in seconds.items()
+        phase: _Reading(
+            own / case.steps, (cpu - own) / case.steps, wall / case.steps, live.peaks[phase], live.sent[phase]
+        )
+        for phase, (own, cpu, wall) in seconds.items()
         if phase in PHASES
     }
 

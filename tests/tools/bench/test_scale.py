@@ -26,6 +26,7 @@ def test_a_rank_keeps_and_sends_as_much_on_four_ranks_as_on_two_unless_it_is_ask
         assert float(four["bytes_sent"] or 0) == pytest.approx(1.5 * float(two["bytes_sent"] or 0), rel=0.01), phase
         assert float(four["peak_bytes"] or 0) == pytest.approx(float(two["peak_bytes"] or 0), rel=0.01), phase
         assert float(four["seconds"] or 0) > 0
+        assert float(four["transport_seconds"] or 0) >= 0
     sent = [float(wide["step", ranks]["bytes_sent"] or 0) for ranks in (2, 4)]
     peaks = [float(wide["step", ranks]["peak_bytes"] or 0) for ranks in (2, 4)]
     assert sent[1] > 2 * sent[0]
@@ -44,6 +45,7 @@ def test_rows_have_each_figure_of_a_phase_for_each_number_of_ranks() -> None:
             "phase": "forward",
             "world_size": ranks,
             "seconds": 0.001 * ranks,
+            "transport_seconds": 0.01 * ranks,
             "peak_bytes": 2**21,
             "bytes_sent": 1024 * ranks,
         }
@@ -54,6 +56,8 @@ def test_rows_have_each_figure_of_a_phase_for_each_number_of_ranks() -> None:
             "phase": "forward",
             "CPU ms, 2 ranks": "2",
             "CPU ms, 4 ranks": "4",
+            "gloo ms, 2 ranks": "20",
+            "gloo ms, 4 ranks": "40",
             "peak MiB, 2 ranks": "2",
             "peak MiB, 4 ranks": "2",
             "sent KiB, 2 ranks": "2",
