@@ -4,12 +4,13 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dist_pca.console import paths_in_common, plain_console
+from dist_pca.errors import UserError
 
 if TYPE_CHECKING:
     from dist_pca.shards.manifest import Manifest
@@ -24,7 +25,7 @@ dist-pca select studies/camvid/runs/* --target data/camvid/target
 
 dist-pca select runs/a runs/b runs/c --target data/city_train --source-validation data/gta5_val --max-images 200
 
-dist-pca select runs/mine --all-checkpoints --target data/city_train --json
+dist-pca select runs/mine --all-checkpoints --target data/city_train --rule agreement --json
 """
 
 
@@ -39,6 +40,10 @@ def select(
     all_checkpoints: Annotated[
         bool, typer.Option("--all-checkpoints", help="Choose among all checkpoints of each run, not the newest alone.")
     ] = False,
+    rule: Annotated[
+        Literal["information", "agreement"],
+        typer.Option(help="What the chosen one has most of: decided pixels of many classes, or the others' votes."),
+    ] = "information",
     source_validation: Annotated[
         str | None,
         typer.Option(metavar="SHARDS", help="Labelled source shards: keep out what forgot the source."),
@@ -54,9 +59,10 @@ def select(
 ) -> None:
     """Choose among runs or checkpoints without labels of the target.
 
-    The class probabilities of all candidates are averaged on the target's images, and the candidate whose predictions
-    agree most with those of the average is chosen (EnsV, NeurIPS 2024). That takes three candidates or more; of two,
-    the one with the higher soft neighbourhood density is chosen (SND, ICCV 2021), which is less sure.
+    Two scores are measured on the target's images. [bold]information[/] is high where each pixel is decided and the
+    classes are many: the entropy of the mean prediction less the mean entropy of predictions (information maximisation,
+    ICML 2012). [bold]agreement[/] is how often a candidate predicts what the average of all does (EnsV, NeurIPS 2024);
+    as a rule it takes three candidates or more, and of candidates that differ much it takes the one in the middle.
 
     Two guards exclude candidates, from the choice and, where three or more are left, from the average. One excludes
     those whose mIoU on [bold]--source-validation[/] is more than [bold]--tolerance[/] points below the best. The other
@@ -73,7 +79,7 @@ def select(
     from dist_pca.data.cache import cache_settings, open_manifest
     from dist_pca.tools.study.scoring import score_checkpoint
     from dist_pca.tools.study.selection import (
-        ENSEMBLE_CANDIDATES,
+        MAJORITY,
         choose,
         find_candidates,
         guard,
@@ -84,6 +90,8 @@ def select(
     )
 
     candidates = find_candidates(runs, all_checkpoints=all_checkpoints)
+    if rule == "agreement" and len(candidates) < MAJORITY:
+        raise UserError("--rule agreement: two candidates have no majority; use --rule information, or name more runs")
     cache = cache_settings(load_config(candidates[0].run / "config.yaml").data.cache)
     images = spread(open_manifest(target, cache), max_images)
     source = None if source_validation is None else open_manifest(source_validation, cache)
@@ -101,19 +109,19 @@ def select(
         measurement = measured(candidates)
         reasons = guard(measurement, on_source or None, tolerance=tolerance / 100)
         left = [place for place, out in enumerate(reasons) if not out]
-        if ENSEMBLE_CANDIDATES <= len(left) < len(candidates):
+        if rule == "agreement" and MAJORITY <= len(left) < len(candidates):
             # What is kept out has no vote in the ensemble either.
             again = measured([candidates[place] for place in left])
             for place, alone in zip(left, again.candidates, strict=True):
                 measurement.candidates[place] = alone
-    chosen = choose(measurement, reasons)
+    chosen = choose(measurement, reasons, rule)
     true = _true_mean_iou(candidates, images)
-    score = "agreement" if measurement.rule == "EnsV" else "density"
     rows: list[dict[str, Any]] = [
         {
             "run": str(candidate.run),
             "step": candidate.step,
-            score: measured.score,
+            "information": measured.information,
+            "agreement": measured.agreement,
             "classes": predicted_classes(measured.histogram),
             "entropy": histogram_entropy(measured.histogram),
             "source_mean_iou": on_source[place] if on_source else None,
@@ -124,16 +132,10 @@ def select(
     ]
     regret = max(true) - true[chosen] if true else None
     if as_json:
-        found = {"rule": measurement.rule, "images": images.samples, "chosen": rows[chosen], "regret": regret}
+        found = {"rule": rule, "images": images.samples, "chosen": rows[chosen], "regret": regret}
         typer.echo(json.dumps({**found, "candidates": rows}, indent=2))
         return
-    _print_table(rows, score, chosen, f"{measurement.rule} on {images.samples:,} images of {target}")
-    if measurement.rule == "SND":
-        console.print(
-            "two candidates have no majority: chosen by soft neighbourhood density; EnsV needs three or more",
-            style="yellow",
-            markup=False,
-        )
+    _print_table(rows, chosen, f"by {rule} on {images.samples:,} images of {target}")
     if regret is not None:
         console.print(f"true mIoU is {100 * regret:.1f} points below the best candidate's", markup=False)
     run, checkpoint = candidates[chosen]
@@ -151,7 +153,7 @@ def _true_mean_iou(candidates: "Sequence[Candidate]", images: "Manifest") -> lis
     return [score_checkpoint(run, images, checkpoint).mean_iou for run, checkpoint in candidates]
 
 
-def _print_table(rows: Sequence[dict[str, Any]], score: str, chosen: int, title: str) -> None:
+def _print_table(rows: Sequence[dict[str, Any]], chosen: int, title: str) -> None:
     from dist_pca.tools.bench.report import rich_table
 
     def percent(value: float | None) -> str:
@@ -160,7 +162,8 @@ def _print_table(rows: Sequence[dict[str, Any]], score: str, chosen: int, title:
     shown = [
         {
             "candidate": f"{'> ' if place == chosen else '  '}{run} step {row['step']}",
-            score: percent(row[score]) if score == "agreement" else f"{row[score]:.3f}",
+            "information": f"{row['information']:.3f}",
+            "agreement": percent(row["agreement"]),
             "classes": str(row["classes"]),
             "entropy": f"{row['entropy']:.2f}",
             "source mIoU": percent(row["source_mean_iou"]),

@@ -1,9 +1,9 @@
-"""Choice among trained networks without target labels: agreement with the candidates' ensemble, and two guards.
+"""Choice among trained networks without target labels: by two scores on unlabelled target images, and two guards.
 
-The class probabilities of all candidates are averaged on unlabelled target images; the candidate whose arg max agrees
-most often with that of the average is taken (EnsV: Hu et al., NeurIPS 2024). Of two candidates the one with the higher
-soft neighbourhood density is taken (SND: Saito et al., ICCV 2021), since an average of two mostly follows the more
-confident one.
+Information: entropy of the mean class probabilities less the mean entropy of each pixel's, which is the mutual
+information of pixels and classes (information maximisation: Shi and Sha, ICML 2012). High where pixels are decided and
+classes are many. Agreement: how often a candidate's arg max is that of the average of all candidates' class
+probabilities (EnsV: Hu et al., NeurIPS 2024).
 """
 
 import statistics
@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -30,7 +30,9 @@ from dist_pca.shards.manifest import Manifest, Shard
 from dist_pca.training.checkpoint import latest_checkpoint, read_step, whole_checkpoints
 from dist_pca.training.run_folder import read_classes
 
-ENSEMBLE_CANDIDATES = 3
+Rule = Literal["information", "agreement"]
+
+MAJORITY = 3
 """Fewest candidates whose ensemble says more than each of them."""
 PREDICTED_SHARE = 0.001
 """Share of pixels on which a class must be predicted to count as predicted."""
@@ -42,9 +44,6 @@ GRID_STRIDE = 4
 """Pixels of an image to one of the common grid on which predictions are compared."""
 CHUNK_BYTES = 2**30
 """Images, probabilities and predictions held at once."""
-SND_TEMPERATURE = 0.05
-SND_PIXELS = 4096
-"""Most pixels of an image among which neighbours are looked for, evenly spread."""
 
 
 class Candidate(NamedTuple):
@@ -62,8 +61,10 @@ class Candidate(NamedTuple):
 class Measured(NamedTuple):
     """What a candidate predicts on the target."""
 
-    score: float
-    """Agreement with the ensemble's arg max, 0..1; of two candidates the soft neighbourhood density, nats."""
+    information: float
+    """Mutual information of pixels and classes, nats, 0 to log K."""
+    agreement: float
+    """Share of pixels on which its arg max is the ensemble's."""
     histogram: torch.Tensor
     """Pixels predicted as each class, int64, K."""
 
@@ -71,8 +72,6 @@ class Measured(NamedTuple):
 class Measurement(NamedTuple):
     """What all candidates predict on the target."""
 
-    rule: str
-    """`EnsV`, or `SND` for two candidates."""
     candidates: list[Measured]
     ensemble: torch.Tensor
     """Pixels that the ensemble predicts as each class, int64, K."""
@@ -147,9 +146,11 @@ def measure(
     if not target.samples:
         raise UserError(f"--target {target.location}: holds no images; name shards that do")
     config, classes = load_config(candidates[0].run / "config.yaml"), read_classes(candidates[0].run)
-    number, few = len(classes), len(candidates) < ENSEMBLE_CANDIDATES
+    number, done = len(classes), 0
     counts = torch.zeros(len(candidates), number, number, dtype=torch.int64)
-    densities, done = [0.0] * len(candidates), 0
+    # Sums over pixels.
+    classes_of = torch.zeros(len(candidates), number, dtype=torch.float64)
+    entropies = torch.zeros(len(candidates), dtype=torch.float64)
     # Shards that say they have no labels are not asked for any.
     samples = evaluation_stream(
         replace(target, labelled=False),
@@ -168,22 +169,23 @@ def measure(
                 own_config, _, model = load_run(candidate.run, candidate.checkpoint.name)
                 model.to(device)
                 predicted.append([])
-                for image, sums in zip(images, total, strict=True):
-                    probabilities = class_probabilities(model, image, own_config, device)
-                    if few:
-                        densities[place] += soft_neighbourhood_density(probabilities) / target.samples
-                    sums += probabilities.cpu()
-                    predicted[place].append(probabilities.argmax(dim=0).to(torch.uint8).cpu())
+                for image, votes in zip(images, total, strict=True):
+                    probabilities = class_probabilities(model, image, own_config, device).cpu()
+                    classes_of[place] += probabilities.sum(dim=(1, 2))
+                    entropies[place] += torch.special.entr(probabilities).sum()
+                    votes += probabilities
+                    predicted[place].append(probabilities.argmax(dim=0).to(torch.uint8))
                     progress(done := done + 1)
             for place, labels in enumerate(predicted):
-                for label, sums in zip(labels, total, strict=True):
-                    counts[place] += confusion_matrix(label, sums.argmax(dim=0), number)
+                for label, votes in zip(labels, total, strict=True):
+                    counts[place] += confusion_matrix(label, votes.argmax(dim=0), number)
     pixels = int(counts[0].sum())
-    agreement = [int(count.diagonal().sum()) / pixels for count in counts]
+    information = torch.special.entr(classes_of / pixels).sum(dim=1) - entropies / pixels
+    agreement = counts.diagonal(dim1=1, dim2=2).sum(dim=1).double() / pixels
     measured = [
-        Measured(score, count.sum(dim=0)) for score, count in zip(densities if few else agreement, counts, strict=True)
+        Measured(*scores) for scores in zip(information.tolist(), agreement.tolist(), counts.sum(dim=1), strict=True)
     ]
-    return Measurement("SND" if few else "EnsV", measured, counts[0].sum(dim=1))
+    return Measurement(measured, counts[0].sum(dim=1))
 
 
 @torch.no_grad()
@@ -196,21 +198,6 @@ def class_probabilities(model: nn.Module, image: Pixels, config: RunConfig, devi
         resized = F.interpolate(logits, _grid(image), mode="bilinear", align_corners=False)
         total = total + resized[0].softmax(dim=0)
     return total / len(views)
-
-
-def soft_neighbourhood_density(probabilities: torch.Tensor) -> float:
-    """Mean entropy of each pixel's similarities to the image's other pixels, nats (Saito et al. 2021, section 3).
-
-    High where predictions form dense clusters. Similarities are cosines of class probabilities over a temperature.
-
-    Args:
-        probabilities: K x h x w.
-    """
-    pixels = probabilities.flatten(1).T
-    chosen = torch.linspace(0, len(pixels) - 1, min(len(pixels), SND_PIXELS), device=pixels.device).long()
-    unit = F.normalize(pixels[chosen], dim=1)
-    similarity = (unit @ unit.T / SND_TEMPERATURE).fill_diagonal_(-torch.inf)
-    return float(torch.special.entr(similarity.softmax(dim=1)).sum(dim=1).mean())
 
 
 def predicted_classes(histogram: torch.Tensor) -> int:
@@ -262,8 +249,8 @@ def guard(
     return reasons
 
 
-def choose(measurement: Measurement, reasons: Sequence[Sequence[str]]) -> int:
-    """Place of the candidate of highest score that no guard keeps out; of equal ones the first.
+def choose(measurement: Measurement, reasons: Sequence[Sequence[str]], rule: Rule = "information") -> int:
+    """Place of the candidate of highest information or agreement that no guard keeps out; of equal ones the first.
 
     Raises:
         UserError: all are out.
@@ -271,7 +258,7 @@ def choose(measurement: Measurement, reasons: Sequence[Sequence[str]]) -> int:
     left = [place for place, out in enumerate(reasons) if not out]
     if not left:
         raise UserError("every candidate is kept out by a guard; raise --tolerance, or add candidates")
-    return max(left, key=lambda place: (measurement.candidates[place].score, -place))
+    return max(left, key=lambda place: (getattr(measurement.candidates[place], rule), -place))
 
 
 def _samples_of(shard: Shard, places: Sequence[int]) -> Shard:

@@ -8,6 +8,7 @@ from typer.testing import CliRunner, Result
 
 from dist_pca.cli import app
 from dist_pca.data.stream import evaluation_stream
+from dist_pca.errors import UserError
 from dist_pca.shards.manifest import Manifest
 from dist_pca.tools.study import selection
 from tests.support.networks import CLASSES, segmenter, write_run
@@ -48,13 +49,15 @@ def test_the_table_ends_with_the_chosen_run(folder: Path) -> None:
     assert "true mIoU is" in done.stderr
 
 
-def test_the_json_tells_agreement_guards_and_what_the_choice_was_worth(folder: Path) -> None:
+def test_the_json_tells_scores_guards_and_what_the_choice_was_worth(folder: Path) -> None:
     done = select(folder, "a b c d", "--json", "--source-validation", str(folder / "source"), "--tolerance", "100")
     found = json.loads(done.stdout)
-    assert (found["rule"], found["images"]) == ("EnsV", 3)
+    assert (found["rule"], found["images"]) == ("information", 3)
     collapsed = found["candidates"][2]
     assert collapsed["classes"] == 1
     assert collapsed["out"][0].startswith("collapsed")
+    assert collapsed["information"] == pytest.approx(0, abs=1e-6)
+    assert found["chosen"]["information"] == max(row["information"] for row in found["candidates"])
     assert all(0 <= row["agreement"] <= 1 and row["source_mean_iou"] > 0 for row in found["candidates"])
     true = [row["true_mean_iou"] for row in found["candidates"]]
     assert found["regret"] == pytest.approx(max(true) - found["chosen"]["true_mean_iou"])
@@ -62,8 +65,8 @@ def test_the_json_tells_agreement_guards_and_what_the_choice_was_worth(folder: P
 
 def test_an_excluded_candidate_has_no_vote_in_the_ensemble(folder: Path) -> None:
     found, expected = (
-        {row["run"]: row["agreement"] for row in json.loads(select(folder, names, "--json").stdout)["candidates"]}
-        for names in ("a b d e", "a b d")
+        {row["run"]: row["agreement"] for row in json.loads(done.stdout)["candidates"]}
+        for done in (select(folder, names, "--json", "--rule", "agreement") for names in ("a b d e", "a b d"))
     )
     assert {run: found[run] for run in expected} == expected
 
@@ -81,7 +84,7 @@ def test_other_labels_on_the_same_images_leave_the_choice_and_change_the_report(
         json.loads(select(folder, "a b c d", "--json", "--target", str(tmp_path / name)).stdout)
         for name in ("true", "turned", "bare")
     ]
-    known = ("run", "step", "agreement", "classes", "entropy", "out")
+    known = ("run", "step", "information", "agreement", "classes", "entropy", "out")
     chosen = [[{key: row[key] for key in known} for row in each["candidates"]] for each in found]
     assert chosen[0] == chosen[1] == chosen[2]
     assert len({each["chosen"]["run"] for each in found}) == 1
@@ -111,11 +114,12 @@ def test_a_checkpoint_is_given_as_evaluate_takes_it(folder: Path) -> None:
     assert CliRunner().invoke(app, ["evaluate", run, option, checkpoint, *shards]).exit_code == 0
 
 
-def test_two_candidates_are_told_apart_otherwise_and_that_is_said(folder: Path) -> None:
-    done = select(folder, "a b")
-    assert done.exit_code == 0
-    assert "EnsV needs three or more" in done.stderr
-    assert json.loads(select(folder, "a b", "--json").stdout)["rule"] == "SND"
+def test_two_candidates_have_information_and_no_majority(folder: Path) -> None:
+    found = json.loads(select(folder, "a b", "--json").stdout)
+    assert found["chosen"]["information"] == max(row["information"] for row in found["candidates"])
+    done = select(folder, "a b", "--rule", "agreement")
+    assert isinstance(done.exception, UserError)
+    assert "--rule information" in str(done.exception)
 
 
 def test_fewer_images_may_be_looked_at(folder: Path) -> None:

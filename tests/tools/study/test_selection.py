@@ -29,7 +29,6 @@ from dist_pca.tools.study.selection import (
     histogram_entropy,
     measure,
     predicted_classes,
-    soft_neighbourhood_density,
     spread,
 )
 from tests.support.networks import segmenter, write_run
@@ -77,35 +76,35 @@ def manifest_of(folder: Path, name: str) -> Manifest:
     return load_manifest(folder / name)
 
 
-def test_the_candidate_that_agrees_with_the_majority_is_chosen(folder: Path) -> None:
+def test_by_agreement_the_candidate_nearest_to_the_majority_is_chosen(folder: Path) -> None:
     candidates = find_candidates(runs(folder, "other", "near", "middle"), all_checkpoints=False)
     found = measure(candidates, manifest_of(folder, "target"), device="cpu")
-    assert found.rule == "EnsV"
-    scores = [each.score for each in found.candidates]
-    assert choose(found, guard(found, None)) in (1, 2)
+    scores = [each.agreement for each in found.candidates]
+    assert choose(found, guard(found, None), "agreement") in (1, 2)
     assert scores[0] < min(scores[1:])
 
 
-def test_agreement_is_that_of_whole_probability_maps_held_at_once(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_are_those_of_whole_probability_maps_held_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = find_candidates(runs(folder, "other", "near", "middle"), all_checkpoints=False)
     target = manifest_of(folder, "target")
     found = measure(candidates, target, device="cpu")
     networks = [load_run(candidate.run) for candidate in candidates]
-    samples = evaluation_stream(target, 0, 1, classes=CLASSES, workers=0)
-    agreeing, pixels = [0, 0, 0], 0
-    for sample in samples:
-        maps = [class_probabilities(model, sample.image, config, "cpu") for config, _, model in networks]
-        ensemble = torch.stack(maps).mean(dim=0).argmax(dim=0)
-        pixels += ensemble.numel()
-        agreeing = [count + int((part.argmax(0) == ensemble).sum()) for count, part in zip(agreeing, maps, strict=True)]
-    assert [each.score for each in found.candidates] == pytest.approx([count / pixels for count in agreeing], abs=1e-3)
-    assert int(found.ensemble.sum()) == pixels
+    samples = list(evaluation_stream(target, 0, 1, classes=CLASSES, workers=0))
+    maps = [
+        torch.cat([class_probabilities(model, sample.image, config, "cpu").flatten(1) for sample in samples], dim=1)
+        for config, _, model in networks
+    ]
+    ensemble = torch.stack(maps).mean(dim=0).argmax(dim=0)
+    assert int(found.ensemble.sum()) == len(ensemble)
+    for each, pixels in zip(found.candidates, maps, strict=True):
+        assert each.agreement == pytest.approx(float((pixels.argmax(0) == ensemble).double().mean()), abs=1e-3)
+        # Mutual information as the mean divergence of a pixel's classes from those of all.
+        divergence = (pixels * (pixels / pixels.mean(dim=1, keepdim=True)).log()).sum(dim=0).mean()
+        assert each.information == pytest.approx(float(divergence), abs=1e-5)
     # Chunks of a single image give the same.
     monkeypatch.setattr(selection, "CHUNK_BYTES", 1)
     again = measure(candidates, target, device="cpu")
-    assert [each.score for each in again.candidates] == [each.score for each in found.candidates]
+    assert [each[:2] for each in again.candidates] == [each[:2] for each in found.candidates]
 
 
 def test_probabilities_are_those_that_evaluation_labels_by(folder: Path) -> None:
@@ -144,42 +143,24 @@ def test_labels_of_the_target_never_choose(folder: Path, tmp_path: Path) -> None
         shard.write_bytes(content)
     spoilt = measure(candidates, manifest_of(tmp_path, "labelled"), device="cpu")
     for found in (labelled, spoilt):
-        assert [each.score for each in found.candidates] == [each.score for each in bare.candidates]
+        assert [each[:2] for each in found.candidates] == [each[:2] for each in bare.candidates]
         assert all(
             torch.equal(ours.histogram, theirs.histogram)
             for ours, theirs in zip(found.candidates, bare.candidates, strict=True)
         )
 
 
-def test_of_two_candidates_the_denser_one_is_chosen(folder: Path) -> None:
-    found = measure(
-        find_candidates(runs(folder, "two"), all_checkpoints=True), manifest_of(folder, "target"), device="cpu"
-    )
-    assert found.rule == "SND"
-    assert choose(found, [[], []]) == max((0, 1), key=lambda place: found.candidates[place].score)
-
-
-def test_density_is_the_entropy_of_similarities_to_other_pixels() -> None:
-    # One tight cluster of n pixels: each is as near to all n - 1 others.
-    one = torch.tensor([0.9, 0.1]).expand(30, 2).T.reshape(2, 5, 6)
-    assert soft_neighbourhood_density(one) == pytest.approx(math.log(29), rel=1e-5)
-    # Two orthogonal clusters: each pixel has the others of its own.
-    two = torch.eye(2).repeat_interleave(15, dim=1).reshape(2, 5, 6)
-    assert soft_neighbourhood_density(two) == pytest.approx(math.log(14), rel=1e-4)
-
-
 def measurement(*histograms: tuple[int, ...], scores: tuple[float, ...] | None = None) -> Measurement:
     counts = [torch.tensor(histogram) for histogram in histograms]
     given = scores or tuple(1.0 - 0.1 * place for place in range(len(counts)))
-    return Measurement(
-        "EnsV", [Measured(s, c) for s, c in zip(given, counts, strict=True)], torch.stack(counts).sum(dim=0)
-    )
+    measured = [Measured(score, 1 - score, count) for score, count in zip(given, counts, strict=True)]
+    return Measurement(measured, torch.stack(counts).sum(dim=0))
 
 
 HEALTHY = (500, 300, 150, 50)
 
 
-def test_a_candidate_that_forgot_the_source_is_kept_out_though_it_agrees_most() -> None:
+def test_a_candidate_that_forgot_the_source_is_kept_out_though_its_score_is_best() -> None:
     found = measurement(HEALTHY, HEALTHY, HEALTHY)
     reasons = guard(found, [0.50, 0.531, 0.511], tolerance=0.02)
     assert [bool(out) for out in reasons] == [True, False, False]
@@ -224,8 +205,10 @@ def test_no_candidate_left_is_an_error_with_a_remedy() -> None:
         choose(measurement(HEALTHY, HEALTHY), [["a"], ["b"]])
 
 
-def test_of_equal_scores_the_first_is_chosen() -> None:
-    assert choose(measurement(HEALTHY, HEALTHY, HEALTHY, scores=(0.5, 0.7, 0.7)), [[], [], []]) == 1
+def test_the_highest_score_of_the_rule_is_chosen_and_of_equal_ones_the_first() -> None:
+    found = measurement(HEALTHY, HEALTHY, HEALTHY, scores=(0.5, 0.7, 0.7))
+    assert choose(found, [[], [], []]) == 1
+    assert choose(found, [[], [], []], "agreement") == 0
 
 
 def test_classes_count_from_a_thousandth_of_the_pixels() -> None:
