@@ -4,6 +4,8 @@ The whole matrix never exists. A tile is a block of queries against a block of k
 Its matmul may be in bf16; accumulation is in fp32, or fp64 for fp64 inputs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,8 +18,6 @@ MIN_ROWS = 256
 """Least rows of a tile, whatever its memory: with fewer, matmuls wait for the keys, which every tile reads again."""
 MAX_GROUP = 64
 """Columns whose maximum is taken first: PyTorch's maximum is vectorised on CPUs, its argmax is not."""
-KEY_ROWS = 2048
-"""Rows of a key gradient that a CPU accumulates at a time."""
 _MIXED_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
 """Whether PyTorch multiplies bf16 to fp32 on GPUs; older versions round the result to bf16."""
 # On processors to which MKL gives no AVX-512, oneDNN multiplies twice as fast; PyTorch uses it only for bf16.
@@ -85,6 +85,20 @@ def row_maximum(tile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return group.gather(1, within)[:, 0], first + within[:, 0]
 
 
+@contextmanager
+def key_gradient_of_tiles(key_gradient: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
+    """Provide the buffer [m, C] to which tiles add dk, and add it to `key_gradient` at the end.
+
+    On CPUs it is transposed in memory, as the product of `backward_matmuls` is; elsewhere it is `key_gradient` itself.
+    """
+    if key_gradient is None or key_gradient.is_cuda:
+        yield key_gradient
+        return
+    transposed = key_gradient.new_zeros(key_gradient.T.shape)
+    yield transposed.T
+    key_gradient += transposed.T
+
+
 def backward_matmuls(
     probabilities: torch.Tensor, key: torch.Tensor, weighted: torch.Tensor, key_gradient: torch.Tensor | None
 ) -> torch.Tensor:
@@ -94,7 +108,7 @@ def backward_matmuls(
         probabilities: [n, m], P.
         key: [m, C].
         weighted: [n, C], queries scaled by weight and temperature.
-        key_gradient: [m, C]; None where keys have no gradient.
+        key_gradient: [m, C], of `key_gradient_of_tiles`; None where keys have no gradient.
     """
     probabilities = probabilities.to(key.dtype)
     if key_gradient is None:
@@ -104,11 +118,8 @@ def backward_matmuls(
     elif key.is_cuda:
         key_gradient += matmul(probabilities.T, weighted)
     else:
-        # In parts that are still in the cache when they are added.
-        for columns, part in zip(
-            torch.split(probabilities, KEY_ROWS, dim=1), torch.split(key_gradient, KEY_ROWS), strict=True
-        ):
-            part += matmul(columns.T, weighted)
+        # dk' = weighted' P: transposing the tile instead would copy all of it.
+        key_gradient.T.add_(matmul(weighted.T.contiguous(), probabilities))
     return upcast(matmul(probabilities, key))
 
 
