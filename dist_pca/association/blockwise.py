@@ -8,7 +8,7 @@ import torch
 
 from dist_pca.association.method import temperature_by_covariance
 from dist_pca.association.retrieval import BLOCK_ROWS, RetrievalPass, RowMatches
-from dist_pca.association.tiles import key_gradient_of_tiles, upcast
+from dist_pca.association.tiles import upcast
 
 
 def match_blockwise(retrieval: RetrievalPass, rows: torch.Tensor, index: torch.Tensor | None = None) -> RowMatches:
@@ -73,30 +73,29 @@ def backward_blockwise(
     if not queries.gradients:
         return total
     scale = weight[:, None] / matches.sigma
-    for offset, block, key_gradient in keys.blocks(retrieval.key_gradient):
-        with key_gradient_of_tiles(key_gradient) as gradient:
-            for part in kernels.row_blocks(len(rows), len(block), queries.x.device):
-                query = queries.query(rows[part])
-                weighted = query * scale[part]
-                # P K, and dk += P' (w / sigma * Q).
-                dq = kernels.backward(
-                    (query / matches.sigma[part]).to(block.dtype),
-                    block,
-                    weighted.to(block.dtype),
-                    matches.logsumexp[part],
-                    gradient,
-                )
-                # (P - onehot) K, and dk -= onehot' (w / sigma * Q).
-                local, column = _in_block(matches.key_index[part], offset, len(block))
-                dq[local] -= block[column].to(dq.dtype)
-                if gradient is not None:
-                    # Unlike index_add_, this adds repeated rows in one order on every device.
-                    gradient.index_put_((column,), -weighted[local], accumulate=True)
-                if retrieval.d_sigma is not None:
-                    # d_sigma_i = -w_i / sigma_i^2 * q_i . ((P - onehot) K)_i.
-                    retrieval.d_sigma[rows[part]] -= (query * dq).sum(dim=1) * scale[part, 0] / matches.sigma[part, 0]
-                # dq_i = w_i / sigma_i * ((P - onehot) K)_i.
-                queries.add_query_gradient(rows[part], dq.mul_(scale[part]))
+    for offset, block, gradient in keys.blocks(retrieval.key_gradient):
+        for part in kernels.row_blocks(len(rows), len(block), queries.x.device):
+            query = queries.query(rows[part])
+            weighted = query * scale[part]
+            # P K, and dk += P' (w / sigma * Q).
+            dq = kernels.backward(
+                (query / matches.sigma[part]).to(block.dtype),
+                block,
+                weighted.to(block.dtype),
+                matches.logsumexp[part],
+                gradient,
+            )
+            # (P - onehot) K, and dk -= onehot' (w / sigma * Q).
+            local, column = _in_block(matches.key_index[part], offset, len(block))
+            dq[local] -= block[column].to(dq.dtype)
+            if gradient is not None:
+                # Unlike index_add_, this adds repeated rows in one order on every device.
+                gradient.index_put_((column,), -weighted[local], accumulate=True)
+            if retrieval.d_sigma is not None:
+                # d_sigma_i = -w_i / sigma_i^2 * q_i . ((P - onehot) K)_i.
+                retrieval.d_sigma[rows[part]] -= (query * dq).sum(dim=1) * scale[part, 0] / matches.sigma[part, 0]
+            # dq_i = w_i / sigma_i * ((P - onehot) K)_i.
+            queries.add_query_gradient(rows[part], dq.mul_(scale[part]))
     return total
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dist_pca.association.method import SIGMA_EPSILON, are_consistent
 from dist_pca.association.retrieval import RetrievalPass, RowMatches
-from dist_pca.association.tiles import backward_matmuls, key_gradient_of_tiles, matmul, row_blocks, row_maximum, upcast
+from dist_pca.association.tiles import backward_matmuls, matmul, row_blocks, row_maximum, upcast
 
 SHAPE_MULTIPLE = 64
 """Numbers of rows are rounded up to a multiple of this where there is a choice, so that a few matmul shapes recur."""
@@ -45,15 +45,14 @@ def backward_single_block(
         weight: [k].
     """
     total = weight.new_zeros(())
-    for _, block, key_gradient in retrieval.keys.blocks(retrieval.key_gradient):
-        with key_gradient_of_tiles(key_gradient) as gradient:
-            for part in _row_blocks(len(rows), block):
-                query, tile = _tile(retrieval, rows[part], block)
-                total += _backward_tile(
-                    retrieval, tile, query, rows[part], matches.key_index[part], weight[part], block, gradient
-                )
-                # Free the tile before the next one is allocated.
-                del query, tile
+    for _, block, gradient in retrieval.keys.blocks(retrieval.key_gradient):
+        for part in _row_blocks(len(rows), block):
+            query, tile = _tile(retrieval, rows[part], block)
+            total += _backward_tile(
+                retrieval, tile, query, rows[part], matches.key_index[part], weight[part], block, gradient
+            )
+            # Free the tile before the next one is allocated.
+            del query, tile
     return total
 
 
@@ -86,31 +85,30 @@ def find_cycles_single_block(
     match_back = matches.new_full((len(backward.queries.x),), -1)
     total = forward.queries.x.new_zeros(())
     all_rows = torch.arange(len(classes), device=classes.device)
-    for _, block, key_gradient in forward.keys.blocks(forward.key_gradient):
-        with key_gradient_of_tiles(key_gradient) as gradient:
-            for part in _row_blocks(len(classes), block):
-                rows = all_rows[part]
-                query, tile = _tile(forward, rows, block)
-                # j*(i) = argmax_j D(i, j).
-                matches[part] = index = _best_keys(tile)
-                # i*(j) = argmax_i D(j, i), for each distinct j* not seen before.
-                targets = torch.unique(index)
-                targets = targets[match_back[targets] < 0]
-                targets = targets[_padded_range(len(targets), targets.device)]
-                for chunk in targets.split(BACK_ROWS):
-                    match_back[chunk] = match_single_block(backward, chunk).key_index
-                # A cycle is consistent if y_i = y_i*, and contributes with weight w_i = w(j*).
-                seen = None if target_classes is None else target_classes[index]
-                consistent = are_consistent(classes[part], classes[match_back[index]], seen, num_classes)
-                weight = consistent.to(total.dtype)
-                if target_weights is not None:
-                    weight *= target_weights[index]
-                chosen = _padded_indices(weight > 0)
-                rows, index, weight = rows[chosen], index[chosen], weight[chosen]
-                if len(chosen) < len(consistent):
-                    query, tile = query.index_select(0, chosen), tile.index_select(0, chosen)
-                total += _backward_tile(forward, tile, query, rows, index, weight, block, gradient)
-                del query, tile
+    for _, block, gradient in forward.keys.blocks(forward.key_gradient):
+        for part in _row_blocks(len(classes), block):
+            rows = all_rows[part]
+            query, tile = _tile(forward, rows, block)
+            # j*(i) = argmax_j D(i, j).
+            matches[part] = index = _best_keys(tile)
+            # i*(j) = argmax_i D(j, i), for each distinct j* not seen before.
+            targets = torch.unique(index)
+            targets = targets[match_back[targets] < 0]
+            targets = targets[_padded_range(len(targets), targets.device)]
+            for chunk in targets.split(BACK_ROWS):
+                match_back[chunk] = match_single_block(backward, chunk).key_index
+            # A cycle is consistent if y_i = y_i*, and contributes with weight w_i = w(j*).
+            seen = None if target_classes is None else target_classes[index]
+            consistent = are_consistent(classes[part], classes[match_back[index]], seen, num_classes)
+            weight = consistent.to(total.dtype)
+            if target_weights is not None:
+                weight *= target_weights[index]
+            chosen = _padded_indices(weight > 0)
+            rows, index, weight = rows[chosen], index[chosen], weight[chosen]
+            if len(chosen) < len(consistent):
+                query, tile = query.index_select(0, chosen), tile.index_select(0, chosen)
+            total += _backward_tile(forward, tile, query, rows, index, weight, block, gradient)
+            del query, tile
     return matches, match_back, total
 
 

@@ -4,8 +4,6 @@ The whole matrix never exists. A tile is a block of queries against a block of k
 Its matmul may be in bf16; accumulation is in fp32, or fp64 for fp64 inputs.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -85,20 +83,6 @@ def row_maximum(tile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return group.gather(1, within)[:, 0], first + within[:, 0]
 
 
-@contextmanager
-def key_gradient_of_tiles(key_gradient: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
-    """Provide the buffer [m, C] to which tiles add dk, and add it to `key_gradient` at the end.
-
-    On CPUs it is transposed in memory, as the product of `backward_matmuls` is; elsewhere it is `key_gradient` itself.
-    """
-    if key_gradient is None or key_gradient.is_cuda:
-        yield key_gradient
-        return
-    transposed = key_gradient.new_zeros(key_gradient.T.shape)
-    yield transposed.T
-    key_gradient += transposed.T
-
-
 def backward_matmuls(
     probabilities: torch.Tensor, key: torch.Tensor, weighted: torch.Tensor, key_gradient: torch.Tensor | None
 ) -> torch.Tensor:
@@ -108,7 +92,7 @@ def backward_matmuls(
         probabilities: [n, m], P.
         key: [m, C].
         weighted: [n, C], queries scaled by weight and temperature.
-        key_gradient: [m, C], of `key_gradient_of_tiles`; None where keys have no gradient.
+        key_gradient: [m, C], on CPUs faster if it is transposed in memory; None where keys have no gradient.
     """
     probabilities = probabilities.to(key.dtype)
     if key_gradient is None:
