@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from typing_extensions import Unpack
@@ -158,21 +158,14 @@ def _write(
     stage.clear(staging, keep=done, beginnings=("shard-",) if len(names) == len(outline.shards) else beginnings)
     jobs = [
         ShardJob(
-            path=staging / name,
-            name=stage.shard_name(name),
-            root=plan.root,
-            samples=plan.samples[samples],
-            coding=plan.recipe.coding,
-            classes=plan.classes,
-            encoding=plan.encoding,
-            on_error=plan.on_error,
-            reading=plan.recipe.reading,
-            max_pixels=plan.max_pixels,
+            staging / name,
+            stage.shard_name(name),
+            replace(plan, samples=plan.samples[samples], sizes=plan.sizes[samples]),
         )
         for name, samples in zip(names, plan.shards[part], strict=True)
         if name not in done
     ]
-    total = sum(len(job.samples) for job in jobs)
+    total = sum(len(job.plan.samples) for job in jobs)
     try:
         run_jobs(write_shard, jobs, total=total, workers=workers, progress=progress)
     except (OSError, UserError) as error:

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.shards.bands import Picture
-from dist_pca.shards.images import Reading, describe_file, open_image
+from dist_pca.shards.images import describe_file, open_image
 from dist_pca.shards.labels import Table, count_values, label_table, shown_code, train_id_of
 from dist_pca.shards.pool import Progress, Report, run_jobs
 from dist_pca.shards.recipe import Coding, Recipe, load_recipe
@@ -97,9 +97,8 @@ class Check:
 class _Job:
     root: Path
     samples: tuple[RawSample, ...]
-    coding: Coding
+    recipe: Recipe
     classes: tuple[ClassInfo, ...]
-    reading: Reading
     max_pixels: int
 
 
@@ -171,7 +170,7 @@ def check_raw(
     for name, found in scans.items():
         for start in range(0, len(found.samples), _SAMPLES_PER_JOB):
             part = found.samples[start : start + _SAMPLES_PER_JOB]
-            jobs.append(_Job(root, part, recipe.coding, tables[name], recipe.reading, max_pixels))
+            jobs.append(_Job(root, part, recipe, tables[name], max_pixels))
             places.append(name)
     total = sum(len(found.samples) for found in scans.values())
     results = run_jobs(_examine, jobs, total=total, workers=workers, progress=progress)
@@ -195,7 +194,7 @@ def check_raw(
 
 
 def _examine(job: _Job, report: Report) -> _Examined:
-    table = label_table(job.coding, job.classes) if job.samples[0].label is not None else {}
+    table = label_table(job.recipe.coding, job.classes) if job.samples[0].label is not None else {}
     facts, pixels, images, label_pixels = [], Counter[int | str](), Counter[int | str](), 0
     for raw in job.samples:
         try:
@@ -216,14 +215,14 @@ def _examine(job: _Job, report: Report) -> _Examined:
 
 def _facts(job: _Job, raw: RawSample, table: Table) -> tuple[_Facts, dict[int | str, int]]:
     """What a sample is, and the pixels of each raw value or name of its label."""
-    kind, orientation = describe_file(job.root / raw.image, job.reading, job.max_pixels)
-    image = open_image(job.root / raw.image, job.reading, job.max_pixels)
+    kind, orientation = describe_file(job.root / raw.image, job.recipe.reading, job.max_pixels)
+    image = open_image(job.root / raw.image, job.recipe.reading, job.max_pixels)
     values: dict[int | str, int] = {}
     problem = ""
     try:
         if raw.label is not None:
-            values = count_values(job.root, raw, job.coding, image.size, job.max_pixels)
-            read_label_of(image, job.root, raw, job.coding, table, reading=job.reading, max_pixels=job.max_pixels)
+            values = count_values(job.root, raw, job.recipe.coding, image.size, job.max_pixels)
+            read_label_of(image, job.root, raw, job.recipe, table, job.max_pixels)
     except UserError as error:
         problem = str(error)
     bounds = np.ravel(image.getextrema())

@@ -11,25 +11,16 @@ import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from dist_pca.classes import IGNORE_INDEX, ClassInfo
+from dist_pca.classes import IGNORE_INDEX
 from dist_pca.errors import UserError
 from dist_pca.files import PART, file_sha256, write_whole
 from dist_pca.shards.bands import Picture
-from dist_pca.shards.images import (
-    AS_RGB,
-    Encoding,
-    Reading,
-    describe_file,
-    encode_image,
-    open_image,
-    stored_size,
-    tile_boxes,
-)
+from dist_pca.shards.images import Reading, describe_file, encode_image, open_image, stored_size, tile_boxes
 from dist_pca.shards.labels import Table, TrainIds, encode_label, label_table, read_train_ids
 from dist_pca.shards.manifest import Shard
-from dist_pca.shards.plan import OnError
+from dist_pca.shards.plan import Plan
 from dist_pca.shards.pool import Report
-from dist_pca.shards.recipe import Coding
+from dist_pca.shards.recipe import Recipe
 from dist_pca.shards.sample import MAX_PIXELS
 from dist_pca.shards.scan import RawSample
 
@@ -42,14 +33,8 @@ class ShardJob:
     """Path of the tar; its description is written beside it, as `.json`."""
     name: str
     """Final name of the shard."""
-    root: Path
-    samples: tuple[RawSample, ...]
-    coding: Coding
-    classes: tuple[ClassInfo, ...]
-    encoding: Encoding
-    on_error: OnError
-    reading: Reading = AS_RGB
-    max_pixels: int = MAX_PIXELS
+    plan: Plan
+    """The build, with the samples of this shard alone."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +70,7 @@ def write_shard(job: ShardJob, report: Report) -> None:
     """
     part = job.path.with_name(f"{job.path.stem}.{uuid4().hex}{PART}")
     try:
-        written = _write(job, part, report)
+        written = _write(job.plan, job.name, part, report)
         part.replace(job.path)
     finally:
         part.unlink(missing_ok=True)
@@ -102,31 +87,29 @@ def read_written(path: Path) -> Written | None:
         return None
 
 
-def _write(job: ShardJob, part: Path, report: Report) -> Written:
+def _write(plan: Plan, name: str, part: Path, report: Report) -> Written:
     # Imported here because webdataset imports torch, and only processes that write shards should wait for it.
     from webdataset import TarWriter
 
-    table = label_table(job.coding, job.classes)
-    shard = Shard(job.name, 0, "", [], [], [], [], [], [])
+    table = label_table(plan.recipe.coding, plan.classes)
+    shard = Shard(name, 0, "", [], [], [], [], [], [])
     skipped = []
     with part.open("wb") as file:
         with TarWriter(file, encoder=False, user="root", group="root", mode=0o644, mtime=0) as writer:
-            for raw in job.samples:
+            for raw in plan.samples:
                 try:
-                    image, train_ids = open_image(job.root / raw.image, job.reading, job.max_pixels), None
+                    image, train_ids = open_image(plan.root / raw.image, plan.recipe.reading, plan.max_pixels), None
                     if raw.label is not None:
-                        train_ids = read_label_of(
-                            image, job.root, raw, job.coding, table, reading=job.reading, max_pixels=job.max_pixels
-                        )
-                    _check_stored_size(job, raw, image)
+                        train_ids = read_label_of(image, plan.root, raw, plan.recipe, table, plan.max_pixels)
+                    _check_stored_size(plan, raw, image)
                 except UserError as error:
-                    if job.on_error == "fail":
+                    if plan.on_error == "fail":
                         raise
-                    skipped.append(Skipped(_printable(raw.image), _printable(_reason(error, job.root, raw))))
+                    skipped.append(Skipped(_printable(raw.image), _printable(_reason(error, plan.root, raw))))
                     report(1, 0)
                     continue
                 start = writer.tarstream.offset
-                for key, members, (width, height), stored_ids in _encoded(job, raw, image, train_ids):
+                for key, members, (width, height), stored_ids in _encoded(plan, raw, image, train_ids):
                     offset = writer.tarstream.offset
                     writer.write({"__key__": key, **members})
                     shard.keys.append(key)
@@ -135,7 +118,7 @@ def _write(job: ShardJob, part: Path, report: Report) -> Written:
                     shard.heights.append(height)
                     shard.widths.append(width)
                     if stored_ids is not None:
-                        shard.pixel_counts.append(Image.fromarray(stored_ids).histogram()[: len(job.classes)])
+                        shard.pixel_counts.append(Image.fromarray(stored_ids).histogram()[: len(plan.classes)])
                 report(1, writer.tarstream.offset - start)
         file.flush()
         os.fsync(file.fileno())
@@ -153,42 +136,35 @@ def _printable(text: str) -> str:
 
 
 def read_label_of(
-    image: Picture,
-    root: Path,
-    raw: RawSample,
-    coding: Coding,
-    table: Table,
-    *,
-    reading: Reading,
-    max_pixels: int,
+    image: Picture, root: Path, raw: RawSample, recipe: Recipe, table: Table, max_pixels: int
 ) -> TrainIds:
     """Read the train ids (height x width) of a sample with a label, whose upright image has been read.
 
     Raises:
         UserError: as in `read_train_ids`, or the label has another size than the image.
     """
-    train_ids = read_train_ids(root, raw, coding, table, image.size, max_pixels)
+    train_ids = read_train_ids(root, raw, recipe.coding, table, image.size, max_pixels)
     height, width = train_ids.shape
     if (width, height) != image.size:
         raise UserError(
             f"{root / str(raw.label)}: {width} x {height} pixels where its image {raw.image} has {image.width} x "
-            f"{image.height}{_size_remedy(root / raw.image, image, (width, height), reading, max_pixels)}"
+            f"{image.height}{_size_remedy(root / raw.image, image, (width, height), recipe.reading, max_pixels)}"
         )
     return train_ids
 
 
 def _encoded(
-    job: ShardJob, raw: RawSample, image: Picture, train_ids: TrainIds | None
+    plan: Plan, raw: RawSample, image: Picture, train_ids: TrainIds | None
 ) -> Iterator[tuple[str, dict[str, bytes], tuple[int, int], TrainIds | None]]:
     """Key, members by extension, stored (width, height) and labels of an image, or of each of its tiles."""
-    tiled = job.encoding.tile is not None
-    for number, box in enumerate(tile_boxes(image.size, job.encoding)):
+    tiled = plan.encoding.tile is not None
+    for number, box in enumerate(tile_boxes(image.size, plan.encoding)):
         part = image.crop(box) if tiled else image
         ids = train_ids[box[1] : box[3], box[0] : box[2]] if tiled and train_ids is not None else train_ids
         if tiled and _is_empty(part, ids):
             continue
-        size = stored_size(part, job.encoding)
-        extension, encoded = encode_image(job.root / raw.image, part, job.encoding)
+        size = stored_size(part, plan.encoding)
+        extension, encoded = encode_image(plan.root / raw.image, part, plan.encoding)
         description = {"source": raw.image, "height": size[1], "width": size[0]}
         if tiled:
             description |= {"top": box[1], "left": box[0]}
@@ -206,12 +182,12 @@ def _is_empty(tile: Picture, train_ids: TrainIds | None) -> bool:
     return all(low == high for low, high in zip(*[iter(np.ravel(tile.getextrema()))] * 2, strict=True))
 
 
-def _check_stored_size(job: ShardJob, raw: RawSample, image: Picture) -> None:
-    width, height = stored_size(image, job.encoding)
-    if job.encoding.tile is None and width * height > MAX_PIXELS:
+def _check_stored_size(plan: Plan, raw: RawSample, image: Picture) -> None:
+    width, height = stored_size(image, plan.encoding)
+    if plan.encoding.tile is None and width * height > MAX_PIXELS:
         raise UserError(
-            f"{job.root / raw.image}: {width * height:,} pixels, and shards hold up to {MAX_PIXELS:,}; cut images with "
-            "--tile or shrink them with --max-edge"
+            f"{plan.root / raw.image}: {width * height:,} pixels, and shards hold up to {MAX_PIXELS:,}; cut images "
+            "with --tile or shrink them with --max-edge"
         )
 
 
