@@ -132,7 +132,7 @@ def read_codes(path: Path, coding: Coding, max_pixels: int = MAX_PIXELS) -> Code
             f"{path}: a label in {header.format}, whose lossy compression changes label values; get the labels in a "
             f"lossless format, or {option}"
         )
-    codes = _READERS[coding.kind](path, coding, max_pixels)
+    codes = _READERS[coding.kind](path, coding, header, open_unconverted(path, max_pixels))
     if coding.tolerance:
         codes = _nearest_colors(codes, coding)
     if coding.kind != "color" and codes.size and not 0 <= codes.min() <= codes.max() < 1 << 16:
@@ -201,10 +201,8 @@ def _is_lossy(path: Path, header: ImageFile.ImageFile) -> bool:
         return b"VP8L" not in file.read(_WEBP_CHUNKS)
 
 
-def _read_index(path: Path, coding: Coding, max_pixels: int) -> Codes:
-    header = open_header(path, max_pixels)
+def _read_index(path: Path, coding: Coding, header: ImageFile.ImageFile, image: Image.Image) -> Codes:
     grey_bits = re.search(r";([24])", str(header.tile[0][3])) if header.tile and header.mode == "L" else None
-    image = open_unconverted(path, max_pixels)
     # Pillow opens a 16-bit grey image in mode I;16 or, in older releases, I; palette images stay indices.
     if image.mode not in {"1", "L", "P", "I", "I;16", "I;16B"}:
         raise UserError(
@@ -218,23 +216,19 @@ def _read_index(path: Path, coding: Coding, max_pixels: int) -> Codes:
     return codes // {"2": 85, "4": 17}[grey_bits[1]] if grey_bits else codes
 
 
-def _read_channel(path: Path, coding: Coding, max_pixels: int) -> Codes:
-    header = open_header(path, max_pixels)
-    deep = is_deep(header)
-    image = open_unconverted(path, max_pixels)
+def _read_channel(path: Path, coding: Coding, header: ImageFile.ImageFile, image: Image.Image) -> Codes:
     bands = len(image.getbands())
     if image.mode == "P" or bands <= coding.channel:
         raise UserError(
             f"{path}: image mode {image.mode} has no channel {coding.channel}; set coding.channel in the recipe"
         )
     if bands == 1:
-        return _read_index(path, coding, max_pixels)
-    codes: Codes = (sixteen_bit_channels(path, image) if deep else np.asarray(image))[..., coding.channel]
+        return _read_index(path, coding, header, image)
+    codes: Codes = (sixteen_bit_channels(path, image) if is_deep(header) else np.asarray(image))[..., coding.channel]
     return codes
 
 
-def _read_color(path: Path, coding: Coding, max_pixels: int) -> Codes:
-    image = open_unconverted(path, max_pixels)
+def _read_color(path: Path, coding: Coding, header: ImageFile.ImageFile, image: Image.Image) -> Codes:
     if image.mode[0] in "IF":
         raise UserError(f"{path}: has image mode {image.mode}, which is no colour; set coding.kind to index")
     return _packed(np.asarray(image.convert("RGB")))
