@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from typing_extensions import Unpack
+
 from dist_pca.classes import ClassInfo
 from dist_pca.errors import UserError
 from dist_pca.shards.images import Encoding, ImageFormat
@@ -123,9 +125,6 @@ def make_plan(
     root: str | Path,
     *,
     split: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    unlabelled: bool = False,
     image_format: ImageFormat = "keep",
     quality: int = 90,
     max_edge: int | None = None,
@@ -135,6 +134,7 @@ def make_plan(
     samples_per_shard: int | None = None,
     shard_size: int | None = None,
     on_error: OnError = "fail",
+    **selection: Unpack[Selection],
 ) -> Plan:
     """Plan a build from a raw data set's file names and sizes; writes nothing.
 
@@ -142,9 +142,6 @@ def make_plan(
         recipe: A recipe, or a shipped one's name, or the path of a YAML file.
         root: Folder of the raw data set.
         split: One of the recipe's splits; None if it has only one.
-        include: Globs on image paths relative to `root` (`*` spans folders); only matching images are used.
-        exclude: Globs of the same kind; matching images are left out.
-        unlabelled: Leave labels out, even if the data set has them.
         image_format: `keep` stores JPEG, PNG and WebP files byte for byte and others as PNG.
         quality: Quality of images that are encoded as JPEG or WebP, 1 to 100.
         max_edge: Images with a longer edge (pixels) are shrunk to it, labels by nearest neighbour.
@@ -155,6 +152,7 @@ def make_plan(
         samples_per_shard: Samples in each shard but the last; None is 256, or as many as fit in `shard_size`.
         shard_size: Split by size instead: a shard has as many samples as fit in so many raw bytes, at least one.
         on_error: Whether a sample that cannot be stored stops the build or is skipped and reported.
+        selection: Options of `scan`.
 
     Raises:
         UserError: the recipe, the root or the selection is wrong, labels are missing, or both `samples_per_shard` and
@@ -178,15 +176,7 @@ def make_plan(
         )
     root = Path(root)
     split = recipe.split(split)
-    found = scan(
-        recipe,
-        root,
-        split,
-        include=include,
-        exclude=exclude,
-        unlabelled=unlabelled,
-        need_labels=on_error == "fail",
-    )
+    found = scan(recipe, root, split, need_labels=on_error == "fail", **selection)
     if found.passed_over:
         _log.warning("root %s: passed over %s", root, found.passed_over)
     samples = found.samples
