@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -87,10 +87,6 @@ class Check:
     splits: list[SplitCheck]
     problems: list[Refusal]
     warnings: list[str]
-
-    def to_dict(self) -> dict[str, object]:
-        """Convert to plain values for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

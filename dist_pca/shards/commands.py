@@ -1,6 +1,5 @@
 """The commands `dist-pca shards recipes`, `check`, `build` and `merge`: from raw data to shards."""
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +10,7 @@ from rich.table import Table
 from dist_pca.console import plain_console, print_warning
 from dist_pca.errors import UserError
 from dist_pca.resources import names, resource
-from dist_pca.shards.folder_commands import AsJson, Workers, count_problems, print_empty_classes
+from dist_pca.shards.folder_commands import AsJson, Workers, end_check, print_empty_classes
 from dist_pca.shards.folder_commands import app as folder_app
 
 if TYPE_CHECKING:
@@ -249,15 +248,8 @@ def check(
             workers=workers,
             progress=show,
         )
-    if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
-    else:
-        plain_console().print(check_tables(found))
-        count = len(found.problems)
-        images = sum(part.images for part in found.splits)
-        typer.echo(f"{root}: {count_problems(count)} in {images:,} images")
-    if found.problems:
-        raise typer.Exit(1)
+    images = sum(part.images for part in found.splits)
+    end_check(found, root, f"{images:,} images", check_tables(found), as_json=as_json)
 
 
 @app.command("merge", epilog=_MERGE_EXAMPLES)

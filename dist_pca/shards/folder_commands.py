@@ -1,6 +1,7 @@
 """The commands `dist-pca shards verify`, `index` and `inspect`: shards that are there."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,11 @@ from dist_pca.classes import LABEL_SETS
 from dist_pca.console import plain_console, print_warning
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
+    from dist_pca.shards.check import Check
     from dist_pca.shards.manifest import Manifest
+    from dist_pca.shards.verify import Verification
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -65,17 +70,9 @@ def verify(
 
     with shown_progress("samples") as show:
         found = check(folder, deep=deep, workers=workers, progress=show)
-    if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
-    else:
-        if found.problems:
-            plain_console().print(problem_table(found))
-        count = len(found.problems)
-        size = f"{found.shards:,} shards, {found.bytes / 1e6:,.1f} MB"
-        depth = ", every image and label decoded" if deep else ""
-        typer.echo(f"{folder}: {count_problems(count)} in {found.samples:,} samples, {size}{depth}")
-    if found.problems:
-        raise typer.Exit(1)
+    size = f"{found.shards:,} shards, {found.bytes / 1e6:,.1f} MB"
+    where = f"{found.samples:,} samples, {size}{', every image and label decoded' if deep else ''}"
+    end_check(found, folder, where, problem_table(found) if found.problems else None, as_json=as_json)
 
 
 @app.command("index", epilog=_INDEX_EXAMPLES)
@@ -139,16 +136,34 @@ def inspect(
     manifest = load_manifest(folder)
     summary = summarise(manifest)
     if as_json:
-        typer.echo(json.dumps(summary.to_dict(), indent=2))
+        typer.echo(json.dumps(asdict(summary), indent=2))
     else:
         plain_console().print(render(summary))
     if grid is not None:
         save_grid(manifest, grid, samples)
 
 
-def count_problems(count: int) -> str:
-    """Number of problems in words."""
-    return "no problem" if count == 0 else f"{count:,} problem{'s' * (count > 1)}"
+def end_check(
+    found: "Check | Verification", folder: Path, where: str, tables: "Group | None", *, as_json: bool
+) -> None:
+    """Print the result of a check, as JSON or as tables and a line; the exit code is 1 if there are problems.
+
+    Args:
+        found: The result.
+        folder: The folder that was checked.
+        where: What was looked at in it, in words.
+        tables: The result as tables; None where the line says all.
+        as_json: Print JSON.
+    """
+    count = len(found.problems)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+    else:
+        if tables is not None:
+            plain_console().print(tables)
+        typer.echo(f"{folder}: {f'{count:,}' if count else 'no'} problem{'s' * (count > 1)} in {where}")
+    if count:
+        raise typer.Exit(1)
 
 
 def print_empty_classes(manifest: "Manifest") -> None:

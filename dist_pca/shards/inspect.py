@@ -3,13 +3,13 @@
 import io
 import math
 import tarfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
@@ -66,10 +66,6 @@ class Summary:
     """Share of all pixels that have no class; 0 to 1, None without labels."""
     classes: list[ClassSummary]
 
-    def to_dict(self) -> dict[str, object]:
-        """Convert to plain values for JSON."""
-        return asdict(self)
-
 
 def summarise(manifest: Manifest) -> Summary:
     """Compute a shard folder's statistics from its manifest alone.
@@ -112,9 +108,7 @@ def summarise(manifest: Manifest) -> Summary:
 
 def render(summary: Summary) -> Group:
     """Format a summary as tables for a terminal."""
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    facts.add_column(style="bold")
-    facts.add_column()
+    facts = Table(Column(style="bold"), Column(), show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.add_row("folder", Text(summary.folder))
     facts.add_row("recipe", Text(f"{summary.recipe}, version {summary.recipe_version}, split {summary.split}"))
     facts.add_row("samples", f"{summary.samples:,}{'' if summary.labelled else ', without labels'}")
@@ -133,9 +127,7 @@ def _sizes(summary: Summary) -> str:
 
 
 def _class_table(summary: Summary) -> Table:
-    table = Table(title_justify="left")
-    table.add_column("id", justify="right")
-    table.add_column("class")
+    table = Table(Column("id", justify="right"), "class", title_justify="left")
     if summary.labelled:
         table.add_column("share of pixels", justify="right")
         table.add_column("images with it", justify="right")

@@ -2,7 +2,7 @@
 
 import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_pca.errors import UserError
@@ -37,10 +37,6 @@ class Verification:
     samples: int
     bytes: int
     problems: list[Problem]
-
-    def to_dict(self) -> dict[str, object]:
-        """Convert to plain values for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

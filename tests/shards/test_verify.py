@@ -2,7 +2,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,5 +154,5 @@ def test_all_cores_find_the_same(built: Manifest) -> None:
     alone, together = (verify(built.folder, deep=True, workers=workers) for workers in (1, 2))
     assert alone == together
     assert len(alone.problems) >= 3
-    assert json.dumps(alone.to_dict())
+    assert json.dumps(asdict(alone))
     assert load_manifest(built.folder, check_files=False) == built
