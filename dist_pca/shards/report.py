@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dist_pca.shards.check import Check, SplitCheck
@@ -24,9 +24,7 @@ def plan_tables(plan: Plan, out: Path) -> Group:
     stored = sum(raw_bytes(sizes) for sizes in plan.sizes)
     counts = [shard.stop - shard.start for shard in plan.shards]
     per_shard = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    facts.add_column(style="bold")
-    facts.add_column()
+    facts = Table(Column(style="bold"), Column(), show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.add_row("recipe", Text(f"{plan.recipe.name}, version {plan.recipe.version}"))
     others = f", of {', '.join(plan.recipe.splits)}" if len(plan.recipe.splits) > 1 else ""
     facts.add_row("split", Text(f"{plan.split}{others}"))
@@ -46,9 +44,8 @@ def plan_tables(plan: Plan, out: Path) -> Group:
 
 def summary_table(title: str, *, samples: int, shards: int, stored: int, seconds: float, speed: str) -> Table:
     """Table with one row about what was built."""
-    table = Table(title=Text(title), title_justify="left")
-    for name in ("samples", "shards", "MB", "seconds", "images/s"):
-        table.add_column(name, justify="right")
+    columns = (Column(name, justify="right") for name in ("samples", "shards", "MB", "seconds", "images/s"))
+    table = Table(*columns, title=Text(title), title_justify="left")
     table.add_row(f"{samples:,}", f"{shards:,}", f"{stored / 1e6:,.1f}", f"{seconds:.1f}", speed)
     return table
 
@@ -79,10 +76,8 @@ def check_tables(found: Check) -> Group:
 
 
 def _split_table(split: SplitCheck) -> Table:
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=Text(f"split {split.name}"))
-    facts.title_justify = "left"
-    facts.add_column(style="bold")
-    facts.add_column()
+    facts = Table(Column(style="bold"), Column(), show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.title, facts.title_justify = Text(f"split {split.name}"), "left"
     facts.add_row("images", f"{split.images:,}{'' if split.labelled else ', without labels'}")
     facts.add_row("formats", ", ".join(f"{count:,} {kind}" for kind, count in split.formats.items()))
     if split.smallest is not None and split.largest is not None:
@@ -100,9 +95,8 @@ def _split_table(split: SplitCheck) -> Table:
 
 
 def _label_table(split: SplitCheck) -> Table:
-    table = Table("label value", "meaning", title_justify="left")
-    table.add_column("share of pixels", justify="right")
-    table.add_column("images with it", justify="right")
+    numbers = (Column(name, justify="right") for name in ("share of pixels", "images with it"))
+    table = Table("label value", "meaning", *numbers, title_justify="left")
     for entry in split.label_values[:_ROWS]:
         table.add_row(Text(entry.value), Text(entry.meaning), f"{entry.share:.2%}", f"{entry.images:,}")
     return table
