@@ -1,12 +1,14 @@
 """Ranks, and collectives over them, differentiable where a loss needs it. Needs torch alone."""
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dist_pca.errors import UserError
+
+T = TypeVar("T")
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -30,9 +32,14 @@ def join_ranks() -> tuple[int, int, torch.device]:
     return dist.get_rank(), size, device
 
 
+def rank() -> int:
+    """Return the rank of this process; 0 outside of torch.distributed."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def is_rank0() -> bool:
     """Whether this is rank 0; true outside of torch.distributed."""
-    return world_size() == 1 or dist.get_rank() == 0
+    return rank() == 0
 
 
 def barrier() -> None:
@@ -51,6 +58,14 @@ def raise_on_all_ranks(message: str | None) -> None:
     dist.broadcast_object_list(messages, src=0)
     if messages[0] is not None:
         raise UserError(messages[0])
+
+
+def gather_objects(value: T) -> list[T]:
+    """Gather a picklable value of every rank, in rank order; its own alone outside of torch.distributed. Collective."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sum(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:

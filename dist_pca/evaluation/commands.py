@@ -4,7 +4,7 @@ import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -198,10 +198,9 @@ def evaluate(
         print_warning(line)
     scores = None
     with nullcontext() if world_size == 1 else watch_ranks(rank, world_size, config.training.stall_timeout):
-        where: Any = {"device": device, "rank": rank, "world_size": world_size}
         model.to(device)
         if write_predictions is not None and not scored:
-            evaluation.write_predictions(model, manifest, classes, config, write_predictions, values, **where)
+            evaluation.write_predictions(model, manifest, classes, config, write_predictions, values, device=device)
         else:
             scores = evaluation.evaluate(
                 model,
@@ -211,7 +210,7 @@ def evaluate(
                 predictions=write_predictions,
                 values=values,
                 score_folder=write_scores,
-                **where,
+                device=device,
             )
     if rank != 0:
         return

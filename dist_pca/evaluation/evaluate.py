@@ -3,10 +3,8 @@
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.progress import track
 from torch import nn
 
@@ -15,6 +13,7 @@ from dist_pca.config import RunConfig
 from dist_pca.console import plain_console
 from dist_pca.data.class_table import missing_classes
 from dist_pca.data.stream import EvaluationSample, evaluation_stream
+from dist_pca.distributed import all_reduce_sum, gather_objects, is_rank0, rank, world_size
 from dist_pca.errors import UserError
 from dist_pca.evaluation.boundary import boundary_counts
 from dist_pca.evaluation.confusion import confusion_matrix
@@ -34,8 +33,6 @@ def evaluate(
     config: RunConfig,
     *,
     device: torch.device | str,
-    rank: int = 0,
-    world_size: int = 1,
     predictions: Path | None = None,
     values: Values | None = None,
     score_folder: Path | None = None,
@@ -54,13 +51,11 @@ def evaluate(
             shards do not have are left out of all means.
         config: The run: sizes, evaluation protocol, label sets and loader processes.
         device: Device of the model.
-        rank: Rank, below `world_size`; rank 0 shows progress on stderr.
-        world_size: Number of ranks.
         predictions: Folder to create atomically, for one PNG of each image at its label's size. Ranks must share its
             file system.
         values: What these files hold; None is the default of `prediction_values`.
         score_folder: Folder to create atomically for the files of `write_scores`. Ranks must share its file system.
-        quiet: Show no progress.
+        quiet: Show no progress on rank 0's stderr.
 
     Raises:
         UserError: a folder is not empty or cannot be written, the shards have no labels, none of the classes or other
@@ -84,9 +79,7 @@ def evaluate(
         if predictions is not None:
             values = values or prediction_values(classes, None, manifest)
             save = stack.enter_context(prediction_folder(predictions, "--write-predictions", values))
-        predicted = _predictions(
-            model, manifest, classes, config, device=device, rank=rank, world_size=world_size, quiet=quiet
-        )
+        predicted = _predictions(model, manifest, classes, config, device=device, quiet=quiet)
         for sample, prediction in stack.enter_context(closing(predicted)):
             truth = torch.from_numpy(sample.label).to(device)
             confusion = confusion_matrix(prediction, truth, len(classes), IGNORE_INDEX)
@@ -97,15 +90,13 @@ def evaluate(
                 images.append(image_scores(sample.key, confusion.cpu(), unscored))
             if predictions is not None:
                 save(sample.key, sample.source, prediction.cpu().numpy())
-        if dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(boundaries)
-        boundary = None if ratio is None else boundaries.cpu()
-        scores = score(counts.cpu(), classes, manifest.samples, protocol.label_sets, boundary=boundary, missing=missing)
+        counts = all_reduce_sum(counts).cpu()
+        boundary = None if ratio is None else all_reduce_sum(boundaries).cpu()
+        scores = score(counts, classes, manifest.samples, protocol.label_sets, boundary=boundary, missing=missing)
         if staged:
             everything = _in_order(images, manifest)
-            if rank == 0:
-                write_scores(staged, scores, counts.cpu(), everything)
+            if is_rank0():
+                write_scores(staged, scores, counts, everything)
     return scores
 
 
@@ -118,8 +109,6 @@ def write_predictions(
     values: Values,
     *,
     device: torch.device | str,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> None:
     """Write a segmenter's prediction of every image of a shard folder, as `evaluate` does but without any labels.
 
@@ -133,14 +122,12 @@ def write_predictions(
         folder: Folder to create atomically, for one PNG of each image at its size. Ranks must share its file system.
         values: What the files hold.
         device: Device of the model.
-        rank: Rank, below `world_size`; rank 0 shows progress on stderr.
-        world_size: Number of ranks.
 
     Raises:
         UserError: the folder is not empty or cannot be written, the shards have other bands than the network takes, or
             a sample cannot be read.
     """
-    predicted = _predictions(model, manifest, classes, config, device=device, rank=rank, world_size=world_size)
+    predicted = _predictions(model, manifest, classes, config, device=device)
     with prediction_folder(folder, "--write-predictions", values) as save, closing(predicted):
         for sample, prediction in predicted:
             save(sample.key, sample.source, prediction.cpu().numpy())
@@ -153,15 +140,14 @@ def _predictions(
     config: RunConfig,
     *,
     device: torch.device | str,
-    rank: int,
-    world_size: int,
     quiet: bool = False,
 ) -> Generator[tuple[EvaluationSample, torch.Tensor], None, None]:
     """Yield this rank's samples, each with its predicted train ids, uint8, H x W."""
+    own, ranks = rank(), world_size()
     samples = evaluation_stream(
         manifest,
-        rank,
-        world_size,
+        own,
+        ranks,
         classes=classes,
         class_map=config.evaluation.class_map,
         bands=backbone_options(config.model).bands,
@@ -175,9 +161,9 @@ def _predictions(
             for sample in track(
                 samples,
                 "evaluating",
-                total=len(range(rank, manifest.samples, world_size)),
+                total=len(range(own, manifest.samples, ranks)),
                 console=plain_console(stderr=True),
-                disable=quiet or rank != 0,
+                disable=quiet or own != 0,
             ):
                 height, width = sample.image.shape[:2]
                 pixels = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)[None]
@@ -189,9 +175,5 @@ def _predictions(
 
 def _in_order(images: list[ImageScores], manifest: Manifest) -> list[ImageScores]:
     """Gather the scores of all images in the order of the shards. Collective if torch.distributed is initialised."""
-    gathered: list[Any] = [images]
-    if dist.is_initialized():
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, images)
     order = {key: number for number, key in enumerate(key for shard in manifest.shards for key in shard.keys)}
-    return sorted((line for part in gathered for line in part), key=lambda line: order[line.key])
+    return sorted((line for part in gather_objects(images) for line in part), key=lambda line: order[line.key])

@@ -4,15 +4,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed as dist
 from PIL import Image
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
-from dist_pca.distributed import barrier, is_rank0, world_size
+from dist_pca.distributed import barrier, gather_objects, is_rank0
 from dist_pca.errors import UserError, nearest
 from dist_pca.evaluation.label_files import save_whole
 from dist_pca.evaluation.pictures import color_labels
@@ -91,10 +90,7 @@ def prediction_folder(folder: Path, option: str, values: Values) -> Iterator[Cal
             sources[key] = source
 
         yield save
-        gathered: list[Any] = [sources]
-        if world_size() > 1:
-            gathered = [None] * world_size()
-            dist.all_gather_object(gathered, sources)
+        gathered = gather_objects(sources)
         if is_rank0():
             everything = {key: source for part in gathered for key, source in part.items()}
             for key, name in prediction_names(everything).items():

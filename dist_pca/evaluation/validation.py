@@ -18,8 +18,6 @@ def validate(
     config: RunConfig,
     *,
     device: torch.device,
-    rank: int,
-    world_size: int,
     progress: Callable[[], object],
 ) -> tuple[float, tuple[float, ...]]:
     """Compute the mean IoU of a network on labelled shards, and the IoU of each class, which is nan for an absent one.
@@ -33,8 +31,6 @@ def validate(
         classes: Classes by train id.
         config: The run.
         device: Device of this rank.
-        rank: This rank.
-        world_size: Number of ranks.
         progress: Called for every image.
 
     Raises:
@@ -45,5 +41,5 @@ def validate(
     for name, value in tensors:
         state[name].copy_(value)
     network.register_forward_pre_hook(lambda *_: progress() and None)
-    scores = evaluate(network, manifest, classes, config, device=device, rank=rank, world_size=world_size, quiet=True)
+    scores = evaluate(network, manifest, classes, config, device=device, quiet=True)
     return scores.mean_iou, scores.iou

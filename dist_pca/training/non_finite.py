@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dist_pca.data.collate import Batch
+from dist_pca.distributed import gather_objects
 from dist_pca.errors import UserError
 from dist_pca.files import write_json
 from dist_pca.objective import Domain, Domains
@@ -150,9 +151,7 @@ class NonFiniteSteps:
                 {name for report in self._reports for name, finite in report.finite.items() if not finite}
             ),
         }
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, own)
-        return ranks
+        return gather_objects(own)
 
 
 def _copy(tensors: list[torch.Tensor], into: list[torch.Tensor]) -> None:

@@ -187,8 +187,6 @@ class Trainer:
             run.classes,
             run.config,
             device=self.device,
-            rank=self.environment.rank,
-            world_size=self.environment.world_size,
             progress=partial(self.clock.enter, "validation"),
         )
         scores = {"validation_mean_iou": torch.tensor(mean_iou), "validation_iou": torch.tensor(iou)}

@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -54,8 +53,6 @@ def scores_on_rank(
         CLASSES,
         run(boundary_iou=0.05),
         device="cpu",
-        rank=rank,
-        world_size=world_size,
         predictions=predictions,
         score_folder=score_folder,
     ).to_json()
@@ -156,8 +153,7 @@ def predicted(seed: int) -> torch.Tensor:
 def write_on_rank(rank: int, world_size: int, folder: Path, out: Path) -> int:
     manifest = load_manifest(folder)
     values = prediction_values(CLASSES, "train-ids", manifest)
-    where: Any = {"device": "cpu", "rank": rank, "world_size": world_size}
-    write_predictions(segmenter(), manifest, CLASSES, run(), out, values, **where)
+    write_predictions(segmenter(), manifest, CLASSES, run(), out, values, device="cpu")
     return rank
 
 

@@ -8,16 +8,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
+from dist_pca.distributed import gather_objects
 from dist_pca.tools.doctor.check import Check, Verdict, merge, name_ranks
-
-T = TypeVar("T")
 
 SLOW = {"gloo": 0.02e9, "nccl": 2e9}
 """Bytes per second of bus bandwidth below which something is wrong rather than slow."""
@@ -159,7 +158,7 @@ def start_nccl(ranks: Ranks, wait: float) -> dist.ProcessGroup | None:
 
 def common_checks(ranks: Ranks, own: Sequence[Check], folder: Path | None, wait: float) -> list[Check]:
     """Every rank's own checks, merged, and those that all make together. Collective; the ranks part afterwards."""
-    checks = merge(_gather(ranks, own), ranks.hosts)
+    checks = merge(gather_objects(own), ranks.hosts)
     checks += exchange_checks(ranks, "gloo", None)
     nccl = start_nccl(ranks, wait)
     if nccl is not None:
@@ -245,7 +244,7 @@ def shared_folder(ranks: Ranks, folder: Path) -> Check:
             seen = (folder / token[0]).read_text() == token[0]
         if not seen:
             time.sleep(0.1)
-    everyone = _gather(ranks, seen)
+    everyone = gather_objects(seen)
     if ranks.rank == 0:
         _remove_probe(probe, new)
     blind = [rank for rank, sees in enumerate(everyone) if not sees]
@@ -264,7 +263,7 @@ def clocks(ranks: Ranks) -> Check:
     spreads = []
     for _ in range(_REPEATS):
         dist.barrier()
-        told = _gather(ranks, time.time())
+        told = gather_objects(time.time())
         spreads.append((max(told) - min(told), told))
     spread, told = min(spreads)
     found = f"{1000 * spread:.0f} ms apart at most"
@@ -278,9 +277,3 @@ def clocks(ranks: Ranks) -> Check:
         f"{spread:.1f} s apart, {name_ranks([off], ranks.hosts)} most",
         "let chrony or ntpd set the clocks: locks and logs of different nodes are compared by time",
     )
-
-
-def _gather(ranks: Ranks, value: T) -> list[T]:
-    values: list[Any] = [None] * ranks.size
-    dist.all_gather_object(values, value)
-    return values
