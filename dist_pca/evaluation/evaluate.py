@@ -78,7 +78,7 @@ def evaluate(
         staged = score_folder and stack.enter_context(new_folder(score_folder, "--write-scores"))
         if predictions is not None:
             values = values or prediction_values(classes, None, manifest)
-            save = stack.enter_context(prediction_folder(predictions, "--write-predictions", values))
+            save = stack.enter_context(prediction_folder(predictions, values))
         predicted = _predictions(model, manifest, classes, config, device=device, quiet=quiet)
         for sample, prediction in stack.enter_context(closing(predicted)):
             truth = torch.from_numpy(sample.label).to(device)
@@ -128,7 +128,7 @@ def write_predictions(
             a sample cannot be read.
     """
     predicted = _predictions(model, manifest, classes, config, device=device)
-    with prediction_folder(folder, "--write-predictions", values) as save, closing(predicted):
+    with prediction_folder(folder, values) as save, closing(predicted):
         for sample, prediction in predicted:
             save(sample.key, sample.source, prediction.cpu().numpy())
 

@@ -1,4 +1,4 @@
-"""Pictures that compare predictions with the true labels."""
+"""Pictures of labels: in the colours of their classes, and side by side with a legend."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 from dist_pca.classes import ClassInfo
 
 Pixels = npt.NDArray[np.uint8]
-Row = tuple[Pixels, Pixels | None, Sequence[Pixels]]
-"""An RGB image (height x width x 3), its true train ids (height x width) if known, and predicted train ids."""
 
 _CELL_WIDTH = 480
 _MOST_ASPECT = 4
@@ -26,23 +24,6 @@ def color_labels(label: Pixels, classes: Sequence[ClassInfo]) -> Pixels:
     palette[: len(classes)] = [info.color for info in classes]
     colored: Pixels = palette[label]
     return colored
-
-
-def comparison_picture(rows: Sequence[Row], classes: Sequence[ClassInfo], titles: Sequence[str]) -> Image.Image:
-    """Draw one image per row (input, true labels if there are any, predictions), and a legend of the classes.
-
-    Args:
-        rows: Images of any sizes, each with as many predictions as there are titles.
-        classes: Classes by train id.
-        titles: Titles of the predictions, for example before and after adaptation.
-    """
-    with_truth = any(truth is not None for _, truth, _ in rows)
-    headings = ["input", *(["truth"] if with_truth else []), *titles]
-    cells: list[list[Pixels | None]] = []
-    for image, truth, predictions in rows:
-        labels = [*([truth] if with_truth else []), *predictions]
-        cells.append([image, *(None if label is None else color_labels(label, classes) for label in labels)])
-    return grid_picture(cells, headings, classes)
 
 
 def grid_picture(

@@ -68,7 +68,7 @@ def prediction_values(classes: Sequence[ClassInfo], coding: Coding | None, manif
 
 
 @contextmanager
-def prediction_folder(folder: Path, option: str, values: Values) -> Iterator[Callable[[str, str, Pixels], None]]:
+def prediction_folder(folder: Path, values: Values) -> Iterator[Callable[[str, str, Pixels], None]]:
     """Create a folder of predictions, and yield a function that saves one: `save(key, source, train_ids)`.
 
     Files get the names of their sources at the end. Collective if torch.distributed is initialised: all ranks write
@@ -76,14 +76,13 @@ def prediction_folder(folder: Path, option: str, values: Values) -> Iterator[Cal
 
     Args:
         folder: The folder; if it exists, it must be empty.
-        option: Command-line option of the folder, for messages.
         values: What the files hold.
 
     Raises:
         UserError: the folder is not empty, or cannot be written.
     """
     sources: dict[str, str] = {}
-    with new_folder(folder, option) as staged:
+    with new_folder(folder, "--write-predictions") as staged:
 
         def save(key: str, source: str, train_ids: Pixels) -> None:
             save_whole(staged / ".keys" / f"{key}.png", Image.fromarray(values.table[train_ids]))

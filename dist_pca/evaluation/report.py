@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from rich.table import Table
-from rich.text import Text
 from typing_extensions import Self
 
 from dist_pca.classes import ClassInfo, label_set_members
@@ -129,66 +128,19 @@ def table(scores: Scores, title: str | None = None) -> Table:
     for name in by_class:
         result.add_column(COLUMNS[name], justify="right")
     for row in zip(scores.classes, *by_class.values(), strict=True):
-        result.add_row(row[0], *map(_per_cent, row[1:]))
+        result.add_row(row[0], *map(per_cent, row[1:]))
     result.add_section()
-    result.add_row("mean", *(_per_cent(getattr(scores, f"mean_{name}")) for name in by_class))
+    result.add_row("mean", *(per_cent(getattr(scores, f"mean_{name}")) for name in by_class))
     for name, value in scores.label_sets.items():
-        result.add_row(f"mean of {name}", _per_cent(value))
-    result.add_row("pixel accuracy", _per_cent(scores.pixel_accuracy))
+        result.add_row(f"mean of {name}", per_cent(value))
+    result.add_row("pixel accuracy", per_cent(scores.pixel_accuracy))
     result.add_section()
     result.add_row("images", str(scores.images))
     return result
 
 
-def compare_table(
-    runs: Sequence[tuple[str, Scores]], differences: Sequence[tuple[str, int, int]] | None = None
-) -> Table:
-    """Tabulate networks' scores side by side in per cent, the best of each row in bold.
-
-    A dash means that there is nothing to score.
-
-    Args:
-        runs: Title and scores of each network.
-        differences: Columns of differences in percentage points: title, index of the network that is subtracted, and of
-            the one that it is subtracted from. None compares two networks, and no more than two.
-    """
-    if differences is None:
-        differences = [("difference", 0, 1)] if len(runs) == 2 else []
-    result = Table("class")
-    for title in (*(title for title, _ in runs), *(title for title, _, _ in differences)):
-        # Otherwise rich cuts words of a short heading on a narrow terminal before it breaks a long one into lines.
-        result.add_column(title, justify="right", min_width=min(12, max(map(len, title.split()), default=0)))
-    by_class, summaries = ([part(scores) for _, scores in runs] for part in (_by_class, _summary))
-    for part in (by_class, summaries):
-        for name in dict.fromkeys(name for values in part for name in values):
-            result.add_row(name, *_cells([values.get(name, math.nan) for values in part], differences))
-        result.add_section()
-    result.add_row("images", *(str(scores.images) for _, scores in runs))
-    return result
-
-
-def _by_class(scores: Scores) -> dict[str, float]:
-    return dict(zip(scores.classes, scores.iou, strict=True))
-
-
-def _summary(scores: Scores) -> dict[str, float]:
-    sets = {f"mIoU {name}": value for name, value in scores.label_sets.items()}
-    return {"mIoU": scores.mean_iou, **sets, "pixel accuracy": scores.pixel_accuracy}
-
-
-def _cells(values: Sequence[float], differences: Sequence[tuple[str, int, int]]) -> list[Text]:
-    known = [value for value in values if not math.isnan(value)]
-    differ = len(set(known)) > 1
-    cells = []
-    for value in values:
-        cells.append(Text(_per_cent(value), "bold" if differ and value == max(known) else ""))
-    for _, before, after in differences:
-        difference = values[after] - values[before]
-        cells.append(Text("-" if math.isnan(difference) else f"{100 * difference:+.1f}"))
-    return cells
-
-
-def _per_cent(value: float) -> str:
+def per_cent(value: float) -> str:
+    """Write a score in per cent; a dash for nan."""
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 

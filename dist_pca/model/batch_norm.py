@@ -214,7 +214,7 @@ def running_statistics(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def average_over_ranks(statistics: Collection[torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
+def average_over_ranks(statistics: Collection[torch.Tensor]) -> None:
     """Set running means and variances, in place, to their mean over ranks, so that every rank holds the same network.
 
     A collective call. Variances are averaged as they are: what ranks' means differ by is not added. Sums are in fp64,
@@ -223,8 +223,8 @@ def average_over_ranks(statistics: Collection[torch.Tensor], group: dist.Process
     if not statistics or not dist.is_initialized():
         return
     flat = torch.cat(list(statistics)).double()
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
     means = torch.split(flat, [len(buffer) for buffer in statistics])
     for buffer, mean in zip(statistics, means, strict=True):
         buffer.copy_(mean)

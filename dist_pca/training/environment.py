@@ -27,8 +27,6 @@ class DistributedEnvironment:
     """Accelerate's, which prepares the DeepSpeed engine."""
     rank: int
     world_size: int
-    local_world_size: int
-    """Number of ranks on this node."""
     device: torch.device
     node_group: dist.ProcessGroup | None
     """Ranks on this node; None where there is one node."""
@@ -93,9 +91,8 @@ def init_distributed(config: RunConfig) -> DistributedEnvironment:
             f"the launcher started {launched} processes, but {came_up} joined the process group; start the run with "
             "`accelerate launch --config_file` and one of the files in launch/accelerate/"
         )
-    return DistributedEnvironment(
-        accelerator, dist.get_rank(), launched, local_size, accelerator.device, _node_group(launched, local_size)
-    )
+    group = _node_group(launched, local_size)
+    return DistributedEnvironment(accelerator, dist.get_rank(), launched, accelerator.device, group)
 
 
 def connect_store() -> Store:

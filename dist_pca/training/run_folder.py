@@ -347,13 +347,3 @@ def read_launch_log(folder: Path) -> list[Launch]:
             renamed = {_OLD_LAUNCH_FIELDS.get(key, key): value for key, value in values.items()}
             launches.append(_LAUNCH.validate_python(renamed))
     return launches
-
-
-def is_alive(launch: Launch) -> bool | None:
-    """Whether rank 0 of a launch still runs; None if it ran on another machine."""
-    if launch.host != socket.gethostname():
-        return None
-    try:
-        return bool(abs(psutil.Process(launch.process).create_time() - launch.create_time) < 1)
-    except psutil.NoSuchProcess:
-        return False

@@ -68,7 +68,7 @@ def test_a_folder_holds_the_values_under_the_sources_names(tmp_path: Path) -> No
     codings: list[tuple[Coding, str]] = [("label-ids", "L"), ("colors", "RGB")]
     for coding, mode in codings:
         values = prediction_values(CITYSCAPES_CLASSES, coding)
-        with prediction_folder(tmp_path / coding, "--out", values) as save:
+        with prediction_folder(tmp_path / coding, values) as save:
             save("a/key", "rgb_anon/fog/test/GOPR1/GOPR1_frame_1_rgb_anon.png", ids)
             save("other", "", ids)
         files = sorted(path.relative_to(tmp_path / coding).as_posix() for path in (tmp_path / coding).rglob("*"))

@@ -15,11 +15,12 @@ from rich.text import Text
 from dist_pca.classes import CITYSCAPES_CLASSES, LABEL_SETS, ClassInfo, label_set
 from dist_pca.console import plain_console
 from dist_pca.errors import UserError
-from dist_pca.evaluation.report import Scores, compare_table, score, table
+from dist_pca.evaluation.report import Scores, score, table
 from tests.support.nasty import NASTY, replaced
 
 CLASSES = (ClassInfo("road", (1, 2, 3)), ClassInfo("sky", (4, 5, 6)), ClassInfo("car", (7, 8, 9)))
 COUNTS = torch.tensor([[8, 2, 0], [0, 10, 0], [0, 0, 0]])
+LIKE_MARKUP = ("marking [/dashed]", "[red]", "data/val[a]", "[bold", "\\\\[x]", ":car:")
 
 
 def text(content: Table) -> list[list[str]]:
@@ -111,11 +112,11 @@ def test_classes_that_the_shards_lack_have_no_scores_and_are_in_no_mean() -> Non
     assert scores.pixel_accuracy == pytest.approx(13 / 20)
 
 
-@pytest.mark.parametrize("name", ["marking [/dashed]", "[red]", "data/val[a]", "[bold", "\\\\[x]", ":car:"])
+@pytest.mark.parametrize("name", LIKE_MARKUP)
 def test_names_that_look_like_markup_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     scores = score(COUNTS, (ClassInfo(name, (0, 0, 0)), *CLASSES[1:]), 7)
-    plain_console().print(table(scores, name), compare_table([(name, scores), ("b", scores)]))
-    assert capsys.readouterr().out.count(name) == 4
+    plain_console().print(table(scores, name))
+    assert capsys.readouterr().out.count(name) == 2
 
 
 def test_scores_that_an_older_version_wrote_are_read() -> None:
@@ -126,40 +127,6 @@ def test_scores_that_an_older_version_wrote_are_read() -> None:
     assert repr(read.iou) == repr(scores.iou)
     assert read.precision == ()
     assert math.isnan(read.mean_f1)
-
-
-def test_two_networks_stand_side_by_side_with_their_difference_and_the_best_in_bold() -> None:
-    before = score(COUNTS, CLASSES, 7)
-    after = score(torch.tensor([[9, 1, 0], [5, 5, 0], [0, 0, 1]]), CLASSES, 7)
-    content = compare_table([("before", before), ("after", after)])
-    assert [column.header for column in content.columns] == ["class", "before", "after", "difference"]
-    lines = text(content)
-    assert lines[0] == ["road", "*80.0*", "60.0", "-20.0"]
-    assert lines[2] == ["car", "-", "100.0", "-"]
-    assert lines[-1][:3] == ["images", "7", "7"]
-
-
-def test_headings_of_three_networks_are_whole_on_80_columns() -> None:
-    scores = score(COUNTS, CLASSES, 7)
-    runs = [(title, scores) for title in ("source only", "adapted without association", "adapted")]
-    content = compare_table(runs, [("adaptation adds", 0, 2), ("association adds", 1, 2)])
-    console = Console(file=io.StringIO(), width=80)
-    console.print(content)
-    printed = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "…" not in printed
-    assert printed.count("association") == 2
-
-
-def test_nothing_is_bold_where_networks_are_equal() -> None:
-    scores = score(COUNTS, CLASSES, 7)
-    assert text(compare_table([("a", scores), ("b", scores)]))[0] == ["road", "80.0", "80.0", "+0.0"]
-
-
-def test_networks_with_other_classes_share_a_table() -> None:
-    other = score(torch.tensor([[1]]), (ClassInfo("bus", (0, 0, 0)),), 1)
-    lines = text(compare_table([("a", score(COUNTS, CLASSES, 7)), ("b", other)]))
-    assert [line[0] for line in lines[:4]] == ["road", "sky", "car", "bus"]
-    assert lines[3] == ["bus", "-", "100.0", "-"]
 
 
 @settings(max_examples=200)

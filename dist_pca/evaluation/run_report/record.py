@@ -1,7 +1,6 @@
 """What a run folder holds, read so that a file that is missing or damaged costs no more than its own content."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -68,13 +67,9 @@ class RunRecord:
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it has one; `outer/inner` is a value of a nested field."""
-        outer, _, inner = metric.partition("/")
         steps, values = [], []
         for line in self.metrics:
-            value = line.get(outer)
-            if inner:
-                value = value.get(inner) if isinstance(value, dict) else None
-            if is_number(value):
+            if is_number(value := _value(line, metric)):
                 steps.append(int(line["step"]))
                 values.append(float(value))
         return steps, values
@@ -85,12 +80,10 @@ class RunRecord:
 
     def mean_per_step(self, metric: str) -> float | None:
         """Mean over steps of a number that each line holds as a mean over its own steps; None where there is none."""
-        total = weights = 0.0
-        for steps, line in self._spans():
-            outer, _, inner = metric.partition("/")
-            value = line.get(outer)
-            value = value.get(inner) if inner and isinstance(value, dict) else value
-            if is_number(value):
+        total, weights, before = 0.0, 0, 0
+        for line in self.metrics:
+            steps, before = int(line["step"]) - before, int(line["step"])
+            if is_number(value := _value(line, metric)):
                 total, weights = total + steps * float(value), weights + steps
         return total / weights if weights else None
 
@@ -100,11 +93,14 @@ class RunRecord:
         pace = self.mean_per_step("seconds_per_step")
         return None if pace is None else pace * self.step
 
-    def _spans(self) -> Iterator[tuple[int, Metrics]]:
-        before = 0
-        for line in self.metrics:
-            yield int(line["step"]) - before, line
-            before = int(line["step"])
+
+def _value(line: Metrics, metric: str) -> Any:
+    """Value of a metric in a line; `outer/inner` is a value of a nested field, None where that is not nested."""
+    outer, _, inner = metric.partition("/")
+    value = line.get(outer)
+    if not inner:
+        return value
+    return value.get(inner) if isinstance(value, dict) else None
 
 
 def is_number(value: object) -> TypeGuard[float]:

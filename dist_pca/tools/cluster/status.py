@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import psutil
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -18,7 +20,7 @@ from dist_pca.config.training import TrainingConfig
 from dist_pca.console import duration, paths_in_common
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
-from dist_pca.training.run_folder import Launch, is_alive, read_launch_log
+from dist_pca.training.run_folder import Launch, read_launch_log
 
 State = Literal["queued", "running", "stale", "finished", "stopped", "diverged", "failed"]
 SHOWN = {"loss": "loss", "images_per_second": "images/s"}
@@ -187,12 +189,22 @@ def _is_at_work(
     """Whether a run that has not said how it ended is still at work, as far as can be seen from here."""
     if job_state is not None:
         return True
-    alive = is_alive(starts[-1]) if starts and starts[-1].job is None else None
+    alive = _is_alive(starts[-1]) if starts and starts[-1].job is None else None
     if alive is not None:
         return alive
     # From another machine only its writing shows; a rank that does not move ends the run within the stall time-out.
     line = training.log_every * _number(metrics, "seconds_per_step")
     return silent is not None and silent < training.stall_timeout + _LATE_LINES * line
+
+
+def _is_alive(launch: Launch) -> bool | None:
+    """Whether rank 0 of a launch still runs; None if it ran on another machine."""
+    if launch.host != socket.gethostname():
+        return None
+    try:
+        return bool(abs(psutil.Process(launch.process).create_time() - launch.create_time) < 1)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _training(folder: Path) -> TrainingConfig | str | None:

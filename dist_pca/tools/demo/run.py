@@ -15,13 +15,13 @@ from dist_pca.errors import UserError
 from dist_pca.evaluation.evaluate import evaluate
 from dist_pca.evaluation.inference import predict
 from dist_pca.evaluation.load import load_run
-from dist_pca.evaluation.pictures import Row, comparison_picture
-from dist_pca.evaluation.report import Scores, compare_table
+from dist_pca.evaluation.report import Scores
 from dist_pca.files import write_whole
 from dist_pca.resilience.launch import launch, launch_command, quote_command
 from dist_pca.resources import resource
 from dist_pca.shards.build import build_shards
 from dist_pca.shards.manifest import load_manifest
+from dist_pca.tools.demo.comparison import Row, compare_table, comparison_picture
 from dist_pca.tools.demo.streets import DAY, NIGHT, write_streets
 
 SETS = {"day_train": (DAY, 0, 160), "night_train": (NIGHT, 160, 160), "night_test": (NIGHT, 320, 48)}

@@ -8,8 +8,9 @@ from dist_pca.classes import IGNORE_INDEX, ClassInfo
 from dist_pca.data.collate import Batch
 from dist_pca.evaluation.cycle_picture import BROKEN, CLOSED, count_outcomes, draw_cycles, image_names, sample_cycles
 from dist_pca.evaluation.cycles import JudgedCycles
-from dist_pca.evaluation.run_report.page import Block, Cell, Gallery, LegendEntry, Table, photo
+from dist_pca.evaluation.run_report.page import Block, Cell, Gallery, LegendEntry, Table
 from dist_pca.shards.bands import shown
+from dist_pca.tools.report.embedded import photo
 
 
 def cycle_blocks(

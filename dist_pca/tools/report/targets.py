@@ -22,11 +22,12 @@ from dist_pca.evaluation.inference import predict
 from dist_pca.evaluation.load import load_run
 from dist_pca.evaluation.pictures import color_labels
 from dist_pca.evaluation.report import score
-from dist_pca.evaluation.run_report.page import Gallery, LegendEntry, Picture, Section, drawing, photo
+from dist_pca.evaluation.run_report.page import Gallery, LegendEntry, Picture, Section
 from dist_pca.evaluation.run_report.record import ScoreRecord, score_record
 from dist_pca.model.segmenter import backbone_options
 from dist_pca.shards.bands import shown
 from dist_pca.shards.manifest import Manifest
+from dist_pca.tools.report.embedded import drawing, photo
 
 Pixels = npt.NDArray[np.uint8]
 WRONG, UNLABELLED = (232, 72, 32), (128, 128, 128)

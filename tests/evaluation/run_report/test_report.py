@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,8 +23,6 @@ from dist_pca.evaluation.run_report.page import (
     Section,
     Table,
     Text,
-    drawing,
-    photo,
     render,
 )
 from dist_pca.evaluation.run_report.record import read_run_folder
@@ -250,12 +247,6 @@ def test_passwords_and_signatures_are_not_shown(tmp_path: Path) -> None:
     assert "https://host/t" in html
     assert "12 images of https://host/v<" in html
     assert secret not in html
-
-
-def test_pictures_of_very_wide_images_are_embedded() -> None:
-    pixels = np.zeros((1, 2000, 3), np.uint8)
-    assert photo(pixels, alt="", caption="", width=400).size == (400, 1)
-    assert drawing(pixels, alt="", caption="", width=400).size == (400, 1)
 
 
 def test_a_long_run_has_no_larger_page(tmp_path: Path) -> None:
