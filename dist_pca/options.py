@@ -23,6 +23,10 @@ Launcher = Annotated[
 ]
 Processes = Annotated[int | None, typer.Option(min=1, help="Number of processes on this machine.")]
 
+MaxPixels = Annotated[
+    int | None, typer.Option(min=1, help="Refuse images that have more pixels than this.", show_default="178956970")
+]
+
 Partition = Annotated[str | None, typer.Option(help="SLURM partition.", show_default="the cluster's")]
 Account = Annotated[str | None, typer.Option(help="SLURM account.", show_default="yours")]
 QualityOfService = Annotated[

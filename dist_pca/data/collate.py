@@ -57,10 +57,12 @@ class SharedMemoryBuffer:
         """Allocate slots for batches of `size` crops (height, width) of each of `workers` processes, or of this one."""
         # Without loader processes, each batch is copied out before the next one is made.
         slots = (workers, SLOTS, size) if workers else (1, 1, size)
+        self.images = torch.empty((*slots, bands, *crop), dtype=torch.uint8)
+        self.labels = torch.empty((*slots, *crop), dtype=torch.uint8) if labelled else None
         # One process needs no shared memory, of which a container may have little.
-        allocate = _shared if workers else _own
-        self.images = allocate(*slots, bands, *crop)
-        self.labels = allocate(*slots, *crop) if labelled else None
+        for memory in (self.images, self.labels) if workers else ():
+            if memory is not None:
+                memory.share_memory_()  # type: ignore[no-untyped-call]
         self.size = size
 
     def collate(self, crops: Iterator[CropSample]) -> Iterator[Slot]:
@@ -111,13 +113,3 @@ def common_bands(manifests: Sequence[Manifest]) -> int:
                 f"{first.bands}; build both with the same `bands` in their recipes"
             )
     return first.bands
-
-
-def _own(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.uint8)
-
-
-def _shared(*shape: int) -> torch.Tensor:
-    memory = _own(*shape)
-    memory.share_memory_()  # type: ignore[no-untyped-call]
-    return memory

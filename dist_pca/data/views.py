@@ -104,7 +104,8 @@ def _change(view: torch.Tensor, config: PhotometricConfig, chance: Uniform) -> t
     # Each other band is a grey image of its own, whose saturation and hue torchvision leaves as they are.
     view = view if in_color else view[:, None]
     if chance[0] < config.probability:
-        factors = [1 + spread * (2 * u - 1) for spread, u in zip(_spreads(config), chance[1:4], strict=True)]
+        spreads = config.brightness, config.contrast, config.saturation
+        factors = [1 + spread * (2 * u - 1) for spread, u in zip(spreads, chance[1:4], strict=True)]
         changes = [
             lambda image: tv.adjust_brightness(image, factors[0]),
             lambda image: tv.adjust_contrast(image, factors[1]),
@@ -124,10 +125,6 @@ def _change(view: torch.Tensor, config: PhotometricConfig, chance: Uniform) -> t
         # Rounded, the weights of a blur may sum to slightly more than 1.
         view = tv.gaussian_blur(view, [2 * radius + 1, 2 * radius + 1], [sigma, sigma]).clamp(max=1)
     return view if in_color else view[:, 0]
-
-
-def _spreads(config: PhotometricConfig) -> tuple[float, float, float]:
-    return config.brightness, config.contrast, config.saturation
 
 
 def _uniform(count: int, seed: int, domain: Domain, purpose: Purpose, index: int) -> Uniform:

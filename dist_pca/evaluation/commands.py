@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dist_pca.console import plain_console, print_warning
 from dist_pca.errors import UserError
+from dist_pca.options import MaxPixels
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -272,9 +273,7 @@ def predict(
             show_default="as RGB",
         ),
     ] = None,
-    max_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Refuse images that have more pixels than this.", show_default="178956970")
-    ] = None,
+    max_pixels: MaxPixels = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:
     """Predict the labels of images with a trained run, on the GPU if there is one.

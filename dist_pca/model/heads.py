@@ -85,11 +85,16 @@ class MultiScaleHead(nn.Module, ABC):
         self.stride = self.scale_strides[0]
         self.classifier = nn.Conv2d(width, num_classes, 1)
         _start_undecided(self.classifier)
+        self._add_layers(width)
 
     def forward(self, maps: Sequence[torch.Tensor]) -> HeadOutput:
         """Logits and the classifier's input, both of `self.stride`."""
         features = self.fuse(maps[self.first_map :] if self.neck is None else self.neck(maps))
         return HeadOutput(self.classifier(features), features)
+
+    @abstractmethod
+    def _add_layers(self, width: int) -> None:
+        """Add the layers that `fuse` needs, for scales of `scale_channels` and `scale_strides`."""
 
     @abstractmethod
     def fuse(self, scales: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -103,10 +108,7 @@ class PyramidHead(MultiScaleHead):
     convolution at the end in place of one per level). Arguments are those of `MultiScaleHead`.
     """
 
-    def __init__(
-        self, channels: Sequence[int], strides: Sequence[int], width: int, num_classes: int, stride: int = 4
-    ) -> None:
-        super().__init__(channels, strides, width, num_classes, stride)
+    def _add_layers(self, width: int) -> None:
         self.laterals = _embeddings(self.scale_channels, width)
         self.refine = nn.Sequential(_group_norm(width), nn.ReLU(), *_separable(width, width))
 
@@ -130,10 +132,7 @@ class DAFormerHead(MultiScaleHead):
 
     dilations = (1, 6, 12, 18)
 
-    def __init__(
-        self, channels: Sequence[int], strides: Sequence[int], width: int, num_classes: int, stride: int = 4
-    ) -> None:
-        super().__init__(channels, strides, width, num_classes, stride)
+    def _add_layers(self, width: int) -> None:
         self.embeddings = _embeddings(self.scale_channels, width)
         self.branches = nn.ModuleList(
             nn.Sequential(*_separable(len(self.embeddings) * width, width, max(1, round(dilation * 4 / self.stride))))
@@ -155,10 +154,7 @@ class MLPHead(MultiScaleHead):
     are those of `MultiScaleHead`.
     """
 
-    def __init__(
-        self, channels: Sequence[int], strides: Sequence[int], width: int, num_classes: int, stride: int = 4
-    ) -> None:
-        super().__init__(channels, strides, width, num_classes, stride)
+    def _add_layers(self, width: int) -> None:
         self.embeddings = _embeddings(self.scale_channels, width)
         self.merge = _fusion(len(self.embeddings) * width, width)
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from dist_pca.console import plain_console, print_warning
 from dist_pca.errors import UserError
+from dist_pca.options import MaxPixels
 from dist_pca.resources import names, resource
 from dist_pca.shards.folder_commands import AsJson, Workers, end_check, print_empty_classes
 from dist_pca.shards.folder_commands import app as folder_app
@@ -63,9 +64,6 @@ _Include = Annotated[
 ]
 _Exclude = Annotated[list[str] | None, typer.Option(help="Leave out images whose path matches this glob. Repeatable.")]
 _Unlabelled = Annotated[bool, typer.Option("--unlabelled", help="Leave labels out, even if there are any.")]
-_MaxPixels = Annotated[
-    int | None, typer.Option(min=1, help="Refuse images that have more pixels than this.", show_default="178956970")
-]
 
 
 @app.callback()
@@ -117,7 +115,7 @@ def build(
         ),
     ] = None,
     overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share.")] = 0,
-    max_pixels: _MaxPixels = None,
+    max_pixels: MaxPixels = None,
     samples_per_shard: Annotated[
         int | None, typer.Option(min=1, help="Samples in each shard.", show_default="256")
     ] = None,
@@ -222,7 +220,7 @@ def check(
     include: _Include = None,
     exclude: _Exclude = None,
     unlabelled: _Unlabelled = False,
-    max_pixels: _MaxPixels = None,
+    max_pixels: MaxPixels = None,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:

@@ -38,6 +38,9 @@ SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().it
 """File name extensions of those formats, in lower case."""
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
+_LEAVE_OUT = "leave it out with --exclude or --on-error skip"
+_COPY = f"copy the file again, or {_LEAVE_OUT}"
+
 ImageFormat = Literal["keep", "jpg", "png", "webp"]
 
 
@@ -118,9 +121,7 @@ def open_image(path: Path, reading: Reading = AS_RGB, max_pixels: int = MAX_PIXE
             "as `range: [low, high]` in the recipe, or as --range for predictions"
         ) from None
     except ValueError as error:
-        raise UserError(
-            f"{path}: {error}; copy the file again, or leave it out with --exclude or --on-error skip"
-        ) from error
+        raise UserError(f"{path}: {error}; {_COPY}") from error
 
 
 def describe_file(path: Path, reading: Reading, max_pixels: int = MAX_PIXELS) -> tuple[str, int]:
@@ -133,7 +134,7 @@ def describe_file(path: Path, reading: Reading, max_pixels: int = MAX_PIXELS) ->
         try:
             file = _band_file(path, max_pixels)
         except ValueError as error:
-            raise UserError(f"{path}: {error}; replace it, or leave it out with --exclude or --on-error skip") from None
+            raise UserError(f"{path}: {error}; replace it, or {_LEAVE_OUT}") from None
         if file is not None:
             return f"{file.kind} {file.bands} x {file.dtype}", file.orientation
     header = open_header(path, max_pixels)
@@ -145,9 +146,7 @@ def open_unconverted(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         return decode_pixels(open_header(path, max_pixels))
     except ValueError as error:
-        raise UserError(
-            f"{path}: {error}; copy the file again, or leave it out with --exclude or --on-error skip"
-        ) from error
+        raise UserError(f"{path}: {error}; {_COPY}") from error
 
 
 def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
@@ -155,12 +154,10 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
     try:
         return decode_header(path, FILE_FORMATS, max_pixels)
     except ImageTooLarge as error:
-        raise UserError(
-            f"{path}: {error}; raise the bound with --max-pixels, or leave it out with --exclude or --on-error skip"
-        ) from None
+        raise UserError(f"{path}: {error}; raise the bound with --max-pixels, or {_LEAVE_OUT}") from None
     except ValueError as error:
         reason = (path.is_file() and _tiff_bands(path)) or f"{error}; replace it"
-        raise UserError(f"{path}: {reason}, or leave it out with --exclude or --on-error skip") from error
+        raise UserError(f"{path}: {reason}, or {_LEAVE_OUT}") from error
 
 
 def sixteen_bit_channels(path: Path, image: Image.Image) -> npt.NDArray[np.uint16]:

@@ -155,11 +155,10 @@ def _sample_problems(job: _Job, report: Report) -> Iterator[Problem]:
         try:
             members = read_sample(manifest, shard, index)
             image = image_member(members, manifest.label_member, manifest.image_member)
-            found = _image_problems(manifest, shard, index, image, members[image])
-            yield from (Problem(shard.name, key, text) for text in found)
+            found = [*_image_problems(manifest, shard, index, image, members[image])]
             if manifest.labelled:
-                label = members.get(manifest.label_member)
-                yield from (Problem(shard.name, key, text) for text in _label_problems(manifest, shard, index, label))
+                found += _label_problems(manifest, shard, index, members.get(manifest.label_member))
+            yield from (Problem(shard.name, key, text) for text in found)
         except (OSError, ValueError, tarfile.TarError) as error:
             yield Problem(shard.name, key, str(error))
         report(1, 0)

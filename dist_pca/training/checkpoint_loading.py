@@ -1,5 +1,7 @@
 """Loading from a checkpoint: that its files are its own, and weights into a network."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,23 +28,20 @@ def load_model(model: torch.nn.Module, checkpoint: Path, *, ema: bool = False) -
         raise UserError(f"{checkpoint}: has no moving average (training.ema_decay was 0); use the trained weights")
     state = load_tensors(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
     own = dict(model.named_parameters()) | dict(persistent_buffers(model))
-    shapes = [
-        f"{name} {list(state[name].shape)} where the config has {list(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
-    kinds = [
-        f"{name} {str(state[name].dtype).removeprefix('torch.')} where the network has "
-        f"{str(own[name].dtype).removeprefix('torch.')}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].is_floating_point() != state[name].is_floating_point()
-    ]
-    differences = {
+    differences: dict[str, list[str]] = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
-        "other shapes:": shapes,
-        "other types:": kinds,
+        "other shapes:": [],
+        "other types:": [],
     }
+    for name in sorted(own.keys() & state.keys()):
+        theirs, ours = state[name], own[name]
+        if theirs.shape != ours.shape:
+            difference = f"{name} {list(theirs.shape)} where the config has {list(ours.shape)}"
+            differences["other shapes:"].append(difference)
+        if theirs.is_floating_point() != ours.is_floating_point():
+            types = (str(tensor.dtype).removeprefix("torch.") for tensor in (theirs, ours))
+            differences["other types:"].append(f"{name} {' where the network has '.join(types)}")
     if found := [f"{what} {abbreviate(names)}" for what, names in differences.items() if names]:
         raise UserError(
             f"{checkpoint}: belongs to another network than model.* and the classes describe: {'; '.join(found)}; "
@@ -60,12 +59,8 @@ def check_files(checkpoint: Path) -> None:
     state = read_state(checkpoint)
     for name in state.get("files", []):
         path = checkpoint / Path(name).name
-        _check_part(path)
-        try:
-            with safe_open(path, "pt") as tensors:
-                owner = (tensors.metadata() or {}).get("checkpoint")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); point checkpoints/latest at another step-*") from None
+        with _readable(path), safe_open(path, "pt") as tensors:
+            owner = (tensors.metadata() or {}).get("checkpoint")
         if owner != state.get("id"):
             raise UserError(
                 f"{path}: is of another checkpoint than state.json beside it; put its own back, or point "
@@ -73,10 +68,16 @@ def check_files(checkpoint: Path) -> None:
             )
 
 
-def _check_part(path: Path) -> None:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Refuse a file of tensors that is missing, or that cannot be read while the context is open."""
     # A named pipe would be waited for.
     if not path.is_file():
         raise UserError(f"{path}: missing; put it back, or point checkpoints/latest at another step-*")
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); point checkpoints/latest at another step-*") from None
 
 
 def has_ema(checkpoint: Path) -> bool:
@@ -96,8 +97,5 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: it is missing or damaged.
     """
-    _check_part(path)
-    try:
+    with _readable(path):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); point checkpoints/latest at another step-*") from None

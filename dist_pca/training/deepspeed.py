@@ -204,35 +204,23 @@ def set_optimizer_state(engine: Any, tensors: Mapping[str, Mapping[str, torch.Te
                 state["step"] = torch.tensor(steps)
 
 
-def gather_parameters(engine: Any, partitions: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every parameter in fp32 by name, one at a time; those that are not trained as they are.
-
-    Collective; all ranks must exhaust it.
-
-    Args:
-        engine: DeepSpeed's.
-        partitions: Values of the trained ones, in the layout of `fp32_partitions`.
-    """
-    yield from gather(engine, partitions)
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            with gathered(parameter):
-                yield name, parameter.detach().float()
-
-
 def gather_network(
     engine: Any, partitions: Sequence[torch.Tensor] | None = None, statistics: Mapping[str, torch.Tensor] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every full parameter and persistent buffer by name, one at a time.
+    """Yield every full parameter in fp32, and every persistent buffer, by name, one at a time.
 
-    Collective; all ranks must exhaust it.
+    Parameters that are not trained are given as they are. Collective; all ranks must exhaust it.
 
     Args:
         engine: DeepSpeed's.
         partitions: Values of the trained parameters, in the layout of `fp32_partitions`; None yields the trained ones.
         statistics: Values of batch-norm statistics by name; others are this rank's.
     """
-    yield from gather_parameters(engine, fp32_partitions(engine) if partitions is None else partitions)
+    yield from gather(engine, fp32_partitions(engine) if partitions is None else partitions)
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            with gathered(parameter):
+                yield name, parameter.detach().float()
     known = statistics or {}
     yield from ((name, known.get(name, buffer)) for name, buffer in persistent_buffers(engine.module))
 

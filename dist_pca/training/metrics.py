@@ -215,11 +215,15 @@ class MetricsLogger:
 
         The run continues from the mean whether it is resumed or not, so a checkpoint needs no window of every rank.
         """
-        self._reduce_pending()
         ranks = dist.get_world_size()
-        means = [total / ranks for total in self._sum_over_ranks([x for pair in self._window.values() for x in pair])]
-        self._window = dict(zip(self._window, zip(means[::2], means[1::2], strict=True), strict=True))
+        self._window = {name: (total / ranks, count / ranks) for name, (total, count) in self._totals().items()}
         return [self._window]
+
+    def _totals(self) -> Window:
+        """The window summed over ranks. Collective."""
+        self._reduce_pending()
+        totals = self._sum_over_ranks([number for pair in self._window.values() for number in pair])
+        return dict(zip(self._window, zip(totals[::2], totals[1::2], strict=True), strict=True))
 
     def _add(self, name: str, value: float) -> None:
         total, count = self._window.get(name, (0.0, 0))
@@ -252,10 +256,8 @@ class MetricsLogger:
 
         A term is either a rank's summand of a mean over ranks or equal on all ranks; the mean is right for both.
         """
-        self._reduce_pending()
-        totals = self._sum_over_ranks([number for pair in self._window.values() for number in pair])
         means: dict[str, Any] = {}
-        for name, total, count in zip(self._window, totals[::2], totals[1::2], strict=True):
+        for name, (total, count) in self._totals().items():
             outer, _, inner = name.partition("/")
             mean = total / count if count else None
             if inner:

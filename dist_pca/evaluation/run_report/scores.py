@@ -61,27 +61,17 @@ def _class_table(
     for values, strong in ((by_class, False), (summaries, True)):
         for name in dict.fromkeys(name for each in values for name in each):
             numbers = [each.get(name, math.nan) for each in values]
-            cells = [_score_cell(number, strong=strong) for number in numbers]
-            differences = [
-                _difference_cell(numbers[place] - numbers[baseline]) for place in others if baseline is not None
+            cells = [
+                Cell("-") if math.isnan(number) else Cell(f"{100 * number:.1f}", number, strong=strong)
+                for number in numbers
             ]
-            rows.append([Cell(name, swatch=colors.get(name), strong=strong), *cells, *differences])
+            differences = [numbers[place] - numbers[baseline] for place in others if baseline is not None]
+            cells += [Cell("-" if math.isnan(value) else f"{100 * value:+.1f}") for value in differences]
+            rows.append([Cell(name, swatch=colors.get(name), strong=strong), *cells])
     images = next(score.images for score in scores if score)
-    headings = ["", *names, *(_difference_title(names[place], len(others)) for place in others)]
+    titles = ["difference"] if len(others) == 1 else [f"{names[place]}, difference" for place in others]
     place = redact(shards) or "the shards that scores.json was made on"
-    return Table(f"{images:,} images of {place}", headings, rows, "bars")
-
-
-def _difference_title(name: str, others: int) -> str:
-    return "difference" if others == 1 else f"{name}, difference"
-
-
-def _score_cell(value: float, *, strong: bool) -> Cell:
-    return Cell("-") if math.isnan(value) else Cell(f"{100 * value:.1f}", value, strong=strong)
-
-
-def _difference_cell(value: float) -> Cell:
-    return Cell("-" if math.isnan(value) else f"{100 * value:+.1f}")
+    return Table(f"{images:,} images of {place}", ["", *names, *titles], rows, "bars")
 
 
 def _confusion_table(name: str, score: ScoreRecord) -> Table:

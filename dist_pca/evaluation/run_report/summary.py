@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from dist_pca.config import RunConfig
 from dist_pca.console import duration
 from dist_pca.data.addresses import redact
 from dist_pca.evaluation.run_report.curves import speed_charts
@@ -123,15 +124,15 @@ def environment_section(records: Sequence[RunRecord], names: Sequence[str]) -> S
 
 
 def _column(record: RunRecord) -> dict[str, str]:
-    result, seconds = _result(record), record.seconds
+    result, seconds, config = _result(record), record.seconds, record.config
     return {
         "state": _state(record),
         "result": "" if result is None else f"{result[0]} % mIoU {result[1]}",
         "source": _shards(record, "source"),
         "target": _shards(record, "target"),
-        "network": _network(record),
-        "terms and their weights": _terms(record),
-        "batch": _batch(record),
+        "network": "" if config is None else _network(config, len(record.classes)),
+        "terms and their weights": "" if config is None else _terms(config),
+        "batch": "" if config is None else _batch(config),
         "ranks": _ranks(record),
         "time": "" if seconds is None else duration(seconds),
     }
@@ -188,30 +189,22 @@ def _shards(record: RunRecord, domain: str) -> str:
     return "; ".join(redact(str(folder)) for folder in record.config.data.folders(domain))  # type: ignore[arg-type]
 
 
-def _network(record: RunRecord) -> str:
-    if record.config is None:
-        return ""
-    model = record.config.model
-    classes = f", {len(record.classes)} classes" if record.classes else ""
-    return f"{model.backbone}, head {model.head}{classes}"
+def _network(config: RunConfig, classes: int) -> str:
+    return f"{config.model.backbone}, head {config.model.head}" + (f", {classes} classes" if classes else "")
 
 
-def _terms(record: RunRecord) -> str:
-    if record.config is None:
-        return ""
-    objective = record.config.objective
+def _terms(config: RunConfig) -> str:
+    objective = config.objective
     weights = {name: section.weight for name, section in objective if hasattr(section, "weight")}
     if not objective.adapt:
         weights = {name: weights[name] for name in ("dice", "lovasz", "source_contrast", "feature_distance")}
     return ", ".join(["ce 1", *(f"{name} {weight:g}" for name, weight in weights.items() if weight > 0)])
 
 
-def _batch(record: RunRecord) -> str:
-    if record.config is None:
-        return ""
-    training, crop = record.config.training, record.config.data.crop
+def _batch(config: RunConfig) -> str:
+    training, crop = config.training, config.data.crop
     images = f"{training.source_batch} source"
-    images += f" and {training.target_batch} target images" if record.config.objective.adapt else " images"
+    images += f" and {training.target_batch} target images" if config.objective.adapt else " images"
     return f"{images} of {crop[0]} x {crop[1]}, {training.precision}"
 
 
