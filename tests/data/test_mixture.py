@@ -27,7 +27,7 @@ def test_every_folder_takes_its_turns_one_by_one(weights: tuple[float, ...], sta
         assert all(turn - min(taken) < 256 or max(taken) - turn < 256 for turn in missing)
 
 
-@given(weights, st.integers(1, 40))
+@given(weights, st.integers(1, 12))
 def test_shares_hold_exactly_up_to_rounding_at_every_block(weights: tuple[float, ...], blocks: int) -> None:
     mixed = mixture(weights)
     taken = Counter(mixed.split(index)[0] for index in range(256 * blocks))

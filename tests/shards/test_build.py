@@ -29,8 +29,8 @@ def test_the_number_of_workers_does_not_change_a_byte(tmp_path: Path) -> None:
     together = build_shards(
         "folder",
         tmp_path / "raw",
-        tmp_path / "three",
-        workers=3,
+        tmp_path / "two",
+        workers=2,
         samples_per_shard=2,
         progress=lambda *numbers: told.append(numbers),
     )

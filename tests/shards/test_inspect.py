@@ -70,8 +70,8 @@ def test_the_grid_lays_class_colours_over_labelled_pixels_only(tmp_path: Path) -
 def test_the_grid_has_a_legend_in_every_class_colour(tmp_path: Path) -> None:
     make_folder(tmp_path / "raw", samples=7, classes=6)
     manifest = build_shards("folder", tmp_path / "raw", tmp_path / "out", workers=1)
-    colours = {tuple(pixel) for pixel in np.asarray(grid(manifest, samples=6)).reshape(-1, 3).tolist()}
-    assert {info.color for info in manifest.classes} <= colours
+    pixels = np.asarray(grid(manifest, samples=6))
+    assert all((pixels == info.color).all(axis=2).any() for info in manifest.classes)
 
 
 def test_the_grid_of_unlabelled_shards_is_their_images(tmp_path: Path) -> None:

@@ -90,10 +90,15 @@ def test_the_first_passs_outputs_are_freed_before_the_second_pass() -> None:
     assert second is not None
 
 
-def batches(source: int, target: int, largest: int, *more: str) -> RunConfig:
-    sizes = (f"training.source_batch={source}", f"training.target_batch={target}")
-    limit = ("training.grad_cache=true", f"training.max_micro_batch={largest}")
-    return run_config(2, "sgd", *sizes, *limit, *more)
+@cache
+def template(adapt: bool) -> RunConfig:
+    limit = ("training.grad_cache=true", "training.max_micro_batch=1")
+    return run_config(2, "sgd", *limit, f"objective.adapt={str(adapt).lower()}")
+
+
+def batches(source: int, target: int, largest: int, *, adapt: bool = True) -> RunConfig:
+    sizes = {"source_batch": source, "target_batch": target, "max_micro_batch": largest}
+    return template(adapt).model_copy(update={"training": template(adapt).training.model_copy(update=sizes)})
 
 
 @given(
@@ -102,7 +107,7 @@ def batches(source: int, target: int, largest: int, *more: str) -> RunConfig:
 def test_accumulation_is_the_least_that_keeps_micro_batches_small_enough(
     ranks: int, source: int, target: int, largest: int, adapt: bool
 ) -> None:
-    config = batches(ranks * source, ranks * target, largest, f"objective.adapt={str(adapt).lower()}")
+    config = batches(ranks * source, ranks * target, largest, adapt=adapt)
     images = (source, target) if adapt else (source,)
     suiting = [n for n in range(1, 13) if all(count % n == 0 and count // n <= largest for count in images)]
     if suiting:
