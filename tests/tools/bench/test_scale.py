@@ -26,7 +26,9 @@ def test_a_rank_keeps_and_sends_as_much_on_four_ranks_as_on_two_unless_it_is_ask
         assert float(four["bytes_sent"] or 0) == pytest.approx(1.5 * float(two["bytes_sent"] or 0), rel=0.01), phase
         assert float(four["peak_bytes"] or 0) == pytest.approx(float(two["peak_bytes"] or 0), rel=0.01), phase
         assert float(four["seconds"] or 0) > 0
-        assert float(four["transport_seconds"] or 0) >= 0
+    # Among its own pixels a rank sends nothing, which leaves gloo's threads nothing to do.
+    alone = own["association", 4]
+    assert 0 <= float(alone["transport_seconds"] or 0) < 0.5 * float(alone["seconds"] or 0)
     sent = [float(wide["step", ranks]["bytes_sent"] or 0) for ranks in (2, 4)]
     peaks = [float(wide["step", ranks]["peak_bytes"] or 0) for ranks in (2, 4)]
     assert sent[1] > 2 * sent[0]
