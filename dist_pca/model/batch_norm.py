@@ -83,18 +83,17 @@ class _NormaliseOverRanks(torch.autograd.Function):
                 torch.batch_norm_backward_reduce(gradient, x, mean, inverse, weight, True, False, False)[:2]
             )
         else:
-            dy, centred = gradient.to(mean.dtype), x - _along(mean, x)
-            sums = torch.stack([_sum(dy), _sum(dy * centred)])
+            dy = gradient.to(mean.dtype)
+            sums = torch.stack([_sum(dy), _sum(dy * (x - _along(mean, x)))])
         means = all_reduce_sum(sums, ctx.group) / count
         if _has_kernels(x):
             # It divides sums by a count, in int32, which a large world's images exceed; these are means already.
             one = torch.ones(1, dtype=torch.int32, device=x.device)
             dx = torch.batch_norm_backward_elemt(gradient, x, mean, inverse, weight, *means, one)  # type: ignore[call-arg]
         else:
-            # slope (dy - mean of dy - (x - mean) / variance * mean of dy (x - mean)), in the memory of x - mean.
             slope = inverse if weight is None else weight * inverse
-            dx = centred.mul_(_along(-inverse.square() * means[1], x)).sub_(_along(means[0], x)).add_(dy)
-            dx = dx.mul_(_along(slope, x)).to(x.dtype)
+            projection = _along(inverse.square() * means[1], x) * (x - _along(mean, x))
+            dx = (_along(slope, x) * (dy - _along(means[0], x) - projection)).to(x.dtype)
         if weight is None:
             return dx, None, None, None, None
         return dx, (sums[1] * inverse).to(weight.dtype), sums[0].to(weight.dtype), None, None
@@ -114,10 +113,7 @@ def _statistics(x: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch
         mean, inverse = torch.batch_norm_stats(x, 0.0)
         variance = inverse.pow(-2)
     else:
-        # On CPUs `torch.var_mean` over these dimensions takes ten times as long.
-        values = x.to(dtype)
-        mean = _sum(values) / size
-        variance = _sum((values - _along(mean, x)).square_()) / size
+        variance, mean = torch.var_mean(x.to(dtype), _others(x), correction=0)
     own = mean.double()
     moments = torch.cat([size * own, size * (variance.double() + own.square()), own.new_full((1,), size)])
     total, squares, count = torch.split(all_reduce_sum(moments, group), [channels, channels, 1])
@@ -131,9 +127,14 @@ def _has_kernels(x: torch.Tensor) -> bool:
     return x.is_cuda and x.numel() > 0
 
 
+def _others(x: torch.Tensor) -> list[int]:
+    """All dimensions but that of channels."""
+    return [0, *range(2, x.dim())]
+
+
 def _sum(x: torch.Tensor) -> torch.Tensor:
     """Sum of each channel's values."""
-    return x.sum([0, *range(2, x.dim())])
+    return x.sum(_others(x))
 
 
 def _along(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
