@@ -150,6 +150,7 @@ def test_a_run_goes_on_with_its_batch_on_fewer_ranks_of_the_same_memory(tmp_path
         "optimizer__epsilon": 1e-3,
         "optimizer__lr": 5e-5,
         "telemetry__sample_keys": "true",
+        "data__sampling__source": "uniform",
         # An untrained network has matches that nearly tie, so few and small updates, and without these weights none do.
         "objective__cross_entropy__class_weights": "null",
     }
