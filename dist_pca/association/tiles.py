@@ -53,6 +53,9 @@ def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if left.is_cuda and left.dtype == torch.bfloat16:
         return matmul_in_fp32(left, right)
     if _ONEDNN and left.device.type == "cpu" and left.dtype == torch.float32 and left.numel() and right.numel():
+        if not (right.is_contiguous() or right.T.is_contiguous()):
+            # With a slice of columns oneDNN takes a thousand times as long.
+            right = right.contiguous()
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
         return result
     return left @ right
