@@ -167,7 +167,7 @@ def test_trackers_that_make_no_sense_are_refused_at_start(tmp_path: Path, overri
 
 
 def test_weights_and_biases_itself_takes_a_run_up_again(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="wandb is in the extra `dev`")
     config = demo(tmp_path, "telemetry.trackers=[wandb]", "telemetry.tracker_options.wandb.mode=offline")
     for start_step in (0, 1):
         trackers = Trackers(config, start_step)

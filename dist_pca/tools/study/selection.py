@@ -149,8 +149,8 @@ def measure(
     number, done = len(classes), 0
     counts = torch.zeros(len(candidates), number, number, dtype=torch.int64)
     # Sums over pixels.
-    classes_of = torch.zeros(len(candidates), number, dtype=torch.float64)
-    entropies = torch.zeros(len(candidates), dtype=torch.float64)
+    class_sums = torch.zeros(len(candidates), number, dtype=torch.float64)
+    entropy_sums = torch.zeros(len(candidates), dtype=torch.float64)
     # Shards that say they have no labels are not asked for any.
     samples = evaluation_stream(
         replace(target, labelled=False),
@@ -171,8 +171,8 @@ def measure(
                 predicted.append([])
                 for image, votes in zip(images, total, strict=True):
                     probabilities = class_probabilities(model, image, own_config, device).cpu()
-                    classes_of[place] += probabilities.sum(dim=(1, 2))
-                    entropies[place] += torch.special.entr(probabilities).sum()
+                    class_sums[place] += probabilities.sum(dim=(1, 2))
+                    entropy_sums[place] += torch.special.entr(probabilities).sum()
                     votes += probabilities
                     predicted[place].append(probabilities.argmax(dim=0).to(torch.uint8))
                     progress(done := done + 1)
@@ -180,7 +180,7 @@ def measure(
                 for label, votes in zip(labels, total, strict=True):
                     counts[place] += confusion_matrix(label, votes.argmax(dim=0), number)
     pixels = int(counts[0].sum())
-    information = torch.special.entr(classes_of / pixels).sum(dim=1) - entropies / pixels
+    information = torch.special.entr(class_sums / pixels).sum(dim=1) - entropy_sums / pixels
     agreement = counts.diagonal(dim1=1, dim2=2).sum(dim=1).double() / pixels
     measured = [
         Measured(*scores) for scores in zip(information.tolist(), agreement.tolist(), counts.sum(dim=1), strict=True)

@@ -8,7 +8,7 @@ from tests.tools.bench.test_comparison import record
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_sweep_is_drawn_with_what_ran_out_of_memory(tmp_path: Path, world_size: int) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need the extra `plot`")
     communication = None if world_size == 1 else "ring"
     records = [
         record(name, n_source=n, seconds=n**2.0, peak_bytes=n, communication=communication, world_size=world_size)
