@@ -50,6 +50,11 @@ def paths_in_common(paths: Sequence[str]) -> list[str]:
     return [os.path.relpath(path, parent) for path in absolute]
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, for example `1 shard` and `1,200 shards`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def print_warning(message: str) -> None:
     """Print a warning as one yellow line on stderr."""
     plain_console(stderr=True, soft_wrap=True, always=True).print(f"warning: {message}", style="yellow")

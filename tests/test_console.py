@@ -11,7 +11,7 @@ import pytest
 from rich.table import Table
 
 import dist_pca
-from dist_pca.console import QUIET, duration, paths_in_common, plain_console, print_error, print_warning
+from dist_pca.console import QUIET, counted, duration, paths_in_common, plain_console, print_error, print_warning
 from dist_pca.train import LineHandler
 
 NAMES = ["marking [/dashed]", "data/val[a]", "[red]", "[link=x]y[/link]", "\\[bold]", ":car:", "[", "{0}"]
@@ -80,6 +80,11 @@ def test_quiet_is_passed_on_to_every_process_that_a_command_starts() -> None:
 )
 def test_durations_have_two_units(seconds: float, written: str) -> None:
     assert duration(seconds) == written
+
+
+@pytest.mark.parametrize(("number", "written"), [(0, "0 shards"), (1, "1 shard"), (1200, "1,200 shards")])
+def test_things_are_counted_in_their_number(number: int, written: str) -> None:
+    assert counted(number, "shard") == written
 
 
 def test_shells_can_complete_commands() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from dist_pca.console import plain_console, print_warning
+from dist_pca.console import counted, plain_console, print_warning
 from dist_pca.errors import UserError
 from dist_pca.options import MaxPixels
 from dist_pca.resources import names, resource
@@ -261,7 +261,7 @@ def merge(
     manifest = merge_parts(out)
     _print_skipped(read_skipped(out), manifest.samples)
     print_empty_classes(manifest)
-    typer.echo(f"{out}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
+    typer.echo(f"{out}: {counted(manifest.samples, 'sample')} in {counted(len(manifest.shards), 'shard')}")
 
 
 def _print_skipped(skipped: "Sequence[Skipped]", kept: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dist_pca.classes import LABEL_SETS
-from dist_pca.console import plain_console, print_warning
+from dist_pca.console import counted, plain_console, print_warning
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -70,8 +70,8 @@ def verify(
 
     with shown_progress("samples") as show:
         found = check(folder, deep=deep, workers=workers, progress=show)
-    size = f"{found.shards:,} shards, {found.bytes / 1e6:,.1f} MB"
-    where = f"{found.samples:,} samples, {size}{', every image and label decoded' if deep else ''}"
+    size = f"{counted(found.shards, 'shard')}, {found.bytes / 1e6:,.1f} MB"
+    where = f"{counted(found.samples, 'sample')}, {size}{', every image and label decoded' if deep else ''}"
     end_check(found, folder, where, problem_table(found) if found.problems else None, as_json=as_json)
 
 
@@ -119,7 +119,7 @@ def index(
         first = walk(folder / manifest.shards[0].name)[0]
         labels = f"no labels in {manifest.label_member} (the first sample has {', '.join(sorted(first.members))})"
     print_empty_classes(manifest)
-    typer.echo(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, {labels}")
+    typer.echo(f"{folder}: {counted(manifest.samples, 'sample')} in {counted(len(manifest.shards), 'shard')}, {labels}")
 
 
 @app.command("inspect", epilog=_INSPECT_EXAMPLES)

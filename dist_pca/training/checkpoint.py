@@ -138,6 +138,8 @@ class State(TypedDict, total=False):
     """Sum and count of every metric since its last line, of each rank."""
     loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     loss_scale_steps: int
+    non_finite_steps: Annotated[int, Field(ge=0)]
+    """Number of steps in a row, up to this one, that were not finite; left out where it is 0."""
 
 
 _STATE = TypeAdapter(State)

@@ -61,19 +61,27 @@ class NonFiniteSteps:
     finds it in the gradient norm (found_inf), by which DeepSpeed skips the update, without further communication.
     """
 
-    def __init__(self, module: torch.nn.Module, folder: Path, limit: int) -> None:
+    def __init__(
+        self, module: torch.nn.Module, folder: Path, limit: int, *, state: Mapping[str, Any] | None = None
+    ) -> None:
         """Prepare to check steps.
 
         Args:
             module: The network; its buffers are restored after a non-finite step.
             folder: The run folder, for non_finite_step.json.
             limit: Number of non-finite steps in a row that ends the run.
+            state: The `state` that was saved with the run; None at its start.
         """
         self._folder, self._limit = folder, limit
         self._buffers = list(module.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
         self._reports: list[MicroBatchReport] = []
-        self.consecutive = 0
+        self.consecutive = int((state or {}).get("non_finite_steps", 0))
+
+    @property
+    def state(self) -> dict[str, int]:
+        """Values to save with a checkpoint."""
+        return {"non_finite_steps": self.consecutive} if self.consecutive else {}
 
     def begin_step(self) -> None:
         """Back up the buffers before a step."""

@@ -197,7 +197,8 @@ class Trainer:
         """Start writing a checkpoint after step `step` (from 1). Collective."""
         self.clock.enter("checkpoint")
         samples = {key: step * batch + self.offsets[key] for key, batch in self.run.config.batches.items()}
-        state = {"mean_iou": mean_iou, "windows": self.metrics.state(), "samples": samples, **self.loss_scale.state}
+        state = {"mean_iou": mean_iou, "windows": self.metrics.state(), "samples": samples}
+        state |= self.loss_scale.state | self.non_finite_steps.state
         self.checkpoints.save(self.parts, step, state=state)
 
     def _set_up(self, stack: ExitStack) -> None:
@@ -251,7 +252,9 @@ class Trainer:
         self.targets: Iterator[Batch | None] = (
             self._stream(stack, run.targets, "target", training.target_batch) if run.targets else repeat(None)
         )
-        self.non_finite_steps = NonFiniteSteps(self.engine.module, config.folder, training.max_non_finite_steps)
+        self.non_finite_steps = NonFiniteSteps(
+            self.engine.module, config.folder, training.max_non_finite_steps, state=state
+        )
         self.loss_scale = LossScale(self.engine, enabled=training.precision == "fp16", state=state)
         self.checkpoints = stack.enter_context(
             CheckpointWriter(config.folder / "checkpoints", config, device=self.device)

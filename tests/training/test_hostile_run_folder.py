@@ -28,6 +28,7 @@ STATE = {
     "mean_iou": 0.5,
     "loss_scale": 2.0,
     "loss_scale_steps": 3,
+    "non_finite_steps": 1,
     "windows": [{"loss": [1.0, 2.0]}, {"loss": [3.0, 2.0]}],
 }
 CLASSES = (ClassInfo("road", (1, 2, 3)), ClassInfo("marking [/dashed]", (4, 5, 6)))

@@ -1,6 +1,7 @@
 """A NaN on one rank costs a step and no more; many in a row end the run."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,15 +60,17 @@ def test_a_non_finite_step_leaves_no_trace_and_many_in_a_row_stop_the_run(tmp_pa
         "training.checkpoint_every=1",
         "training.keep_checkpoints=9",
         "training.max_non_finite_steps=2",
+        "training.steps=9",
     )
-    done = launch(
+    train = partial(
+        launch,
         tmp_path,
         "broken",
         *settings,
-        "training.steps=9",
         launcher_options=("--zero_stage", str(stage)),
         module="tests.training.broken_run",
     )
+    done = train()
     run = tmp_path / "runs" / "broken"
     outcome = read_exit_status(run)
     assert outcome is not None, done.stderr
@@ -99,3 +102,8 @@ def test_a_non_finite_step_leaves_no_trace_and_many_in_a_row_stop_the_run(tmp_pa
         assert [len(keys[name]) for name in ("source", "target")] == [2, 2]
         assert set(keys["source"]) <= known
     assert "step 3: not finite on rank 1: source logits; skipped, 1 in a row of at most 2" in done.stderr
+
+    # Step 5 is the first in a row in its checkpoint too, so step 6 ends the run that resumes from it.
+    assert json.loads((run / "checkpoints" / "step-00000005" / "state.json").read_text())["non_finite_steps"] == 1
+    again = train("--resume")
+    assert "step 6: not finite on rank 1: lovasz, the last of 2 in a row" in again.stderr

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dist_pca.config import RunConfig
+from dist_pca.console import counted
 from dist_pca.cores import available_memory, free_shared_memory, usable_cores
 from dist_pca.data.addresses import is_remote
 from dist_pca.data.cache import cache_settings, open_manifest
@@ -216,7 +217,7 @@ def shards(config: RunConfig, domain: str) -> Check:
         except OSError as error:
             return Check(name, "fail", f"{location}: {error}", "give this user the right to read it on every node")
         samples, count = samples + manifest.samples, count + len(manifest.shards)
-    return Check(name, "pass", f"{samples:,} samples in {count:,} shard{'s' * (count > 1)} of {', '.join(folders)}")
+    return Check(name, "pass", f"{counted(samples, 'sample')} in {counted(count, 'shard')} of {', '.join(folders)}")
 
 
 def _read_ends(files: Sequence[Path]) -> None:
