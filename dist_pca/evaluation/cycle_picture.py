@@ -42,9 +42,9 @@ class DrawnCycle(NamedTuple):
     outcome: str
 
 
-def sample_cycles(pools: Sequence[JudgedCycles], *, seed: int) -> list[DrawnCycle]:
+def sample_cycles(candidate_sets: Sequence[JudgedCycles], *, seed: int) -> list[DrawnCycle]:
     """Choose up to `LINES` cycles of each outcome at random, spread over the source's classes."""
-    labels, targets, ends, truth, consistent, kept = _joined(pools)
+    labels, targets, ends, truth, consistent, kept = _joined(candidate_sets)
     outcome = torch.where(kept, 0, torch.where(consistent, 1, 2))
     chosen: list[DrawnCycle] = []
     for number, name in enumerate(OUTCOMES):
@@ -58,25 +58,25 @@ def sample_cycles(pools: Sequence[JudgedCycles], *, seed: int) -> list[DrawnCycl
     return chosen
 
 
-def count_outcomes(pools: Sequence[JudgedCycles]) -> dict[str, int]:
+def count_outcomes(candidate_sets: Sequence[JudgedCycles]) -> dict[str, int]:
     """Number of cycles of labelled source pixels by outcome."""
-    labels, _, _, _, consistent, kept = _joined(pools)
+    labels, _, _, _, consistent, kept = _joined(candidate_sets)
     labelled = labels != IGNORE_INDEX
     masks = kept, consistent & ~kept, ~consistent
     return {name: int((labelled & mask).sum()) for name, mask in zip(OUTCOMES, masks, strict=True)}
 
 
-def _joined(pools: Sequence[JudgedCycles]) -> tuple[torch.Tensor, ...]:
-    """Labels, matches, ends, true classes of targets, consistent and kept of all pools, in pixels of the batch."""
-    sources = np.cumsum([0, *(len(pool.labels) for pool in pools)]).tolist()
-    targets = np.cumsum([0, *(len(pool.target_labels) for pool in pools)]).tolist()
+def _joined(candidate_sets: Sequence[JudgedCycles]) -> tuple[torch.Tensor, ...]:
+    """Labels, matches, ends, true classes of targets, consistent and kept of all sets, in pixels of the batch."""
+    sources = np.cumsum([0, *(len(cycles.labels) for cycles in candidate_sets)]).tolist()
+    targets = np.cumsum([0, *(len(cycles.target_labels) for cycles in candidate_sets)]).tolist()
     return (
-        torch.cat([pool.labels for pool in pools]),
-        torch.cat([pool.targets + start for pool, start in zip(pools, targets, strict=False)]),
-        torch.cat([pool.ends + start for pool, start in zip(pools, sources, strict=False)]),
-        torch.cat([pool.target_labels for pool in pools]),
-        torch.cat([pool.consistent for pool in pools]),
-        torch.cat([pool.kept for pool in pools]),
+        torch.cat([cycles.labels for cycles in candidate_sets]),
+        torch.cat([cycles.targets + start for cycles, start in zip(candidate_sets, targets, strict=False)]),
+        torch.cat([cycles.ends + start for cycles, start in zip(candidate_sets, sources, strict=False)]),
+        torch.cat([cycles.target_labels for cycles in candidate_sets]),
+        torch.cat([cycles.consistent for cycles in candidate_sets]),
+        torch.cat([cycles.kept for cycles in candidate_sets]),
     )
 
 

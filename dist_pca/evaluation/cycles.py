@@ -13,7 +13,7 @@ from dist_pca.objective.domains import IGNORE_INDEX, Domain
 
 
 class JudgedCycles(NamedTuple):
-    """Cycles of the n_s source pixels of one pool of candidates: one pair of images, or all images of a batch."""
+    """Cycles of the n_s source pixels of one candidate set: one pair of images, or all images of a batch."""
 
     labels: torch.Tensor
     """int64 [n_s], class of each source pixel, 255 where it has none."""
@@ -46,7 +46,7 @@ class JudgedCycles(NamedTuple):
 
 
 def judge(config: AssociationConfig, level: Level, source: Domain, target: Domain) -> list[JudgedCycles]:
-    """Find the cycles of a batch at one level and judge them, pool by pool (PLCA, equations 1 to 3).
+    """Find the cycles of a batch at one level and judge them, for each candidate set (PLCA, equations 1 to 3).
 
     The target's labels judge alone: no match, no cycle and no weight depends on them.
 
@@ -59,29 +59,29 @@ def judge(config: AssociationConfig, level: Level, source: Domain, target: Domai
     inputs = association_inputs(config, level, source, target)
     if config.scope != "pair":
         inputs = {name: [torch.cat(images)] for name, images in inputs.items()}
-    pools = []
+    candidate_sets = []
     for place, labels in enumerate(inputs["labels"]):
-        pool = {name: pools_of[place] for name, pools_of in inputs.items()}
+        given = {name: values[place] for name, values in inputs.items()}
         # The teacher's pixels choose the matches where they are asked to.
-        rows = pool.get("source_guide", pool["source"]), pool.get("target_guide", pool["target"])
+        rows = given.get("source_guide", given["source"]), given.get("target_guide", given["target"])
         targets, ends = find_matches(*rows, similarity=SIMILARITY[level], dtype=config.dtype)
-        seen = pool["target_classes"][targets] if "target_classes" in pool else None
+        seen = given["target_classes"][targets] if "target_classes" in given else None
         kept = are_consistent(labels, labels[ends], seen, IGNORE_INDEX)
-        unknown = torch.full((len(pool["target"]),), IGNORE_INDEX)
-        pools.append(
+        unknown = torch.full((len(given["target"]),), IGNORE_INDEX)
+        candidate_sets.append(
             JudgedCycles(
                 labels=labels.cpu(),
                 targets=targets.cpu(),
                 ends=ends.cpu(),
-                target_labels=pool.get("target_labels", unknown).cpu(),
+                target_labels=given.get("target_labels", unknown).cpu(),
                 consistent=are_consistent(labels, labels[ends], None, IGNORE_INDEX).cpu(),
                 kept=kept.cpu(),
-                weights=(kept * pool["target_weights"][targets] if "target_weights" in pool else kept).cpu().double(),
+                weights=(kept * given["target_weights"][targets] if "target_weights" in given else kept).cpu().double(),
                 source_grid=_grid(source),
                 target_grid=_grid(target),
             )
         )
-    return _shares_of_loss(pools, class_balanced=config.class_balanced)
+    return _shares_of_loss(candidate_sets, class_balanced=config.class_balanced)
 
 
 def _grid(domain: Domain) -> tuple[int, int]:
@@ -89,13 +89,15 @@ def _grid(domain: Domain) -> tuple[int, int]:
     return height, width
 
 
-def _shares_of_loss(pools: Sequence[JudgedCycles], *, class_balanced: bool) -> list[JudgedCycles]:
+def _shares_of_loss(candidate_sets: Sequence[JudgedCycles], *, class_balanced: bool) -> list[JudgedCycles]:
     """The loss is `sum_i w_i s_y(i) l_i / sum_i w_i s_y(i)`: turn weights w_i into these shares."""
     if class_balanced:
         sums = torch.zeros(IGNORE_INDEX + 1, dtype=torch.float64)
-        for pool in pools:
-            sums.index_add_(0, pool.labels, pool.weights)
+        for cycles in candidate_sets:
+            sums.index_add_(0, cycles.labels, cycles.weights)
         # Each class that has a weight weighs as much as any other.
-        pools = [pool._replace(weights=torch.nan_to_num(pool.weights / sums[pool.labels])) for pool in pools]
-    total = sum(float(pool.weights.sum()) for pool in pools)
-    return [pool._replace(weights=pool.weights / (total or 1.0)) for pool in pools]
+        candidate_sets = [
+            cycles._replace(weights=torch.nan_to_num(cycles.weights / sums[cycles.labels])) for cycles in candidate_sets
+        ]
+    total = sum(float(cycles.weights.sum()) for cycles in candidate_sets)
+    return [cycles._replace(weights=cycles.weights / (total or 1.0)) for cycles in candidate_sets]

@@ -56,11 +56,11 @@ def training_pictures(
     # All pixels take part, as in the diagnosis of a trained run.
     association = association.model_copy(update={"pixel_budget": None})
     for level in association.levels:
-        pools = judge(association, level, source.domain, target.domain)
+        candidate_sets = judge(association, level, source.domain, target.domain)
         drawn = draw_cycles(
             images,
-            (pools[0].source_grid, pools[0].target_grid),
-            sample_cycles(pools, seed=step),
+            (candidate_sets[0].source_grid, candidate_sets[0].target_grid),
+            sample_cycles(candidate_sets, seed=step),
             classes,
             [image_names(len(own), ranks) for own in images],
         )

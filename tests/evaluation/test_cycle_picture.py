@@ -18,32 +18,32 @@ from dist_pca.evaluation.cycles import JudgedCycles, judge
 from tests.tools.matches.scenes import CAR, CLASSES, LOOKS, NONE, ROAD, SOURCE, TRUTH, random_domain, scene
 
 
-def pools(scope: str, images: int = 3) -> list[JudgedCycles]:
+def candidate_sets(scope: str, images: int = 3) -> list[JudgedCycles]:
     config = AssociationConfig.model_validate({"diffusion": 0.0, "scope": scope, "teacher_check": True})
     return judge(config, "features", *(random_domain(images, seed, teacher=True) for seed in (0, 1)))
 
 
 def test_every_outcome_is_drawn_and_all_are_counted() -> None:
-    (pool,) = pools("world")
-    drawn, counts = sample_cycles([pool], seed=0), count_outcomes([pool])
+    (cycles,) = candidate_sets("world")
+    drawn, counts = sample_cycles([cycles], seed=0), count_outcomes([cycles])
     assert counts == {
-        "kept": int(pool.kept.sum()),
-        "refused by the teacher": int((pool.consistent & ~pool.kept).sum()),
-        "not consistent": int((~pool.consistent & (pool.labels != NONE)).sum()),
+        "kept": int(cycles.kept.sum()),
+        "refused by the teacher": int((cycles.consistent & ~cycles.kept).sum()),
+        "not consistent": int((~cycles.consistent & (cycles.labels != NONE)).sum()),
     }
-    assert sum(counts.values()) == int((pool.labels != NONE).sum())
+    assert sum(counts.values()) == int((cycles.labels != NONE).sum())
     for outcome in OUTCOMES:
         assert len([cycle for cycle in drawn if cycle.outcome == outcome]) == min(LINES, counts[outcome])
     assert {cycle.outcome for cycle in drawn} == set(OUTCOMES)
     for cycle in drawn:
-        assert (cycle.target, cycle.end) == (int(pool.targets[cycle.source]), int(pool.ends[cycle.source]))
-        assert cycle.label == int(pool.labels[cycle.source])
+        assert (cycle.target, cycle.end) == (int(cycles.targets[cycle.source]), int(cycles.ends[cycle.source]))
+        assert cycle.label == int(cycles.labels[cycle.source])
         assert (cycle.label == cycle.end_label) == (cycle.outcome != "not consistent")
-        assert cycle.truth == int(pool.target_labels[cycle.target])
+        assert cycle.truth == int(cycles.target_labels[cycle.target])
 
 
 def test_cycles_of_pairs_stay_in_the_images_of_their_pair() -> None:
-    pairs = pools("pair")
+    pairs = candidate_sets("pair")
     size = len(pairs[0].labels)
     drawn = sample_cycles(pairs, seed=0)
     assert {cycle.source // size for cycle in drawn} == {0, 1, 2}
@@ -65,9 +65,9 @@ def test_a_target_without_labels_gives_the_same_cycles_without_a_true_class() ->
 
 
 def test_a_consistent_cycle_is_drawn_in_one_colour_and_a_broken_one_in_the_other() -> None:
-    (pool,) = judge(AssociationConfig(diffusion=0), "features", scene(SOURCE, SOURCE), scene(LOOKS, TRUTH))
+    (cycles,) = judge(AssociationConfig(diffusion=0), "features", scene(SOURCE, SOURCE), scene(LOOKS, TRUTH))
     images = [np.zeros((1, 40, 60, 3), np.uint8)] * 2
-    drawn = sample_cycles([pool], seed=0)
+    drawn = sample_cycles([cycles], seed=0)
     found = {}
     for outcome, color in (("kept", CLOSED), ("not consistent", BROKEN)):
         own = [cycle for cycle in drawn if cycle.outcome == outcome]

@@ -38,7 +38,7 @@ def test_ranks_under_zero_end_with_the_parameters_of_one_plain_process(
         (3, 4, "world", "ring"),
         pytest.param(3, 3, "node", "gather", marks=pytest.mark.exhaustive),
         (1, 4, "node", "ring"),
-        # With one image on each rank the paper's pairs are the ranks' pools.
+        # With one image on each rank the paper's pairs are the ranks' candidate sets.
         pytest.param(2, 4, "rank", "auto", marks=pytest.mark.exhaustive),
         pytest.param(3, 2, "pair", "auto", marks=pytest.mark.exhaustive),
     ],

@@ -54,26 +54,27 @@ def correct_ratio(confusion: torch.Tensor) -> float:
 
 
 def summarise(batches: Sequence[Sequence[JudgedCycles]], num_classes: int) -> Summary:
-    """Add up the cycles of batches, each a sequence of pools."""
-    pools = [pool for batch in batches for pool in batch]
+    """Add up the cycles of batches, each a sequence of candidate sets."""
+    candidate_sets = [cycles for batch in batches for cycles in batch]
     labels, truth, kept, consistent = (
-        torch.cat([getattr(pool, name) for pool in pools]) for name in ("labels", "truth", "kept", "consistent")
+        torch.cat([getattr(cycles, name) for cycles in candidate_sets])
+        for name in ("labels", "truth", "kept", "consistent")
     )
     labelled = labels != IGNORE_INDEX
     columns = num_classes + 1
     cells = labels * columns + torch.where(truth == IGNORE_INDEX, num_classes, truth)
-    weights = torch.cat([pool.weights for pool in pools])
+    weights = torch.cat([cycles.weights for cycles in candidate_sets])
 
     def matrix(chosen: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
         return torch.bincount(cells[chosen], values, minlength=num_classes * columns).view(num_classes, columns)
 
     received = torch.cat(
-        [torch.bincount(p.targets[p.labels != IGNORE_INDEX], minlength=len(p.target_labels)) for p in pools]
+        [torch.bincount(p.targets[p.labels != IGNORE_INDEX], minlength=len(p.target_labels)) for p in candidate_sets]
     )
-    covered = sum(int((torch.bincount(pool.targets) > 0).sum()) for pool in pools)
-    edge = torch.cat([_at_edge(pool) for pool in pools])
+    covered = sum(int((torch.bincount(cycles.targets) > 0).sum()) for cycles in candidate_sets)
+    edge = torch.cat([_at_edge(cycles) for cycles in candidate_sets])
     hubs = received.topk(math.ceil(HUB_SHARE * len(received))).indices
-    hub_truth = torch.cat([pool.target_labels for pool in pools])[hubs]
+    hub_truth = torch.cat([cycles.target_labels for cycles in candidate_sets])[hubs]
     hub_matches = torch.bincount(
         torch.where(hub_truth == IGNORE_INDEX, num_classes, hub_truth),
         received[hubs].double(),
@@ -94,11 +95,11 @@ def summarise(batches: Sequence[Sequence[JudgedCycles]], num_classes: int) -> Su
     )
 
 
-def _at_edge(pool: JudgedCycles) -> torch.Tensor:
+def _at_edge(cycles: JudgedCycles) -> torch.Tensor:
     """Whether each target pixel lies in the outermost ring of its image, bool [n_t]."""
-    edge = torch.ones(pool.target_grid, dtype=torch.bool)
+    edge = torch.ones(cycles.target_grid, dtype=torch.bool)
     edge[1:-1, 1:-1] = False
-    return edge.flatten().repeat(len(pool.target_labels) // edge.numel())
+    return edge.flatten().repeat(len(cycles.target_labels) // edge.numel())
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -76,7 +76,7 @@ def measure(
     *,
     device: torch.device | str,
 ) -> dict[Level, list[list[JudgedCycles]]]:
-    """Judge the cycles that a checkpoint finds: by level and batch, those of each pool.
+    """Judge the cycles that a checkpoint finds: by level and batch, those of each candidate set.
 
     Args:
         run: The run folder.

@@ -39,30 +39,30 @@ def save_pictures(
     *,
     most: int,
 ) -> None:
-    """Write `matches-LEVEL-N.png` of the first pools, N from 1.
+    """Write `matches-LEVEL-N.png` of the first candidate sets, N from 1.
 
     Args:
         folder: Made where it is missing.
         title: What the pictures show.
         level: For their names.
         batches: Crops of source and target.
-        judged: Pools of each batch: as many as it has pairs of images, or one.
+        judged: Candidate sets of each batch: as many as it has pairs of images, or one.
         classes: The run's.
         most: Most pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pools = [
+    sets = [
         (source.images[images], target.images[images], cycles)
         for (source, target), of_batch in zip(batches, judged, strict=True)
         for images, cycles in zip(_shares(len(source.images), len(of_batch)), of_batch, strict=True)
     ]
-    for number, (sources, targets, cycles) in enumerate(pools[:most], 1):
+    for number, (sources, targets, cycles) in enumerate(sets[:most], 1):
         picture = matches_picture(sources, targets, cycles, classes, title=title, seed=number)
         picture.save(folder / f"matches-{level}-{number}.png")
 
 
-def _shares(images: int, pools: int) -> list[slice]:
-    return [slice(first, first + images // pools) for first in range(0, images, images // pools)]
+def _shares(images: int, sets: int) -> list[slice]:
+    return [slice(first, first + images // sets) for first in range(0, images, images // sets)]
 
 
 def matches_picture(
@@ -74,15 +74,15 @@ def matches_picture(
     title: str,
     seed: int,
 ) -> Image.Image:
-    """Draw a random sample of a pool's matches, spread over the source's classes.
+    """Draw a random sample of a candidate set's matches, spread over the source's classes.
 
     A thick line is a kept cycle, a thin one a consistent cycle that the teacher refuses, a dashed one a cycle that is
     not consistent. Dots are in the colour of the source pixel's class, and of the target pixel's true class.
 
     Args:
-        sources: uint8 [m, C, H, W], the pool's source crops, shown on the left from top to bottom.
+        sources: uint8 [m, C, H, W], the candidate set's source crops, shown on the left from top to bottom.
         targets: uint8 [m, C, H', W'], its target crops, on the right.
-        cycles: The pool's cycles.
+        cycles: The candidate set's cycles.
         classes: The run's.
         title: What is shown; counts are added.
         seed: Same seed, same sample.

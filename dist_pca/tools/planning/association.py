@@ -18,7 +18,7 @@ _DENSE_MATRICES = 6
 
 
 @dataclass(frozen=True)
-class Pool:
+class Candidates:
     """Pixels of one level on one rank and on all that are candidates for each other."""
 
     source: int
@@ -28,21 +28,21 @@ class Pool:
     channels: int
     classes: int
     ranks: int
-    """Ranks whose pixels form the pool; 1 where it is local."""
-    pools: int
-    """Pools on this rank, one after the other: pairs of images under scope `pair`, else 1."""
+    """Ranks whose pixels form the candidate set; 1 where it is local."""
+    sets: int
+    """Candidate sets on this rank, one after the other: pairs of images under scope `pair`, else 1."""
 
 
-def communication(config: AssociationConfig, pool: Pool) -> Literal["local", "gather", "ring"]:
+def communication(config: AssociationConfig, candidates: Candidates) -> Literal["local", "gather", "ring"]:
     """How ranks see each other's keys."""
-    if pool.ranks == 1:
+    if candidates.ranks == 1:
         return "local"
     if config.implementation == "reference":
         return "gather"
     if config.communication != "auto":
         return config.communication
-    rows = pool.ranks * (pool.source + pool.target)
-    return "gather" if rows * pool.channels * (4 + _product_bytes(config)) <= GATHER_BYTES else "ring"
+    rows = candidates.ranks * (candidates.source + candidates.target)
+    return "gather" if rows * candidates.channels * (4 + _product_bytes(config)) <= GATHER_BYTES else "ring"
 
 
 def implementation(config: AssociationConfig, device: str) -> Literal["reference", "blockwise", "triton"]:
@@ -52,18 +52,18 @@ def implementation(config: AssociationConfig, device: str) -> Literal["reference
     return "triton" if device != "cpu" and config.dtype == "bf16" else "blockwise"
 
 
-def sent_bytes(config: AssociationConfig, pool: Pool, device: str) -> float:
+def sent_bytes(config: AssociationConfig, candidates: Candidates, device: str) -> float:
     """Bytes of keys, matches, statistics and gradients that a rank sends to others, as `communication_bytes` counts."""
-    ranks, others = pool.ranks, pool.ranks - 1
+    ranks, others = candidates.ranks, candidates.ranks - 1
     if ranks == 1:
         return 0.0
-    rows, labels = pool.source + pool.target, 8 * others * pool.source
+    rows, labels = candidates.source + candidates.target, 8 * others * candidates.source
     if config.implementation == "reference":
-        return 2 * others * rows * pool.channels * 4 + 2 * labels + others * pool.source
-    split = communication(config, pool) == "ring" or implementation(config, device) == "triton"
-    vector, matrix = (all_reduce(4 * pool.channels**power, ranks) for power in (1, 2))
-    keys = others * rows * pool.channels * _comm_bytes(config)
-    sent = 2 * vector + 2 * labels + 8 * others * pool.target
+        return 2 * others * rows * candidates.channels * 4 + 2 * labels + others * candidates.source
+    split = communication(config, candidates) == "ring" or implementation(config, device) == "triton"
+    vector, matrix = (all_reduce(4 * candidates.channels**power, ranks) for power in (1, 2))
+    keys = others * rows * candidates.channels * _comm_bytes(config)
+    sent = 2 * vector + 2 * labels + 8 * others * candidates.target
     if split:
         sent += 2 * matrix
     if not config.detach_statistics:
@@ -71,30 +71,30 @@ def sent_bytes(config: AssociationConfig, pool: Pool, device: str) -> float:
     if config.teacher_matches and not config.teacher_keys:
         # The teacher's keys are shared to match, and the student's to contrast.
         sent += 2 * vector + keys
-    if communication(config, pool) == "ring":
+    if communication(config, candidates) == "ring":
         # Keys are sent around the ring once to match and once with their gradients, which take one more step to reach
         # their owner. A teacher's keys have no gradient, but are sent once more for the softmax, since other features
         # chose the matches.
-        return sent + (3 * keys if config.teacher_keys else 2 * keys + ranks * rows * pool.channels * 4)
+        return sent + (3 * keys if config.teacher_keys else 2 * keys + ranks * rows * candidates.channels * 4)
     gradient_bytes = 0 if config.teacher_keys else 2 if config.comm_dtype == "bf16" else 4
-    return sent + keys + others * rows * pool.channels * gradient_bytes
+    return sent + keys + others * rows * candidates.channels * gradient_bytes
 
 
-def memory(config: AssociationConfig, level: Level, pool: Pool, device: str) -> Term:
+def memory(config: AssociationConfig, level: Level, candidates: Candidates, device: str) -> Term:
     """Bytes beyond the rows that are given in and the gradients that come out."""
-    source, target = pool.source // pool.pools, pool.target // pool.pools
-    channels, ranks = pool.channels, pool.ranks
+    source, target = candidates.source // candidates.sets, candidates.target // candidates.sets
+    channels, ranks = candidates.channels, candidates.ranks
     rows, largest = source + target, max(source, target)
-    saved = 4 * pool.channels * (pool.source + pool.target)
+    saved = 4 * candidates.channels * (candidates.source + candidates.target)
     if implementation(config, device) == "reference":
         matrix = 4 * source * target * ranks
-        return Term(3 * matrix * pool.pools, (_DENSE_MATRICES + 3 * (pool.pools - 1)) * matrix, 4 * matrix)
+        return Term(3 * matrix * candidates.sets, (_DENSE_MATRICES + 3 * (candidates.sets - 1)) * matrix, 4 * matrix)
     product, wire = _product_bytes(config), _comm_bytes(config)
-    kind, triton = communication(config, pool), implementation(config, device) == "triton"
+    kind, triton = communication(config, candidates), implementation(config, device) == "triton"
     as_given = kind == "local" and level == "features" and product == 4 and not triton
     gradients = 4 * rows * channels * (1 if level == "features" else 2)
     own_keys = 0 if as_given else 4 * rows * channels
-    numbers = 8 * ranks * (4 * source + 2 * target) + 16 * target * (pool.classes + 1)
+    numbers = 8 * ranks * (4 * source + 2 * target) + 16 * target * (candidates.classes + 1)
     tile, copies = _tile_bytes(largest, largest * (1 if kind == "ring" else ranks), channels, device, triton)
     if kind == "gather":
         held = product * ranks * rows * channels + (own_keys if level == "predictions" else 0)
@@ -113,19 +113,19 @@ def memory(config: AssociationConfig, level: Level, pool: Pool, device: str) -> 
         sharing, sweeping = held, held + 2 * tile + copies
     finishing = 4 * 2 * largest * channels if level == "predictions" else 0
     peak = gradients + numbers + max(sharing, sweeping, held + finishing)
-    return Term(saved, peak + saved * (pool.pools - 1) // pool.pools, saved)
+    return Term(saved, peak + saved * (candidates.sets - 1) // candidates.sets, saved)
 
 
-def flops(config: AssociationConfig, pool: Pool, assumptions: Assumptions, device: str) -> float:
+def flops(config: AssociationConfig, candidates: Candidates, assumptions: Assumptions, device: str) -> float:
     """Operations of the matrix products, value and gradients."""
-    ranks = pool.ranks
-    per_pool = 2 * pool.channels * (pool.source // pool.pools) * (pool.target // pool.pools) * ranks
-    one = float(per_pool * pool.pools)
+    ranks, sets = candidates.ranks, candidates.sets
+    per_set = 2 * candidates.channels * (candidates.source // sets) * (candidates.target // sets) * ranks
+    one = float(per_set * sets)
     if config.implementation == "reference":
         return 6 * one
     # Backward: to match, and again with both gradients. Forward: to match; for kept ones both gradients, and unless the
-    # whole pool is here the product again.
-    again = 1 if communication(config, pool) != "local" or implementation(config, device) == "triton" else 0
+    # whole candidate set is here the product again.
+    again = 1 if communication(config, candidates) != "local" or implementation(config, device) == "triton" else 0
     found = one * (1 + (2 + again) * assumptions.kept + 4 * assumptions.matched)
     if config.teacher_matches:
         # Products of the teacher's pixels choose the matches; those of the student's are taken beside them.

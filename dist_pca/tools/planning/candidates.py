@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from dist_pca.config import RunConfig, Scope
 from dist_pca.tools.planning.hardware import Assumptions, Cluster
 from dist_pca.tools.planning.network import NetworkStep
-from dist_pca.tools.planning.predict import level_pools, predict
+from dist_pca.tools.planning.predict import find_candidates, predict
 
 
 class Candidates(NamedTuple):
@@ -36,7 +36,7 @@ def candidate_costs(
     square. The budget is that with which `world` takes no more operations than `node` with all pixels. Empty where
     the run does not associate, or runs on a single GPU.
     """
-    if not dict(level_pools(config, network, cluster, images)) or cluster.size == 1:
+    if not dict(find_candidates(config, network, cluster, images)) or cluster.size == 1:
         return []
     return list(_costs(config, network, cluster, assumptions, images))
 
@@ -53,13 +53,13 @@ def _costs(
         objective = config.objective.model_copy(update={"association": settings.model_copy(update=update)})
         variant = config.model_copy(update={"objective": objective})
         found = predict(variant, network, on, assumptions, images=images, stage=2, steps=1)
-        pool = next(pool for _, pool in level_pools(variant, network, on, images))
+        candidates = next(candidates for _, candidates in find_candidates(variant, network, on, images))
         images_of_rank = 1 if scope == "pair" else images[1]
         return Candidates(
             scope,
             budget,
             on.size,
-            images_of_rank * pool.ranks * min(budget or pixels, pixels),
+            images_of_rank * candidates.ranks * min(budget or pixels, pixels),
             found.association_flops,
             found.timing.association_compute,
             sum(part.bytes for part in found.traffic if part.kind.startswith("association")),

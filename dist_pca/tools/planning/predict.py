@@ -9,7 +9,7 @@ from dist_pca.config import Level, RunConfig
 from dist_pca.data.source import micro_batch_size
 from dist_pca.errors import UserError
 from dist_pca.tools.planning import association, lovasz
-from dist_pca.tools.planning.association import Pool
+from dist_pca.tools.planning.association import Candidates
 from dist_pca.tools.planning.hardware import Assumptions, Cluster
 from dist_pca.tools.planning.memory import Memory, memory
 from dist_pca.tools.planning.network import NetworkStep
@@ -141,15 +141,20 @@ def predict(
     """
     device, ranks = cluster.gpu.name, cluster.size
     settings = config.objective.association
-    pools = dict(level_pools(config, network, cluster, images))
-    terms = {f"association {level}": association.memory(settings, level, pool, device) for level, pool in pools.items()}
+    candidates_by_level = dict(find_candidates(config, network, cluster, images))
+    terms = {
+        f"association {level}": association.memory(settings, level, candidates, device)
+        for level, candidates in candidates_by_level.items()
+    }
     if config.objective.lovasz.weight > 0:
         height, width = config.data.crop
         term = config.objective.lovasz
         together = lovasz.ranks_together(term, cluster)
         terms["lovasz"] = lovasz.memory(images[0] * height * width, network.logits[0], together, term.bins, device)
-    sent = traffic(config, network, pools, cluster, stage=stage, source_images=images[0])
-    flops = sum(association.flops(settings, pool, assumptions, device) for pool in pools.values())
+    sent = traffic(config, network, candidates_by_level, cluster, stage=stage, source_images=images[0])
+    flops = sum(
+        association.flops(settings, candidates, assumptions, device) for candidates in candidates_by_level.values()
+    )
     micro_batches = config.training.accumulation
     return Prediction(
         config=config,
@@ -157,7 +162,9 @@ def predict(
         stage=stage,
         images=images,
         steps=steps,
-        communication={level: association.communication(settings, pool) for level, pool in pools.items()},
+        communication={
+            level: association.communication(settings, candidates) for level, candidates in candidates_by_level.items()
+        },
         memory=memory(config, network, terms, stage=stage, ranks=ranks, device=device),
         usable=cluster.gpu.memory * (1 - assumptions.reserve) / cluster.ranks_per_device,
         traffic=sent,
@@ -205,10 +212,10 @@ def sweep(
     ]
 
 
-def level_pools(
+def find_candidates(
     config: RunConfig, network: NetworkStep, cluster: Cluster, images: tuple[int, int]
-) -> Iterator[tuple[Level, Pool]]:
-    """The association's pool of each level; none where the run does not adapt."""
+) -> Iterator[tuple[Level, Candidates]]:
+    """The association's candidate set of each level; none where the run does not adapt."""
     settings = config.objective.association
     if not config.objective.adapt or settings.weight == 0:
         return
@@ -218,6 +225,6 @@ def level_pools(
         channels, height, width = network.features
         pixels = min(height * width, settings.pixel_budget or height * width)
         source, target = (count * pixels for count in images)
-        pools = images[0] if settings.scope == "pair" else 1
+        sets = images[0] if settings.scope == "pair" else 1
         classes = network.logits[0]
-        yield level, Pool(source, target, channels if level == "features" else classes, classes, ranks, pools)
+        yield level, Candidates(source, target, channels if level == "features" else classes, classes, ranks, sets)

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from dist_pca.config import Level, RunConfig
 from dist_pca.tools.planning import association, lovasz
-from dist_pca.tools.planning.association import Pool
+from dist_pca.tools.planning.association import Candidates
 from dist_pca.tools.planning.hardware import Cluster
 from dist_pca.tools.planning.memory import group_elements, travelling_bytes
 from dist_pca.tools.planning.network import NetworkStep
@@ -33,7 +33,7 @@ class Traffic(NamedTuple):
 def traffic(
     config: RunConfig,
     network: NetworkStep,
-    pools: dict[Level, Pool],
+    candidates_by_level: dict[Level, Candidates],
     cluster: Cluster,
     *,
     stage: int,
@@ -44,7 +44,7 @@ def traffic(
     Args:
         config: The run.
         network: Its network's step.
-        pools: The association's pool of each level.
+        candidates_by_level: The association's candidate set of each level.
         cluster: GPUs; on a processor DeepSpeed does not overlap.
         stage: ZeRO stage.
         source_images: Source images in one rank's micro-batch.
@@ -68,12 +68,12 @@ def traffic(
         sent = lovasz.sent_bytes(source_images * height * width, network.logits[0], together, term.bins)
         calls = micro_batches * (5 if term.bins is None else 1)
         found.append(Traffic("lovasz", micro_batches * sent, calls, "ring", term.scope == "world", False))
-    for level, pool in pools.items():
+    for level, candidates in candidates_by_level.items():
         settings = config.objective.association
-        sent = association.sent_bytes(settings, pool, device)
-        ring = association.communication(settings, pool) == "ring"
-        calls = 10 if not ring else 10 + 5 * (pool.ranks - 1)
-        if pool.ranks > 1:
+        sent = association.sent_bytes(settings, candidates, device)
+        ring = association.communication(settings, candidates) == "ring"
+        calls = 10 if not ring else 10 + 5 * (candidates.ranks - 1)
+        if candidates.ranks > 1:
             found.append(
                 Traffic(
                     f"association {level}",

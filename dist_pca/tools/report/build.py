@@ -139,7 +139,7 @@ def _cycles(record: RunRecord, name: str, target: str | None, device: str) -> li
     ranks = ranks if isinstance(ranks, int) and images == config.training.source_batch else 1
     found = measure(record.folder, find_checkpoint(record.folder).name, config, [batch], device=device)
     blocks: list[Block] = []
-    for level, (pools,) in found.items():
+    for level, (candidate_sets,) in found.items():
         title = ", ".join(filter(None, (name, f"cycles of {level}")))
-        blocks += cycle_blocks(title, batch, pools, record.classes, ranks)
+        blocks += cycle_blocks(title, batch, candidate_sets, record.classes, ranks)
     return blocks

@@ -14,24 +14,28 @@ from dist_pca.tools.report.embedded import photo
 
 
 def cycle_blocks(
-    title: str, batch: tuple[Batch, Batch], pools: Sequence[JudgedCycles], classes: Sequence[ClassInfo], ranks: int
+    title: str,
+    batch: tuple[Batch, Batch],
+    candidate_sets: Sequence[JudgedCycles],
+    classes: Sequence[ClassInfo],
+    ranks: int,
 ) -> list[Block]:
     """Show a sample of a batch's cycles as a drawing, and in words as a table.
 
     Args:
         title: What the cycles are of.
         batch: Crops of source and target.
-        pools: The batch's cycles: one pool of all images, or one for each pair of images.
+        candidate_sets: The batch's cycles: one candidate set of all images, or one for each pair of images.
         classes: The run's.
         ranks: Ranks that the images are divided among, in order.
     """
-    drawn = sample_cycles(pools, seed=0)
-    grids = pools[0].source_grid, pools[0].target_grid
+    drawn = sample_cycles(candidate_sets, seed=0)
+    grids = candidate_sets[0].source_grid, candidate_sets[0].target_grid
     images = [shown(domain.images.permute(0, 2, 3, 1).cpu().numpy()) for domain in batch]
     sizes = [int(np.prod(grid)) for grid in grids]
     names = [image_names(len(own), ranks) for own in images]
     picture = draw_cycles(images, grids, drawn, classes, names)
-    counts = count_outcomes(pools)
+    counts = count_outcomes(candidate_sets)
     total = sum(counts.values())
     parts = [f"{count:,} {outcome} ({100 * count / max(1, total):.0f} %)" for outcome, count in counts.items()]
     caption = f"{len(drawn)} of {total:,} cycles of labelled source pixels are drawn. Of all: {', '.join(parts)}."

@@ -94,19 +94,19 @@ def test_target_labels_never_change_matches_cycles_or_weights(
 def test_pairs_match_within_themselves_and_the_world_does_not(level: Any) -> None:
     source, target = domains(0)
     both = judge(plain(scope="pair"), level, source, target)
-    for place, pool in enumerate(both):
+    for place, cycles in enumerate(both):
         alone = judge(plain(scope="pair"), level, *(one_image(domain, place) for domain in (source, target)))[0]
-        assert torch.equal(pool.targets, alone.targets)
-        assert torch.equal(pool.kept, alone.kept)
-        assert int(pool.targets.max()) < 20
+        assert torch.equal(cycles.targets, alone.targets)
+        assert torch.equal(cycles.kept, alone.kept)
+        assert int(cycles.targets.max()) < 20
     (whole,) = judge(plain(scope="world"), level, source, target)
     assert crosses(whole)
 
 
 def test_the_loss_of_a_batch_is_shared_out_over_all_its_pools() -> None:
-    pools = judge(plain(scope="pair", teacher_weight=True), "features", *domains(3))
-    assert sum(float(pool.weights.sum()) for pool in pools) == pytest.approx(1)
-    assert all(float(pool.weights[~pool.kept].sum()) == 0 for pool in pools)
+    candidate_sets = judge(plain(scope="pair", teacher_weight=True), "features", *domains(3))
+    assert sum(float(cycles.weights.sum()) for cycles in candidate_sets) == pytest.approx(1)
+    assert all(float(cycles.weights[~cycles.kept].sum()) == 0 for cycles in candidate_sets)
 
 
 def test_batches_without_labels_leave_nothing_to_judge() -> None:
@@ -125,7 +125,7 @@ def one_image(domain: Domain, place: int) -> Domain:
     return Domain(*parts)
 
 
-def crosses(pool: JudgedCycles) -> bool:
+def crosses(cycles: JudgedCycles) -> bool:
     """Whether a match leads from one image to another."""
-    images = torch.arange(len(pool.labels)) // 20
-    return bool((images != pool.targets // 20).any())
+    images = torch.arange(len(cycles.labels)) // 20
+    return bool((images != cycles.targets // 20).any())

@@ -9,7 +9,7 @@ from dist_pca.association import cycle_association
 from dist_pca.config import AssociationConfig, Level
 from dist_pca.objective.lovasz import lovasz_softmax
 from dist_pca.tools.planning import association, lovasz
-from dist_pca.tools.planning.association import Pool
+from dist_pca.tools.planning.association import Candidates
 from dist_pca.tools.planning.live import LiveBytes
 from tests.support.ranks import run_on_ranks
 
@@ -86,9 +86,9 @@ def measured_lovasz(rank: int, world_size: int, pixels: int, bins: int | None) -
 
 def predicted_association(level: Level, communication: str, world_size: int) -> list[float]:
     channels = CHANNELS if level == "features" else CLASSES
-    pool = Pool(SOURCE, TARGET, channels, CLASSES, world_size, 1)
+    candidates = Candidates(SOURCE, TARGET, channels, CLASSES, world_size, 1)
     config = AssociationConfig(communication="gather" if communication == "gather" else "ring")
-    return list(association.memory(config, level, pool, "cpu")[1:2])
+    return list(association.memory(config, level, candidates, "cpu")[1:2])
 
 
 @pytest.mark.parametrize("level", ["features", "predictions"])
@@ -116,9 +116,11 @@ def test_bytes_sent_where_a_teacher_chooses_matches_are_those_counted(tmp_path: 
         for gathers in (True, False)
         for keys in (True, False)
     ]
-    pool = Pool(300, 260, CHANNELS, CLASSES, 3, 1)
+    candidates = Candidates(300, 260, CHANNELS, CLASSES, 3, 1)
     counted = run_on_ranks(counted_with_guide, 3, tmp_path, configs)[0]
-    assert [association.sent_bytes(config, pool, "cpu") for config in configs] == pytest.approx(counted, rel=0.001)
+    assert [association.sent_bytes(config, candidates, "cpu") for config in configs] == pytest.approx(
+        counted, rel=0.001
+    )
 
 
 @pytest.mark.parametrize("bins", [None, 16, 2**16])

@@ -15,11 +15,11 @@ from dist_pca.config import AssociationConfig, RunConfig
 from dist_pca.errors import UserError
 from dist_pca.tools.planning import association, report
 from dist_pca.tools.planning.advice import SLOWER, as_overrides, best_choice
-from dist_pca.tools.planning.association import Pool
+from dist_pca.tools.planning.association import Candidates
 from dist_pca.tools.planning.hardware import Assumptions, Cluster, find_gpu
 from dist_pca.tools.planning.live import LiveBytes
 from dist_pca.tools.planning.network import NetworkStep, run_network
-from dist_pca.tools.planning.predict import Prediction, level_pools, predict, sweep
+from dist_pca.tools.planning.predict import Prediction, find_candidates, predict, sweep
 from dist_pca.train import resolve_config
 from tests.tools.planning.recipe import PLAIN, TEACHER
 
@@ -146,10 +146,15 @@ def test_in_turn_every_view_has_batch_statistics_of_its_own() -> None:
 def test_both_levels_are_associated_on_the_grid_of_the_features() -> None:
     cluster = Cluster(find_gpu("h100"), 1, 8)
     step = network()
-    pools = dict(level_pools(tiny(), step, cluster, (1, 1)))
+    candidates_by_level = dict(find_candidates(tiny(), step, cluster, (1, 1)))
     channels, height, width = step.features
-    assert {(pool.source, pool.target) for pool in pools.values()} == {(height * width, height * width)}
-    assert (pools["features"].channels, pools["predictions"].channels) == (channels, step.logits[0])
+    assert {(candidates.source, candidates.target) for candidates in candidates_by_level.values()} == {
+        (height * width, height * width)
+    }
+    assert (candidates_by_level["features"].channels, candidates_by_level["predictions"].channels) == (
+        channels,
+        step.logits[0],
+    )
     assert step.logits[1:] != step.features[1:]
 
 
@@ -170,7 +175,7 @@ def test_a_ring_takes_the_same_memory_on_any_number_of_ranks_and_gathering_more(
 ) -> None:
     config = AssociationConfig(communication=communication)  # type: ignore[arg-type]
     few, many = (
-        association.memory(config, "features", Pool(rows, rows, channels, 10, n, 1), "h100").forward
+        association.memory(config, "features", Candidates(rows, rows, channels, 10, n, 1), "h100").forward
         for n in (ranks, 2 * ranks)
     )
     numbers = 8 * ranks * 6 * rows
