@@ -60,6 +60,7 @@ def test_later_overrides_win_and_are_typed() -> None:
         ("data.target=null", "data.target: missing while objective.adapt is true"),
         ("schedule.horizon=1", "schedule.horizon: 1 is below training.steps"),
         ("model.backbone=null", "model.backbone: "),
+        ("objective.association.class_weights=kept", "objective.association.class_weights: .*got 'kept'"),
         ("objective.source_contrast.temperature=0", "objective.source_contrast.temperature: .*got 0"),
         ("objective.source_contrast.anchors=0", "objective.source_contrast.anchors: .*got 0"),
         ("objective.feature_distance.share=75", "objective.feature_distance.share: .*got 75"),
@@ -69,6 +70,15 @@ def test_later_overrides_win_and_are_typed() -> None:
 def test_what_cannot_be_is_refused_by_name(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(DEMO, [override])
+
+
+@pytest.mark.parametrize(
+    ("key", "needed"), [("class_weights=kept_share", "class_balanced"), ("teacher_keys=true", "teacher_matches")]
+)
+def test_a_key_of_association_that_needs_another_says_so(key: str, needed: str) -> None:
+    settings = [f"objective.association.{setting}" for setting in (f"{needed}=false", key)]
+    with pytest.raises(UserError, match=f"objective.association.{key.split('=')[0]}: .*{needed}=true"):
+        load_config(DEMO, settings)
 
 
 def test_pairs_need_as_many_targets_as_sources() -> None:

@@ -104,6 +104,9 @@ def cycle_association(
         detach_statistics: Stop the gradient through each row's mean and standard deviation.
         class_balanced: Average within each class, then over the classes that have a kept cycle of positive weight on
             any rank.
+        class_weights: Weight of each class in the class-balanced mean, `num_classes` numbers of 0 or more; or
+            `kept_share`, the share of its labelled source pixels whose cycle is kept, each cycle counted by its weight.
+            None weighs all classes alike.
         guide_keys: Use the guide as the keys of both softmaxes too, so that gradients flow into queries alone, as in
             momentum contrast (MoCo, He et al., CVPR 2020); C' must be C.
         communication: `gather` stores all ranks' keys on every rank; `ring` sends them from rank to rank, so that
@@ -252,10 +255,11 @@ def _solve(
             del cycles
         with phase("communication"):
             sums = total(counts)
-        # Class scales s_c = 1, or 1 / (sum of w_i over class c).
+        kept_share = sums.weight / sums.labelled.clamp(min=1)
+        # Class scales s_c = 1, or r_c / (sum of w_i over class c) with the weight r_c of the class.
         scale = torch.ones_like(sums.weight)
         if options.class_balanced:
-            scale = torch.where(sums.weight > 0, 1 / sums.weight, 0)
+            scale = torch.where(sums.weight > 0, _class_weights(options, kept_share) / sums.weight, 0)
         while contrasts:
             loss_sum = loss_sum + contrasts.pop(0)(scale)
 
@@ -270,16 +274,24 @@ def _solve(
         loss=loss,
         kept=kept.long(),
         cover_ratio=sums.covered / sums.targets,
-        consistent_ratio=kept / sums.labelled.clamp(min=1),
+        consistent_ratio=kept / sums.labelled.sum().clamp(min=1),
         correct_ratio=correct_ratio(matrices[0]),
         kept_correct_ratio=correct_ratio(matrices[1]),
         kept_per_class=sums.kept.long(),
+        kept_share=kept_share,
         confusion=matrices[0].long(),
         kept_confusion=matrices[1].long(),
         # ln N_s + ln N_t - L; 0 / 0 without weight.
         mutual_information_bound=(sums.uniform_loss * scale).sum() / weight - mean_loss,
         communication_bytes=mean_sent.long(),
     )
+
+
+def _class_weights(options: Options, kept_share: torch.Tensor) -> torch.Tensor:
+    """Weight r_c of each class in the class-balanced mean, fp64 [K]."""
+    if options.class_weights is None:
+        return torch.ones_like(kept_share)
+    return kept_share if options.class_weights == "kept_share" else kept_share.new_tensor(options.class_weights)
 
 
 def _inputs(tensors: Tensors) -> list[Inputs]:

@@ -9,6 +9,7 @@ Similarity = Literal["cosine", "kl"]
 Implementation = Literal["auto", "reference", "blockwise", "online_softmax", "triton"]
 Communication = Literal["auto", "gather", "ring", "local"]
 Precision = Literal["fp32", "bf16"]
+ClassWeights = tuple[float, ...] | Literal["kept_share"] | None
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Options:
     ignore_index: int = 255
     detach_statistics: bool = True
     class_balanced: bool = False
+    class_weights: ClassWeights = None
     guide_keys: bool = False
     communication: Communication = "auto"
     implementation: Implementation = "auto"
@@ -35,6 +37,7 @@ class PairKeywords(TypedDict, total=False):
     ignore_index: int
     detach_statistics: bool
     class_balanced: bool
+    class_weights: ClassWeights
     guide_keys: bool
     implementation: Implementation
     dtype: Precision

@@ -20,7 +20,8 @@ class Association:
     loss: torch.Tensor
     """Scalar with a graph on every rank, 0 where no rank keeps a cycle of positive weight. Averaged over ranks, its
     gradients and its value are those of `-sum_i w_i [log p(i -> j*) + log p(j* -> i*)] / sum_i w_i` over the kept
-    cycles of all ranks (PLCA, section 3.1). Class-balanced, it is the mean over classes of that mean within each."""
+    cycles of all ranks (PLCA, section 3.1). Class-balanced, it is the mean over classes of that mean within each,
+    weighted by `class_weights`."""
     kept: torch.Tensor
     """int64, number of kept (consistent) cycles."""
     cover_ratio: torch.Tensor
@@ -33,6 +34,9 @@ class Association:
     """Share of kept cycles whose target pixel truly has the source pixel's class; nan without target labels."""
     kept_per_class: torch.Tensor
     """int64 [num_classes], kept cycles by class."""
+    kept_share: torch.Tensor
+    """fp64 [num_classes], summed weight of each class's kept cycles over its number of labelled source pixels, which is
+    the share whose cycle is kept if all weights are 1; 0 where there are none."""
     confusion: torch.Tensor
     """int64 [num_classes, num_classes], matches by class of the source pixel (rows) and true class of the matched
     target pixel (columns), where both are known; zeros without target labels."""
@@ -59,7 +63,7 @@ class Counts(NamedTuple):
     """Counts of this rank's source pixels, and of the matches of its target pixels; all fp64."""
 
     labelled: torch.Tensor
-    """Labelled source pixels."""
+    """[K], labelled source pixels by class."""
     targets: torch.Tensor
     """Target pixels."""
     covered: torch.Tensor
@@ -109,7 +113,7 @@ def count(inputs: Inputs, cycles: Cycles, candidates: CandidateGroup, options: O
             cells = labels[chosen] * classes + truth[chosen]
             matrix += torch.bincount(cells, minlength=classes * classes).view(classes, classes)
     return Counts(
-        (inputs.labels != options.ignore_index).sum().double(),
+        torch.bincount(inputs.labels[inputs.labels != options.ignore_index], minlength=classes).double(),
         kept.new_tensor(targets),
         covered.sum().double(),
         kept,

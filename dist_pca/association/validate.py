@@ -5,6 +5,7 @@ rank first validates its own inputs, and one maximum over ranks, of constant siz
 the others'. Only then are the shapes and ranges of all ranks' inputs gathered, for the message.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from zlib import crc32
@@ -185,6 +186,7 @@ def _problems(inputs: RankMetadata, first: RankMetadata, options: Options) -> li
         if tensors[name].given != first.tensors[name].given:
             argument, has = name.split()[0], "has" if tensors[name].given else "lacks"
             problems.append(f"{has} {argument}, unlike rank 0; give it on all ranks or on none")
+    problems += _class_weight_problems(options)
     problems += _shape_problems(tensors, first.tensors, shapes, options)
     for name, x in tensors.items():
         if x.invalid > 0:
@@ -196,6 +198,19 @@ def _problems(inputs: RankMetadata, first: RankMetadata, options: Options) -> li
                 f"or {options.ignore_index}"
             )
     return problems
+
+
+def _class_weight_problems(options: Options) -> list[str]:
+    weights = options.class_weights
+    if weights is None:
+        return []
+    if not options.class_balanced:
+        return ["class_weights needs class_balanced"]
+    if weights != "kept_share" and (
+        len(weights) != options.num_classes or not all(0 <= weight < math.inf for weight in weights)
+    ):
+        return [f"class_weights must be {options.num_classes} finite numbers of 0 or more"]
+    return []
 
 
 def _shape_problems(

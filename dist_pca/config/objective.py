@@ -94,6 +94,10 @@ class AssociationConfig(Section):
     """Use the teacher's features as keys for the student's queries, as in MoCo; needs `teacher_matches`."""
     class_balanced: bool = False
     """Average cycles within each class, then over classes; False gives all cycles the same weight."""
+    class_weights: Literal["kept_share"] | None = None
+    """Weight of each class in the mean over classes. `kept_share`: the share of its labelled source pixels whose cycle
+    of features is kept, so that a class whose pixels rarely find their way back counts little, at both levels; needs
+    `class_balanced`. None weighs all classes alike."""
     label_share: Fraction = 0.0
     """Least share of a grid cell's pixels that must agree for the cell to have a label; 0 takes the nearest pixel's
     label."""
@@ -107,6 +111,10 @@ class AssociationConfig(Section):
     def _check_keys(self) -> Self:
         if self.teacher_keys and not self.teacher_matches:
             raise ValueError("teacher_keys: needs matches found with the same features; set teacher_matches=true too")
+        if self.class_weights and not self.class_balanced:
+            raise ValueError(
+                "class_weights: weighs the classes of a class-balanced mean; set class_balanced=true, or it to null"
+            )
         return self
 
 

@@ -81,7 +81,11 @@ def judge(config: AssociationConfig, level: Level, source: Domain, target: Domai
                 target_grid=_grid(target),
             )
         )
-    return _shares_of_loss(candidate_sets, class_balanced=config.class_balanced)
+    class_weights = None
+    if config.class_weights and level == "predictions" and "features" in config.levels:
+        # Cycles of features weigh the classes at both levels: these are their classes' shares of the loss.
+        class_weights = _weight_by_class(judge(config, "features", source, target))
+    return _shares_of_loss(config, candidate_sets, class_weights)
 
 
 def _grid(domain: Domain) -> tuple[int, int]:
@@ -89,15 +93,25 @@ def _grid(domain: Domain) -> tuple[int, int]:
     return height, width
 
 
-def _shares_of_loss(candidate_sets: Sequence[JudgedCycles], *, class_balanced: bool) -> list[JudgedCycles]:
+def _weight_by_class(candidate_sets: Sequence[JudgedCycles]) -> torch.Tensor:
+    """Sum the weights of each class's cycles, fp64 [256]."""
+    sums = torch.zeros(IGNORE_INDEX + 1, dtype=torch.float64)
+    for cycles in candidate_sets:
+        sums.index_add_(0, cycles.labels, cycles.weights)
+    return sums
+
+
+def _shares_of_loss(
+    config: AssociationConfig, candidate_sets: Sequence[JudgedCycles], class_weights: torch.Tensor | None
+) -> list[JudgedCycles]:
     """The loss is `sum_i w_i s_y(i) l_i / sum_i w_i s_y(i)`: turn weights w_i into these shares."""
-    if class_balanced:
-        sums = torch.zeros(IGNORE_INDEX + 1, dtype=torch.float64)
-        for cycles in candidate_sets:
-            sums.index_add_(0, cycles.labels, cycles.weights)
-        # Each class that has a weight weighs as much as any other.
-        candidate_sets = [
-            cycles._replace(weights=torch.nan_to_num(cycles.weights / sums[cycles.labels])) for cycles in candidate_sets
-        ]
+    if config.class_balanced:
+        sums = _weight_by_class(candidate_sets)
+        if class_weights is None:
+            pixels = torch.bincount(torch.cat([cycles.labels for cycles in candidate_sets]), minlength=len(sums))
+            class_weights = sums / pixels if config.class_weights else torch.ones_like(sums)
+        # s_c = r_c / sum of the class's weights.
+        scale = torch.where(sums > 0, class_weights / sums, 0)
+        candidate_sets = [cycles._replace(weights=cycles.weights * scale[cycles.labels]) for cycles in candidate_sets]
     total = sum(float(cycles.weights.sum()) for cycles in candidate_sets)
     return [cycles._replace(weights=cycles.weights / (total or 1.0)) for cycles in candidate_sets]

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from dist_pca.association import Association, cycle_association, cycle_association_pairs, diffuse
-from dist_pca.association.options import Similarity
+from dist_pca.association.options import ClassWeights, Similarity
 from dist_pca.association.sampling import class_balanced, random_grid
 from dist_pca.config import AssociationConfig, Level
 from dist_pca.errors import UserError
@@ -26,9 +26,23 @@ def association_weight(config: AssociationConfig, step: int) -> float:
 
 
 def associate_level(
-    config: AssociationConfig, level: Level, source: Domain, target: Domain, node: dist.ProcessGroup | None
+    config: AssociationConfig,
+    level: Level,
+    source: Domain,
+    target: Domain,
+    node: dist.ProcessGroup | None,
+    kept_share: torch.Tensor | None = None,
 ) -> Association:
     """Associate source and target at one level (PLCA, section 3.1). Collective.
+
+    Args:
+        config: How pixels are associated.
+        level: Features or predictions.
+        source: Labelled domain.
+        target: Unlabelled domain.
+        node: Process group of this node's ranks, for the scope `node`.
+        kept_share: Share of each class's cycles that are kept at the level of features, [K], which weighs the classes
+            if `class_weights` asks for it. None takes this level's own.
 
     Raises:
         UserError: an input is wrong on some rank; the message names level, rank and tensor.
@@ -36,7 +50,7 @@ def associate_level(
     similarity = SIMILARITY[level]
     inputs = association_inputs(config, level, source, target)
     try:
-        return _associate(config, similarity, inputs, source.logits.shape[1], node)
+        return _associate(config, similarity, inputs, source.logits.shape[1], node, kept_share)
     except ValueError as error:
         raise UserError(f"objective.association, {level}: {error}") from error
 
@@ -82,16 +96,21 @@ def _associate(
     inputs: dict[str, Any],
     num_classes: int,
     node: dist.ProcessGroup | None,
+    kept_share: torch.Tensor | None,
 ) -> Association:
     """Associate images in pairs, or all of them together; `inputs` are lists over images, by argument."""
     sources, targets, labels = (inputs.pop(name) for name in ("source", "target", "labels"))
     guide = None
     if "source_guide" in inputs:
         guide = inputs.pop("source_guide"), inputs.pop("target_guide")
+    class_weights: ClassWeights = config.class_weights
+    if class_weights == "kept_share" and kept_share is not None:
+        class_weights = tuple(kept_share.tolist())
     options: Any = {
         "similarity": similarity,
         "num_classes": num_classes,
         "class_balanced": config.class_balanced,
+        "class_weights": class_weights,
         "guide_keys": config.teacher_keys,
         "ignore_index": IGNORE_INDEX,
         "detach_statistics": config.detach_statistics,

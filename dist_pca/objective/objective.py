@@ -113,9 +113,12 @@ def objective(
             loss = loss + config.class_statistics.weight * terms["class_statistics"]
         weight = association_weight(config.association, step)
         if weight > 0:
-            for level in config.association.levels:
+            kept_share = None
+            # Features first: their cycles weigh the classes at both levels.
+            for level in sorted(config.association.levels):
                 with phase("association"):
-                    found = associate_level(config.association, level, source, target, node)
+                    found = associate_level(config.association, level, source, target, node, kept_share)
+                kept_share = found.kept_share
                 loss = loss + weight * found.loss
                 terms |= {
                     f"association_{level}": found.loss,

@@ -1,6 +1,7 @@
 """The loss is the paper's, its laws hold, and its diagnostics count what they say."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_pca.association import Association, cycle_association, cycle_association_pairs, diffuse
-from dist_pca.association.options import Implementation, Similarity
+from dist_pca.association.options import ClassWeights, Implementation, Similarity
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
 
 IMPLEMENTATIONS = ["reference", "blockwise"]
@@ -28,6 +29,7 @@ def literal(
     target_weights: torch.Tensor | None = None,
     guide: tuple[torch.Tensor, torch.Tensor] | None = None,
     class_balanced: bool = False,
+    class_weights: ClassWeights = None,
     guide_keys: bool = False,
 ) -> tuple[float, int]:
     """The formulas as written: one similarity at a time, z-scores with the mean left in, the entropy left in."""
@@ -61,12 +63,16 @@ def literal(
     def mean(weighted: list[tuple[float, float]]) -> float:
         return sum(w * loss for w, loss in weighted) / sum(w for w, _ in weighted)
 
-    classes = [of_class for of_class in cycles.values() if sum(w for w, _ in of_class) > 0]
-    everything = [cycle for of_class in classes for cycle in of_class]
+    classes = {label: of_class for label, of_class in cycles.items() if sum(w for w, _ in of_class) > 0}
+    everything = [cycle for of_class in classes.values() for cycle in of_class]
     kept = sum(map(len, cycles.values()))
     if not classes:
         return 0.0, kept
-    return sum(map(mean, classes)) / len(classes) if class_balanced else mean(everything), kept
+    if not class_balanced:
+        return mean(everything), kept
+    share = {label: sum(w for w, _ in cycles[label]) / labels.count(label) for label in classes}
+    of_classes = share if class_weights == "kept_share" else dict(enumerate(class_weights or [1.0] * CLASSES))
+    return mean([(of_classes[label], mean(of_class)) for label, of_class in classes.items()]), kept
 
 
 @both_similarities
@@ -84,14 +90,20 @@ def test_loss_is_the_papers_formula_taken_literally(similarity: Similarity, impl
 
 @both_similarities
 @every_implementation
-@pytest.mark.parametrize("class_balanced", [False, True])
+@pytest.mark.parametrize(
+    "balance",
+    [
+        {},
+        *({"class_balanced": True, "class_weights": weights} for weights in (None, "kept_share", (0.5, 2.0, 1.0))),
+    ],
+)
 @pytest.mark.parametrize("guide_keys", [None, False, True])
 def test_refined_loss_is_its_formula_taken_literally(
-    similarity: Similarity, implementation: Implementation, class_balanced: bool, guide_keys: bool | None
+    similarity: Similarity, implementation: Implementation, balance: dict[str, Any], guide_keys: bool | None
 ) -> None:
     source, target = domain(40, 7, similarity, 0), domain(30, 7, similarity, 1)
     options = refinements(40, 30, 7, similarity, 2, weights=True, guide=guide_keys is not None)
-    options |= {"class_balanced": class_balanced, "guide_keys": bool(guide_keys)}
+    options |= {**balance, "guide_keys": bool(guide_keys)}
     # With two classes enough cycles pass both of their tests.
     labels, options["target_classes"] = labels_of(40, 0, 2), labels_of(30, 4, 2)
     loss, kept = literal(source, target, labels.tolist(), similarity, **options)
@@ -150,6 +162,40 @@ def test_more_of_one_class_does_not_move_the_class_balanced_mean(seed: int, simi
 
     torch.testing.assert_close(loss(times, True), loss(1, True))
     assert not torch.isclose(loss(times, False), loss(1, False))
+
+
+@settings(max_examples=30)
+@given(**drawn, factor=st.floats(0.01, 100))
+def test_only_ratios_of_class_weights_matter_and_a_class_of_weight_zero_takes_no_gradient(
+    seed: int, similarity: Similarity, factor: float
+) -> None:
+    source, target, labels = domain(30, 6, similarity, seed), domain(20, 6, similarity, seed + 1), labels_of(30, seed)
+    balanced = partial(gradients, source, target, labels, similarity=similarity, class_balanced=True)
+    plain = balanced()
+    torch.testing.assert_close(balanced(class_weights=(factor,) * CLASSES), plain)
+    one = torch.where(labels == 1, labels, 255)
+    alone = gradients(source, target, one, similarity=similarity, class_balanced=True)
+    weights = tuple(float(k == 1) for k in range(CLASSES))
+    # Cycles of the others end elsewhere, but they are not in the loss.
+    kept = cycle_association(source, target, labels, similarity=similarity, num_classes=CLASSES).kept_per_class
+    kept_alone = cycle_association(source, target, one, similarity=similarity, num_classes=CLASSES).kept_per_class
+    assert kept[1] == kept_alone[1]
+    torch.testing.assert_close(balanced(class_weights=weights), alone)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"class_weights": "kept_share"}, "class_weights needs class_balanced"),
+        *(
+            ({"class_balanced": True, "class_weights": weights}, "class_weights must be 3 finite numbers of 0 or more")
+            for weights in ((1.0,), (1.0, -1.0, 1.0), (1.0, math.inf, 1.0), (1.0, math.nan, 1.0))
+        ),
+    ],
+)
+def test_wrong_class_weights_are_an_error(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        cycle_association(torch.eye(3), torch.eye(3), torch.arange(3), num_classes=3, **options)
 
 
 @both_similarities

@@ -96,6 +96,7 @@ def test_the_association_needs_torch_alone() -> None:
         {"similarity": "kl", "detach_statistics": False, "dtype": "bf16"},
         {"class_balanced": True, "guide_keys": True, "implementation": "reference", "deterministic": True},
         {"communication": "local", "comm_dtype": "bf16", "implementation": "online_softmax"},
+        {"class_balanced": True, "class_weights": "kept_share"},
     ],
 )
 def test_the_module_is_the_function_bit_for_bit(options: dict[str, Any]) -> None:

@@ -28,10 +28,14 @@ REFINEMENTS: dict[str, dict[str, Any]] = {
     "classes": {"classes": True},
     "weights": {"weights": True},
     "balanced": {"class_balanced": True},
+    "kept share": {"classes": True, "class_balanced": True, "class_weights": "kept_share"},
     "guide": {"guide": True},
     "keys": {"guide": True, "guide_keys": True},
-    "all": {"classes": True, "weights": True, "class_balanced": True, "guide": True},
-    "all, keys": {"classes": True, "weights": True, "class_balanced": True, "guide": True, "guide_keys": True},
+    "all": {"classes": True, "weights": True, "guide": True, "class_balanced": True, "class_weights": "kept_share"},
+    "all, keys": {
+        **dict.fromkeys(("classes", "weights", "guide", "guide_keys", "class_balanced"), True),
+        "class_weights": tuple(1.0 + k for k in range(CLASSES)),
+    },
 }
 REFINED = list(REFINEMENTS)[1:]
 
@@ -87,13 +91,15 @@ def numbers(found: Association) -> torch.Tensor:
         found.kept,
     ]
     ratios += [found.kept_correct_ratio, *found.confusion.flatten(), *found.kept_confusion.flatten()]
-    return torch.tensor([float(value) for value in ratios] + found.kept_per_class.tolist(), dtype=torch.float64)
+    of_classes = found.kept_per_class.tolist() + found.kept_share.tolist()
+    return torch.tensor([float(value) for value in ratios] + of_classes, dtype=torch.float64)
 
 
 def refined(case: Case, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Optional inputs of a rank, and switches that are the same on all."""
     chosen = dict(REFINEMENTS[case[-1]])
-    switches: dict[str, Any] = {name: chosen.pop(name) for name in ("class_balanced", "guide_keys") if name in chosen}
+    names = ("class_balanced", "class_weights", "guide_keys")
+    switches: dict[str, Any] = {name: chosen.pop(name) for name in names if name in chosen}
     return refinements(*SIZES[rank], CHANNELS, case[0], 20 + rank, **chosen), switches
 
 
@@ -269,7 +275,7 @@ def a_wrong_refinement_on_one_rank(rank: int, ranks: int) -> dict[str, str]:
     messages = {}
     for problem in (
         "missing", "nan", "negative", "rows", "class", "guide rows", "guide channels", "guide keys", "guide nan",
-        "type", "none",
+        "type", "class weights", "none",
     ):  # fmt: skip
         source, target, labels = torch.eye(5, 4) + 1, torch.eye(6, 4) + 1, torch.zeros(5, dtype=torch.int64)
         options: dict[str, Any] = {
@@ -299,6 +305,8 @@ def a_wrong_refinement_on_one_rank(rank: int, ranks: int) -> dict[str, str]:
                     options["guide"][0][0] = torch.nan
                 case "type":
                     source, target = source.double(), target.double()
+                case "class weights":
+                    options["class_weights"] = "kept_share"
         try:
             cycle_association(source, target, labels, num_classes=2, **options)
             messages[problem] = ""
@@ -325,6 +333,7 @@ def test_a_wrong_refinement_on_one_rank_is_an_error_on_all_that_names_rank_and_t
         ),
         "guide nan": "rank 1: guide source has 3 values that are NaN or infinite",
         "type": "rank 1: source [5, 4] and target [6, 4] must both be fp64, or neither, as on rank 0",
+        "class weights": "rank 1: was called with other arguments than rank 0",
         "none": "",
     }
 

@@ -20,7 +20,7 @@ from dist_pca.config.objective import (
 from dist_pca.errors import UserError
 from dist_pca.objective import Domain, objective
 from dist_pca.objective.class_statistics import ClassStatistics
-from dist_pca.objective.cycle_association import association_weight
+from dist_pca.objective.cycle_association import associate_level, association_weight
 from dist_pca.objective.dice import dice_loss
 from dist_pca.objective.smoothness import smoothness
 from tests.support.ranks import run_on_ranks
@@ -92,6 +92,20 @@ def test_ranks_equal_one_process_in_every_term_and_gradient(
         torch.testing.assert_close(found["values"], expected["values"], rtol=1e-5, atol=1e-6)
         scale = float(expected["gradient"].abs().max())
         torch.testing.assert_close(found["gradient"], expected["gradient"], rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("levels", [("features", "predictions"), ("predictions", "features")])
+def test_cycles_of_features_weigh_the_classes_at_both_levels(levels: Any) -> None:
+    net = network()
+    source, target = (net(*images(2, seed)) for seed in (1, 2))
+    association = AssociationConfig(levels=levels, class_balanced=True, class_weights="kept_share")
+    _, terms = objective(ObjectiveConfig(association=association), source, target, step=0)
+    features = associate_level(association, "features", source, target, None)
+    predictions = associate_level(association, "predictions", source, target, None, features.kept_share)
+    assert torch.equal(terms["association_features"], features.loss)
+    assert torch.equal(terms["association_predictions"], predictions.loss)
+    own = associate_level(association, "predictions", source, target, None)
+    assert not torch.isclose(own.loss, predictions.loss)
 
 
 def test_total_is_the_weighted_sum_of_its_terms() -> None:

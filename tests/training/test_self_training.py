@@ -31,7 +31,7 @@ EVERY_TERM = (
         "objective.association.label_share=0.5",
     ),
     *("objective.association.teacher_check=true", "objective.association.teacher_weight=true"),
-    *("objective.association.class_balanced=true",),
+    *("objective.association.class_balanced=true", "objective.association.class_weights=kept_share"),
 )
 
 

@@ -77,6 +77,22 @@ def test_the_counts_are_those_that_training_logs(seed: int, level: Any, scope: A
 
 
 @settings(max_examples=25)
+@given(seed=st.integers(0, 1000), scope=drawn["scope"], levels=st.sampled_from([("features", "predictions"), None]))
+def test_classes_weigh_as_much_as_cycles_of_features_are_kept_at_both_levels(
+    seed: int, scope: Any, levels: tuple[str, ...] | None
+) -> None:
+    config = plain(scope=scope, teacher_weight=True, class_balanced=True, class_weights="kept_share")
+    source, target = domains(seed)
+    share = associate_level(config, "features", source, target, None).kept_share
+    predictions = associate_level(config, "predictions", source, target, None)
+    if levels is None:
+        config, share = config.model_copy(update={"levels": ("predictions",)}), predictions.kept_share
+    found = summarise([judge(config, "predictions", source, target)], 3)
+    expected = torch.where(predictions.kept_per_class > 0, share, 0)
+    assert found.weight.sum(dim=1).tolist() == pytest.approx((expected / expected.sum().clamp(min=1e-9)).tolist())
+
+
+@settings(max_examples=25)
 @given(**drawn)
 def test_target_labels_never_change_matches_cycles_or_weights(
     seed: int, level: Any, scope: Any, switches: dict[str, bool]
