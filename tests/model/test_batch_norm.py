@@ -117,7 +117,10 @@ def test_gradients_summed_over_synchronised_ranks_equal_one_process(
 ) -> None:
     for name, gradient in single["gradients"].items():
         total = sum(rank["gradients"][name] for rank in ranks)
-        torch.testing.assert_close(total, gradient, rtol=1e-4, atol=1e-3, msg=partial("{}: {}".format, name))
+        # The images' mean of 30 cancels in the first convolution's gradient, which fp32 alone rounds at 1e-5 of its
+        # largest element; those of biases that are normalised away are zero but for rounding.
+        atol = max(1e-4 * float(gradient.abs().max()), 1e-3)
+        torch.testing.assert_close(total, gradient, rtol=1e-4, atol=atol, msg=partial("{}: {}".format, name))
 
 
 def test_every_synchronised_rank_has_the_running_statistics_of_one_process(
