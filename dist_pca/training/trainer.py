@@ -198,8 +198,7 @@ class Trainer:
         self.clock.enter("checkpoint")
         samples = {key: step * batch + self.offsets[key] for key, batch in self.run.config.batches.items()}
         state = {"mean_iou": mean_iou, "windows": self.metrics.state(), "samples": samples}
-        state |= {**self.loss_scale.state, **self.non_finite_steps.state}
-        self.checkpoints.save(self.parts, step, state=state)
+        self.checkpoints.save(self.parts, step, state={**state, **self.loss_scale.state, **self.non_finite_steps.state})
 
     def _set_up(self, stack: ExitStack) -> None:
         run, config, training = self.run, self.run.config, self.run.config.training

@@ -22,8 +22,8 @@ TERMS = (
     *("objective.feature_distance.weight=0.005", "objective.feature_distance.classes=[road,building,car]"),
     # The deepest map of such small crops has four cells.
     "objective.feature_distance.share=0",
-    # Matches of an untrained network nearly tie, and rounding decides some; the weight makes them count little.
-    "objective.association.weight=1e-6",
+    # Predictions of an untrained network are nearly uniform, so that rounding decides among their matches.
+    "objective.association.levels=[features]",
 )
 
 
