@@ -247,8 +247,7 @@ def _locked_part(path: Path) -> Iterator[IO[bytes]]:
     finally:
         if _is_at(part, temporary):
             temporary.unlink()
-        # Closing the file does not release the lock if a process forked in the meantime has it open too.
-        fcntl.flock(part, fcntl.LOCK_UN)
+        fcntl.flock(part, fcntl.LOCK_UN)  # as with the cache's lock, closing is not enough
         part.close()
 
 
@@ -263,13 +262,26 @@ def _publish(part: IO[bytes], path: Path) -> None:
     part.flush()
     temporary = _temporary_path(path)
     sync(temporary)
-    temporary.replace(path)
+    # A process that makes room meanwhile would find the file under neither name, and not count it.
+    with _locked_cache(path.parent.parent):
+        temporary.replace(path)
+
+
+@contextmanager
+def _locked_cache(root: Path) -> Iterator[None]:
+    """Lock the cache's list of files; take it for a moment only, as all processes of the node wait for it."""
+    with (root / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Closing the file does not release the lock if a process forked in the meantime has it open too.
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def _reserve(part: IO[bytes], size: int, root: Path, limit: int) -> bool:
     """Evict the least recently used files and give a temporary file its full size; False if there is no room."""
-    with (root / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked_cache(root):
         files = []
         # The folder may contain files that are not the cache's; those must never be removed.
         for path in (path for path in root.glob("*/*") if _CACHE_FOLDER.fullmatch(path.parent.name)):

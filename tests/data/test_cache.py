@@ -170,7 +170,7 @@ def test_many_readers_in_a_cache_of_two_shards_stay_within_it_and_read_what_was_
     most = 0
     with (cache.folder / ".lock").open("a") as lock:
         while any(process.is_alive() for process in processes):
-            # Copies only leave under the cache's lock; without it one is counted beside its successor.
+            # Copies come and go under the cache's lock only; without it one is counted beside its successor.
             fcntl.flock(lock, fcntl.LOCK_EX)
             with suppress(FileNotFoundError):
                 most = max(most, sum(path.stat().st_size for path in manifest.folder.glob("*.tar*")))
@@ -178,6 +178,24 @@ def test_many_readers_in_a_cache_of_two_shards_stay_within_it_and_read_what_was_
             time.sleep(0.001)
     assert [results.get() for _ in processes] == [True] * 4
     assert 0 < most <= limit
+
+
+def test_a_fetched_shard_gets_its_name_only_while_nobody_is_making_room(
+    local: Manifest, server: FolderServer, location: str, cache: CacheSettings
+) -> None:
+    manifest = open_manifest(location, cache)
+    server.faults["shard-000000.tar"].append("stall")
+    process = start(open_shard, manifest, 0, cache)
+    assert server.stalled.wait(10)
+    with (cache.folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        server.go_on.set()
+        while (manifest.folder / ".shard-000000.tar.part").read_bytes() != original(local, 0):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert kept(cache) == [".shard-000000.tar.part"]
+    process.join()
+    assert kept(cache) == ["shard-000000.tar"]
 
 
 def test_files_that_are_not_the_cache_s_are_never_removed(location: str, cache: CacheSettings) -> None:
