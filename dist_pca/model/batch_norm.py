@@ -65,35 +65,43 @@ class _NormaliseOverRanks(torch.autograd.Function):
         if not (x.dim() > 3 and x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
         mean, variance, count = _statistics(x, group)
-        inverse = (variance + eps).rsqrt()
-        ctx.group = group
-        ctx.save_for_backward(x, weight, mean, inverse, count)
+        ctx.group, ctx.eps = group, eps
+        ctx.save_for_backward(x, weight, mean, variance, count)
         ctx.mark_non_differentiable(mean, variance, count)
         normal = F.batch_norm(x, mean, variance, weight, bias, eps=eps) if x.numel() else torch.empty_like(x)
         return normal, mean, variance, count
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mean, inverse, count = ctx.saved_tensors
+        x, weight, mean, variance, count = ctx.saved_tensors
         layout = torch.channels_last if x.dim() > 3 and not x.is_contiguous() else torch.contiguous_format
         gradient = gradients[0].contiguous(memory_format=layout)
+        inverse = (variance + ctx.eps).rsqrt()
         # Sums of dy and of dy (x - mean).
-        if _has_kernels(x):
+        if x.numel() == 0:
+            dx, sums = gradient, mean.new_zeros(2, len(mean))
+        elif x.is_cuda:
             sums = torch.stack(
                 torch.batch_norm_backward_reduce(gradient, x, mean, inverse, weight, True, False, False)[:2]
             )
         else:
-            dy = gradient.to(mean.dtype)
-            sums = torch.stack([_sum(dy), _sum(dy * (x - _along(mean, x)))])
+            # With statistics that are held, it gives both sums and the part of dx in which the batch has no share.
+            dy, values = gradient.to(mean.dtype), x.to(mean.dtype)
+            dx, scaled, total = torch.ops.aten.native_batch_norm_backward(
+                dy, values, weight, mean, variance, None, None, False, ctx.eps, [True] * 3
+            )
+            sums = torch.stack([total, scaled / inverse])
         means = all_reduce_sum(sums, ctx.group) / count
-        if _has_kernels(x):
+        if x.is_cuda and x.numel():
             # It divides sums by a count, in int32, which a large world's images exceed; these are means already.
             one = torch.ones(1, dtype=torch.int32, device=x.device)
             dx = torch.batch_norm_backward_elemt(gradient, x, mean, inverse, weight, *means, one)  # type: ignore[call-arg]
-        else:
+        elif x.numel():
+            # dx = slope (dy - means[0] - inverse^2 means[1] (x - mean))
             slope = inverse if weight is None else weight * inverse
-            projection = _along(inverse.square() * means[1], x) * (x - _along(mean, x))
-            dx = (_along(slope, x) * (dy - _along(means[0], x) - projection)).to(x.dtype)
+            projection = slope * inverse.square() * means[1]
+            offset = projection * mean - slope * means[0]
+            dx = dx.addcmul_(values, _along(-projection, x)).add_(_along(offset, x)).to(x.dtype)
         if weight is None:
             return dx, None, None, None, None
         return dx, (sums[1] * inverse).to(weight.dtype), sums[0].to(weight.dtype), None, None
@@ -109,32 +117,17 @@ def _statistics(x: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch
     size = x.numel() // channels
     if size == 0:
         variance = mean = torch.zeros(channels, dtype=dtype, device=x.device)
-    elif _has_kernels(x):
+    elif x.is_cuda:
         mean, inverse = torch.batch_norm_stats(x, 0.0)
         variance = inverse.pow(-2)
     else:
-        variance, mean = torch.var_mean(x.to(dtype), _others(x), correction=0)
+        mean, variance = torch.batch_norm_update_stats(x.to(dtype), None, None, 0.0)
     own = mean.double()
     moments = torch.cat([size * own, size * (variance.double() + own.square()), own.new_full((1,), size)])
     total, squares, count = torch.split(all_reduce_sum(moments, group), [channels, channels, 1])
     mean_of_all = total / count
     variance = (squares / count - mean_of_all.square()).clamp(min=0)
     return mean_of_all.to(dtype), variance.to(dtype), count[0]
-
-
-def _has_kernels(x: torch.Tensor) -> bool:
-    """Whether torch has fused kernels for the parts of a synchronised batch norm."""
-    return x.is_cuda and x.numel() > 0
-
-
-def _others(x: torch.Tensor) -> list[int]:
-    """All dimensions but that of channels."""
-    return [0, *range(2, x.dim())]
-
-
-def _sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum of each channel's values."""
-    return x.sum(_others(x))
 
 
 def _along(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -35,9 +35,11 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randn(sum(SHARES), 5, 5, 4, generator=generator)
 
 
-def normalise(rank: int | None, shares: tuple[int, ...], offset: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def normalise(
+    rank: int | None, shares: tuple[int, ...], offset: float, dtype: torch.dtype, affine: bool
+) -> dict[str, torch.Tensor]:
     """One layer's output, gradients and statistics on a rank's share of images; without a rank, in fp64 on all."""
-    layer = nn.Sequential(nn.BatchNorm2d(3))
+    layer = nn.Sequential(nn.BatchNorm2d(3, affine=affine))
     generator = torch.Generator().manual_seed(2)
     # Ranks' means differ by as much as values do.
     images = torch.randn(5, 3, 4, 3, generator=generator) + torch.arange(5)[:, None, None, None] + offset
@@ -55,9 +57,10 @@ def normalise(rank: int | None, shares: tuple[int, ...], offset: float, dtype: t
 
 
 CASES = {
-    "a rank without images": ((5, 0), 0.0, torch.float32),
-    "a mean of 10,000 standard deviations": ((3, 2), 1e4, torch.float32),
-    "bf16": ((3, 2), 0.0, torch.bfloat16),
+    "a rank without images": ((5, 0), 0.0, torch.float32, True),
+    "a mean of 10,000 standard deviations": ((3, 2), 1e4, torch.float32, True),
+    "bf16": ((3, 2), 0.0, torch.bfloat16, True),
+    "a layer without scale and shift": ((3, 2), 0.0, torch.float32, False),
 }
 
 
@@ -132,16 +135,16 @@ def test_every_synchronised_rank_has_the_running_statistics_of_one_process(
 
 @pytest.mark.parametrize("name", CASES)
 def test_synchronised_ranks_equal_one_process_in(name: str, ranks: list[dict[str, Any]]) -> None:
-    shares, offset, dtype = CASES[name]
+    shares, offset, dtype, affine = CASES[name]
     # Inputs of fp32 are 1e-3 apart at 10,000, and those of bf16 1e-2 at 1.
     tolerance = {torch.float32: 2e-3 if offset else 1e-5, torch.bfloat16: 4e-2}[dtype]
-    expected = normalise(None, shares, offset, dtype)
+    expected = normalise(None, shares, offset, dtype, affine)
     found = [rank["cases"][name] for rank in ranks]
     for key in ("output", "input_gradient"):
         ours = torch.cat([values[key] for values in found])
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), expected[key], rtol=tolerance, atol=tolerance)
-    for key in ("0.weight", "0.bias"):
+    for key in ("0.weight", "0.bias") if affine else ():
         ours = sum(values[key] for values in found)
         torch.testing.assert_close(ours.double(), expected[key], rtol=tolerance, atol=10 * tolerance)
     for values in found:
