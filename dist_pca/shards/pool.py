@@ -96,7 +96,10 @@ def _run_pool(
                 # Read without the locks, which a killed worker may never release.
                 tell(shared.samples.get_obj().value, total, shared.stored.get_obj().value)
         except BrokenProcessPool:
-            raise UserError("a worker was killed, most likely because memory ran out; lower --workers") from None
+            raise UserError(
+                "a worker was killed, most likely because memory ran out; lower --workers. In a script, calls that "
+                'start workers belong under `if __name__ == "__main__":`'
+            ) from None
         except BaseException:
             shared.stop.set()
             pool.shutdown(cancel_futures=True)

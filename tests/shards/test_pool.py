@@ -74,6 +74,32 @@ def test_a_killed_build_leaves_no_shard_no_worker_and_nothing_in_the_next_ones_w
     assert load_manifest(out).samples == 10
 
 
+def test_a_killed_worker_ends_the_build_with_a_remedy(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with _half_built(raw, out, _both_write(out)) as process:
+        # The last child is a worker; the first is multiprocessing's own resource tracker.
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        printed, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 2
+    assert b"lower --workers" in printed
+    assert b"Traceback" not in printed
+    assert not list(out.glob("shard-*.tar"))
+
+
+def test_a_script_without_a_guard_is_told_what_it_lacks(raw: Path, tmp_path: Path) -> None:
+    script = tmp_path / "build.py"
+    script.write_text(
+        "from pathlib import Path\nfrom dist_pca.shards.build import build_shards\n"
+        f"build_shards('folder', Path({str(raw)!r}), Path({str(tmp_path / 'out')!r}), unlabelled=True, "
+        "workers=2, samples_per_shard=30)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert result.returncode == 1
+    assert 'under `if __name__ == "__main__":`' in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("early", [True, False])
 def test_ctrl_c_clears_up_and_exits_130(raw: Path, tmp_path: Path, early: bool) -> None:
     out = tmp_path / "out"
