@@ -247,7 +247,8 @@ def _locked_part(path: Path) -> Iterator[IO[bytes]]:
     finally:
         if _is_at(part, temporary):
             temporary.unlink()
-        fcntl.flock(part, fcntl.LOCK_UN)  # as with the cache's lock, closing is not enough
+        # As for the cache's lock below, closing the file may not release it.
+        fcntl.flock(part, fcntl.LOCK_UN)
         part.close()
 
 

@@ -49,11 +49,11 @@ class _Depthwise(torch.autograd.Function):
             planes = x.reshape(1, batch * channels, height, width)
             kernels = dy.reshape(batch * channels, 1, height, width)
             products = F.conv2d(planes, kernels, None, ctx.dilation, ctx.padding, 1, batch * channels)
-            dweight = products.view(batch, *weight.shape[:1], *weight.shape[2:]).sum(0)[:, None]
+            dweight = products.view(batch, *weight.shape).sum(0)
         return dx, dweight, None, None
 
 
-def with_fast_gradients(module: nn.Module) -> None:
+def use_fast_gradients(module: nn.Module) -> None:
     """Make every depthwise convolution inside a module a `DepthwiseConv2d` where that is exact and faster.
 
     Parameters keep their names. Kernels of 3 x 3 without dilation stay as they are.

@@ -15,7 +15,7 @@ from dist_pca.model.backbone import (
     fit_image_size,
 )
 from dist_pca.model.batch_norm import hold_statistics, synchronise, track_forward_only
-from dist_pca.model.depthwise import with_fast_gradients
+from dist_pca.model.depthwise import use_fast_gradients
 from dist_pca.model.heads import MULTI_SCALE_HEADS, DeepLabV2Head, Head, MultiScaleHead
 from dist_pca.model.parts import freeze
 from dist_pca.model.projection import Projection, grid_size, resize
@@ -135,7 +135,7 @@ def build_segmenter(config: "ModelConfig", num_classes: int) -> Segmenter:
     if config.batch_norm == "sync":
         synchronise(backbone)
     segmenter.frozen_batch_norm = config.batch_norm == "frozen"
-    with_fast_gradients(segmenter)
+    use_fast_gradients(segmenter)
     if config.activation_checkpointing:
         checkpoint_activations(backbone, config.backbone)
         track_forward_only(segmenter)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dist_pca.model.depthwise import DepthwiseConv2d, with_fast_gradients
+from dist_pca.model.depthwise import DepthwiseConv2d, use_fast_gradients
 
 
 def convolution(
@@ -49,7 +49,7 @@ def test_output_and_gradients_are_those_of_the_plain_convolution(
     images, gradient = torch.randn(2, batch, 6, *size)
     expected = step(copy.deepcopy(plain).double(), images.double(), gradient.double())
     layers = nn.Sequential(plain)
-    with_fast_gradients(layers)
+    use_fast_gradients(layers)
     assert type(layers[0]) is DepthwiseConv2d
     layout = torch.channels_last if channels_last else torch.contiguous_format
     found = step(layers[0], images.contiguous(memory_format=layout), gradient.contiguous(memory_format=layout))
@@ -63,7 +63,7 @@ def test_output_and_gradients_are_those_of_the_plain_convolution(
 @pytest.mark.parametrize("weight", [True, False])
 def test_only_gradients_that_are_needed_are_computed(images: bool, weight: bool) -> None:
     layer = nn.Sequential(convolution((5, 5), (1, 1)))
-    with_fast_gradients(layer)
+    use_fast_gradients(layer)
     layer.requires_grad_(weight)
     given = torch.randn(2, 6, 7, 8, requires_grad=images)
     output = layer(given)
@@ -84,7 +84,7 @@ def test_layers_that_gain_nothing_or_are_of_another_kind_stay_as_they_are() -> N
         nn.Conv2d(6, 6, 5, padding="same", groups=6),
         nn.Conv2d(6, 6, 5, padding=2, groups=6, padding_mode="reflect"),
     )
-    with_fast_gradients(layers)
+    use_fast_gradients(layers)
     assert {type(layer) for layer in layers} == {nn.Conv2d}
 
 
@@ -92,7 +92,7 @@ def test_layers_that_gain_nothing_or_are_of_another_kind_stay_as_they_are() -> N
 def test_other_precisions_are_convolved_as_they_were(dtype: torch.dtype) -> None:
     plain = convolution((5, 5), (2, 2)).to(dtype)
     layers = nn.Sequential(copy.deepcopy(plain))
-    with_fast_gradients(layers)
+    use_fast_gradients(layers)
     images, gradient = torch.randn(2, 2, 6, 7, 8, dtype=dtype)
     found, expected = step(layers[0], images, gradient), step(plain, images, gradient)
     for name, values in expected.items():
@@ -101,7 +101,7 @@ def test_other_precisions_are_convolved_as_they_were(dtype: torch.dtype) -> None
 
 def test_an_empty_batch_has_empty_outputs_and_gradients_of_zero() -> None:
     layers = nn.Sequential(convolution((5, 5), (2, 2)))
-    with_fast_gradients(layers)
+    use_fast_gradients(layers)
     found = step(layers, torch.empty(0, 6, 7, 8), torch.empty(0, 6, 7, 8))
     assert found["output"].shape == (0, 6, 7, 8)  # type: ignore[union-attr]
     assert not found["0.weight"].any()  # type: ignore[union-attr]
