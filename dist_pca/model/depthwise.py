@@ -17,7 +17,9 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve B x C x h x w."""
-        if input.device.type != "cpu" or input.dtype != torch.float32 or input.numel() == 0:
+        # Under autocast the output, and so its gradient, would have a lower precision than the saved input and weight.
+        plain = input.device.type != "cpu" or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        if plain or input.numel() == 0:
             return super().forward(input)
         output: torch.Tensor = _Depthwise.apply(input, self.weight, self.padding, self.dilation)
         return output if self.bias is None else output + self.bias.view(-1, 1, 1)

@@ -99,6 +99,20 @@ def test_other_precisions_are_convolved_as_they_were(dtype: torch.dtype) -> None
         assert torch.equal(found[name], values)  # type: ignore[arg-type]
 
 
+def test_inputs_in_fp32_are_convolved_as_they_were_under_autocast() -> None:
+    plain = convolution((5, 5), (2, 2), bias=True)
+    layers = nn.Sequential(copy.deepcopy(plain))
+    use_fast_gradients(layers)
+    images = torch.randn(2, 6, 7, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = layers(images), plain(images)
+    for output in outputs:
+        output.float().square().sum().backward()
+    assert torch.equal(*outputs)
+    for found, expected in zip(layers.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(found.grad, expected.grad)  # type: ignore[arg-type]
+
+
 def test_an_empty_batch_has_empty_outputs_and_gradients_of_zero() -> None:
     layers = nn.Sequential(convolution((5, 5), (2, 2)))
     use_fast_gradients(layers)
