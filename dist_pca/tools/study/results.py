@@ -133,8 +133,8 @@ def _read(run: PlannedRun, steps: int, manifests: Mapping[str, Manifest]) -> Run
     step, scores, code = saved_step(run.folder), dict[str, Scores](), ""
     if (checkpoint := latest_checkpoint(run.folder / "checkpoints")) is not None:
         code = str(read_state(checkpoint).get("code", ""))
-    if step >= steps:
-        found = {shards: cached_scores(run.folder, manifest, step) for shards, manifest in manifests.items()}
+    if checkpoint is not None and step >= steps:
+        found = {shards: cached_scores(run.folder, manifest, checkpoint) for shards, manifest in manifests.items()}
         scores = {shards: each for shards, each in found.items() if each is not None}
         message = "" if len(scores) == len(manifests) else "not scored yet"
     else:

@@ -17,7 +17,7 @@ from dist_pca.evaluation.load import load_run
 from dist_pca.evaluation.report import Scores
 from dist_pca.files import write_json
 from dist_pca.shards.manifest import Manifest
-from dist_pca.training.checkpoint import latest_checkpoint, read_step
+from dist_pca.training.checkpoint import latest_checkpoint, read_state
 
 
 def manifest_digest(manifest: Manifest) -> str:
@@ -27,12 +27,16 @@ def manifest_digest(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def cached_scores(run: Path, manifest: Manifest, step: int) -> Scores | None:
+def cached_scores(run: Path, manifest: Manifest, checkpoint: Path) -> Scores | None:
     """What scores.json of a run folder holds for a checkpoint on shards, None where it holds nothing.
 
-    Scores count as the same where step, shards and the run's evaluation protocol are.
+    Scores count as the same where checkpoint, shards and the run's evaluation protocol are. A step that is trained
+    again makes another checkpoint.
+
+    Raises:
+        UserError: the checkpoint's state cannot be read.
     """
-    key = _key(run, manifest, step)
+    key = _key(run, manifest, checkpoint)
     for entry in _entries(run):
         if {name: entry.get(name) for name in key} == key:
             with suppress(ValueError, KeyError, TypeError):
@@ -40,9 +44,9 @@ def cached_scores(run: Path, manifest: Manifest, step: int) -> Scores | None:
     return None
 
 
-def remember_scores(run: Path, manifest: Manifest, step: int, scores: Scores) -> None:
-    """Keep scores of a run's checkpoint of some step in its scores.json, in the place of earlier ones of the kind."""
-    key = _key(run, manifest, step)
+def remember_scores(run: Path, manifest: Manifest, checkpoint: Path, scores: Scores) -> None:
+    """Keep scores of a run's checkpoint in its scores.json, in the place of earlier ones of the kind."""
+    key = _key(run, manifest, checkpoint)
     kept = [entry for entry in _entries(run) if {name: entry.get(name) for name in key} != key]
     entry = {**key, "shards": manifest.location, "scores": json.loads(scores.to_json())}
     # In a folder that cannot be written they are computed again.
@@ -61,8 +65,7 @@ def score_newest(run: Path, manifest: Manifest) -> Scores:
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{run}: has no checkpoint yet; train it first")
-    step = read_step(checkpoint)
-    if (scores := cached_scores(run, manifest, step)) is not None:
+    if (scores := cached_scores(run, manifest, checkpoint)) is not None:
         return scores
     processes = torch.cuda.device_count()
     ranks = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m") if processes > 1 else ()
@@ -73,7 +76,7 @@ def score_newest(run: Path, manifest: Manifest) -> Scores:
     if done.returncode != 0:
         raise UserError(f"{run}: could not be scored on {manifest.location}; the lines above say why")
     scores = Scores.from_json(done.stdout)
-    remember_scores(run, manifest, step, scores)
+    remember_scores(run, manifest, checkpoint, scores)
     return scores
 
 
@@ -83,20 +86,21 @@ def score_checkpoint(run: Path, manifest: Manifest, checkpoint: Path) -> Scores:
     Raises:
         UserError: the run cannot be loaded or scored.
     """
-    step = read_step(checkpoint)
-    if (scores := cached_scores(run, manifest, step)) is not None:
+    if (scores := cached_scores(run, manifest, checkpoint)) is not None:
         return scores
     config, classes, model = load_run(run, checkpoint.name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scores = evaluate(model.to(device), manifest, classes, config, device=device)
-    remember_scores(run, manifest, step, scores)
+    remember_scores(run, manifest, checkpoint, scores)
     return scores
 
 
-def _key(run: Path, manifest: Manifest, step: int) -> dict[str, Any]:
+def _key(run: Path, manifest: Manifest, checkpoint: Path) -> dict[str, Any]:
+    state = read_state(checkpoint)
     config = load_config(run / "config.yaml")
     protocol = config.evaluation.model_dump(mode="json") | {"shorter_edge": list(config.data.shorter_edge)}
-    return {"step": step, "shards_digest": manifest_digest(manifest), "protocol": protocol}
+    identity = {"step": state["step"], "checkpoint": state.get("id")}
+    return {**identity, "shards_digest": manifest_digest(manifest), "protocol": protocol}
 
 
 def _entries(run: Path) -> list[dict[str, Any]]:

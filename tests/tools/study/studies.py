@@ -42,14 +42,18 @@ def write_started(study: Study, run: PlannedRun, step: int = 0) -> None:
     lines = [{"step": made, "seconds_per_step": float(made), "peak_memory_bytes": made} for made in range(1, step + 1)]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if step:
-        checkpoint = run.folder / "checkpoints" / f"step-{step:08d}"
+        checkpoint = checkpoint_of(run.folder, step)
         checkpoint.mkdir()
         (checkpoint / "state.json").write_text(json.dumps({"step": step, "code": "1"}))
         (run.folder / "checkpoints" / "latest").write_text(checkpoint.name + "\n")
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def write_finished(study: Study, run: PlannedRun, scores: Scores) -> None:
     """A run that has made all steps and is scored on the study's test shards."""
     write_started(study, run, STEPS)
     for test in study.tests:
-        remember_scores(run.folder, load_manifest(test), STEPS, scores)
+        remember_scores(run.folder, load_manifest(test), checkpoint_of(run.folder, STEPS), scores)

@@ -13,7 +13,7 @@ from dist_pca.tools.study.scoring import cached_scores
 from dist_pca.tools.study.tables import notes, tables, write_markdown
 from dist_pca.tools.study.training import open_tests, refuse_changed_settings
 from tests.support.shards import make_shards
-from tests.tools.study.studies import STEPS, scores_of, small_study, write_finished, write_started
+from tests.tools.study.studies import STEPS, checkpoint_of, scores_of, small_study, write_finished, write_started
 
 PLAIN = {0: (0.30, 0.6, 0.0), 1: (0.30, 0.6, 0.0), 2: (0.30, 0.6, 0.0)}
 SLOW = {0: (0.33, 0.6, 0.0), 1: (0.39, 0.6, 0.0), 2: (0.45, 0.6, math.nan)}
@@ -104,23 +104,29 @@ def test_the_json_has_everything_and_no_nan(folder: Path) -> None:
     assert found["variants"] == {"plain": [], "slow": ["optimizer.lr=1e-5"]}
 
 
-def test_scores_are_those_of_one_step_on_one_set_of_shards_under_one_protocol(folder: Path) -> None:
+def test_scores_are_those_of_one_checkpoint_on_one_set_of_shards_under_one_protocol(folder: Path) -> None:
     study = small_study(folder)
     run = study.runs[0].folder
-    test = load_manifest(folder / "test")
-    assert cached_scores(run, test, STEPS) is not None
-    assert cached_scores(run, test, STEPS - 1) is None
-    assert cached_scores(run, make_shards(folder / "other", [1]), STEPS) is None
+    test, checkpoint = load_manifest(folder / "test"), checkpoint_of(run, STEPS)
+    assert cached_scores(run, test, checkpoint) is not None
+    assert cached_scores(run, make_shards(folder / "other", [1]), checkpoint) is None
+    state = checkpoint / "state.json"
+    first = state.read_text()
+    # The same step, trained once more.
+    state.write_text(json.dumps({**json.loads(first), "id": "another"}))
+    assert cached_scores(run, test, checkpoint) is None
+    state.write_text(first)
+    assert cached_scores(run, test, checkpoint) is not None
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("flip: false", "flip: true"))
-    assert cached_scores(run, test, STEPS) is None
+    assert cached_scores(run, test, checkpoint) is None
 
 
 def test_a_damaged_file_of_scores_holds_none(folder: Path) -> None:
     run = small_study(folder).runs[0].folder
     for text in ("{", "[1]", "{}", "[]"):
         (run / "scores.json").write_text(text)
-        assert cached_scores(run, load_manifest(folder / "test"), STEPS) is None
+        assert cached_scores(run, load_manifest(folder / "test"), checkpoint_of(run, STEPS)) is None
 
 
 def test_what_is_missing_is_said_run_by_run_and_does_not_count(tmp_path: Path) -> None:
