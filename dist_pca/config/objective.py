@@ -144,7 +144,7 @@ class MaskedConsistencyConfig(Section):
     block: Positive = 64
     """Edge length of a hidden block, in pixels; MIC uses 64 for crops of 1024, and 32 at half that size."""
     ratio: Fraction = 0.7
-    """Share of blocks that are hidden."""
+    """Share of blocks that are hidden; they have the mean colour, which the network's normalisation makes 0."""
 
 
 class SmoothnessConfig(Section):

@@ -145,7 +145,9 @@ class Trainer:
             clock.enter("data", step + 1)
             source, target = next(self.sources), next(self.targets)
             clock.enter("teacher")
-            views = student_views(config, source, target, engine, self._as_teacher, self.pretrained, step=step)
+            views = student_views(
+                config, source, target, engine, self._as_teacher, self.pretrained, mean=engine.module.mean, step=step
+            )
             return StudentBatch((source, target), views)
 
         def forward(batch: StudentBatch) -> Domains:

@@ -46,6 +46,7 @@ def student_views(
     as_teacher: Callable[[], AbstractContextManager[None]],
     pretrained: Callable[[torch.Tensor], torch.Tensor] | None = None,
     *,
+    mean: torch.Tensor,
     step: int,
 ) -> Views:
     """Label the target's clean images with the teacher, then augment, mix and mask them for the student.
@@ -60,6 +61,7 @@ def student_views(
         network: Returns logits and features for images.
         as_teacher: Returns a context in which `network` is the teacher.
         pretrained: Returns the frozen backbone's deepest map of the source view, if the feature distance needs it.
+        mean: Mean that the network subtracts from images, [C, 1, 1] in 0..1.
         step: Step, from 0.
     """
     objective = config.objective
@@ -115,7 +117,8 @@ def student_views(
                 block=objective.masked_consistency.block,
                 ratio=objective.masked_consistency.ratio,
             )
-            masked = View(target_images * visible, partial(labelled, labels=labels))
+            # Hidden pixels are 0 after the network has normalised them, as in MIC; black would shift batch norm.
+            masked = View(torch.where(visible, _unit(target_images), mean), partial(labelled, labels=labels))
     return Views(
         View(source_images, source_view), View(target_images, target_view) if uses_target else None, mixed, masked
     )

@@ -9,11 +9,12 @@ import torch
 from dist_pca.config import RunConfig, load_config
 from dist_pca.data.collate import Batch
 from dist_pca.data.views import class_mask
-from dist_pca.model.segmenter import Output
+from dist_pca.model.segmenter import Output, normalised
 from dist_pca.resources import resource
 from dist_pca.training.views import forward_views, student_views
 
 CLASSES = 3
+MEAN = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
 
 
 class Network:
@@ -68,7 +69,9 @@ def run_config(*overrides: str) -> RunConfig:
 )
 def test_only_what_a_term_needs_is_shown(overrides: tuple[str, ...], shown: set[str], taught: int) -> None:
     network = Network()
-    views = student_views(run_config(*overrides), batch(0, 0), batch(1, 5), network, network.as_teacher, step=0)
+    views = student_views(
+        run_config(*overrides), batch(0, 0), batch(1, 5), network, network.as_teacher, mean=MEAN, step=0
+    )
     assert {name for name, view in zip(views._fields, views, strict=True) if view is not None} == shown
     assert [role for role, _ in network.seen] == ["teacher"] * taught
     domains = forward_views(network, views, joint=True)
@@ -94,7 +97,7 @@ def test_teacher_passes_and_views_start_with_the_first_term_that_needs_them(
         *("objective.association.start_step=10", "objective.self_training.start_step=20"),
         *("objective.self_training.weight=1", "objective.masked_consistency.weight=1"),
     )
-    views = student_views(config, batch(0, 0), batch(1, 5), network, network.as_teacher, step=step)
+    views = student_views(config, batch(0, 0), batch(1, 5), network, network.as_teacher, mean=MEAN, step=step)
     assert {name for name, view in zip(views._fields, views, strict=True) if view is not None} == shown
     assert len(network.seen) == taught
 
@@ -102,18 +105,33 @@ def test_teacher_passes_and_views_start_with_the_first_term_that_needs_them(
 def test_the_teacher_sees_the_target_in_its_own_colours_and_the_student_changed_ones() -> None:
     network, target = Network(), batch(1, 5)
     config = run_config("objective.masked_consistency.weight=1", "data.photometric.probability=1.0")
-    views = student_views(config, batch(0, 0), target, network, network.as_teacher, step=0)
+    views = student_views(config, batch(0, 0), target, network, network.as_teacher, mean=MEAN, step=0)
     assert network.seen[0][1] is target.images
     assert views.masked is not None
-    visible = views.masked.images.sum(dim=1) > 0
+    visible = (views.masked.images != MEAN).any(dim=1)
     assert (views.masked.images - target.images / 255).abs().amax(dim=1)[visible].max() > 0.01
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_hidden_blocks_are_zero_after_normalisation_and_others_are_the_target(changed: int) -> None:
+    network, target = Network(), batch(1, 5)
+    block = ("objective.masked_consistency.block=2", "objective.smoothness.weight=0.1")
+    config = run_config("objective.masked_consistency.weight=1", *block, f"data.photometric.probability={changed}")
+    views = student_views(config, batch(0, 0), target, network, network.as_teacher, mean=MEAN, step=0)
+    assert views.masked is not None
+    assert views.target is not None
+    hidden = (normalised(views.masked.images, MEAN, torch.ones(3, 1, 1)) == 0).all(dim=1)
+    assert 0.4 < hidden.float().mean() < 1
+    shown = normalised(views.target.images, MEAN, torch.ones(3, 1, 1))
+    seen = normalised(views.masked.images, MEAN, torch.ones(3, 1, 1))
+    assert torch.equal(seen, torch.where(hidden[:, None], 0, shown))
 
 
 def test_mixed_images_show_pasted_source_classes_with_their_labels_and_else_the_target_with_pseudo_labels() -> None:
     network, source, target = Network(), batch(0, 0), batch(1, 5)
     config = run_config("objective.self_training.weight=1", "objective.self_training.threshold=0.9")
     mixed = forward_views(
-        network, student_views(config, source, target, network, network.as_teacher, step=0), joint=False
+        network, student_views(config, source, target, network, network.as_teacher, mean=MEAN, step=0), joint=False
     ).mixed
     assert mixed is not None
     assert source.labels is not None
@@ -130,7 +148,7 @@ def test_mixed_images_show_pasted_source_classes_with_their_labels_and_else_the_
 def test_one_batch_and_passes_in_turn_give_every_view_the_same_outputs() -> None:
     network = Network()
     config = run_config("objective.self_training.weight=1", "objective.smoothness.weight=0.1")
-    views = student_views(config, batch(0, 0), batch(1, 5), network, network.as_teacher, step=0)
+    views = student_views(config, batch(0, 0), batch(1, 5), network, network.as_teacher, mean=MEAN, step=0)
     for together, alone in zip(
         forward_views(network, views, joint=True), forward_views(network, views, joint=False), strict=True
     ):
@@ -159,7 +177,9 @@ def test_statistics_move_in_the_pass_alone_that_shows_most_of_the_target(
         kept.append(len(network.seen))
         yield
 
-    views = student_views(run_config(*overrides), batch(0, 0), batch(1, 5), network, network.as_teacher, step=0)
+    views = student_views(
+        run_config(*overrides), batch(0, 0), batch(1, 5), network, network.as_teacher, mean=MEAN, step=0
+    )
     network.seen.clear()
     forward_views(network, views, joint=False, keep_statistics=keep)
     assert kept == [index for index in range(len(network.seen)) if index != tracked]

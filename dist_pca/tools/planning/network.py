@@ -193,7 +193,7 @@ def _forward(
     source = _batch(config, source_images)
     target = _batch(config, target_images) if target_images else None
     # By the last step every term has started.
-    views = student_views(config, source, target, network, as_teacher, pretrained, step=sys.maxsize)
+    views = student_views(config, source, target, network, as_teacher, pretrained, mean=model.mean, step=sys.maxsize)
     live.begin("forward")
     domains = forward_views(network, views, joint=config.model.joint_batch)
     passes = 1 if config.model.joint_batch else sum(view is not None for view in views)
