@@ -277,7 +277,8 @@ def _rate_change(made: RunConfig, wanted: RunConfig, step: int) -> list[str]:
     if abs(after - before) <= _NOTABLE_CHANGE * before:
         return []
     keep = ""
-    if wanted.training.steps != made.training.steps and wanted.schedule.horizon is None:
+    decays = wanted.schedule.name != "constant"
+    if decays and wanted.training.steps != made.training.steps and wanted.schedule.horizon is None:
         keep = f" (schedule.horizon={made.training.steps} and a schedule.minimum keep it low)"
     return [f"the learning rate after step {step}: {before:.3g} -> {after:.3g}{keep}"]
 

@@ -84,6 +84,7 @@ def test_another_config_is_refused_with_every_key_that_differs(made: Path) -> No
             ("training.steps=200",),
             r"rate after step 80: 0\.0002 -> 0\.0006 \(schedule\.horizon=100 and a schedule\.minimum keep it low\)$",
         ),
+        (("training.steps=200", "schedule.name=constant"), r"the learning rate after step 80: 0\.0002 -> 0\.001$"),
         (("training.steps=200", "schedule.horizon=100", "schedule.minimum=0.2"), None),
         (
             ("training.steps=200", "schedule.horizon=100", "schedule.minimum=0.5"),
