@@ -74,7 +74,7 @@ def draw_crop(
 
     Args:
         size: (height, width) of the image; must be large enough according to `check_crop`.
-        config: Ranges: `shorter_edge`, `crop` and `flip`.
+        config: Ranges: those of the shorter edge, `crop` and `flip`.
         seed: Seed of the run.
         domain: Domain of the sample; the two domains draw independently.
         index: Sample index.
@@ -83,7 +83,7 @@ def draw_crop(
     # The first crop is the same whether or not others follow.
     counter = (index, attempt) if attempt else (index,)
     edge, top, left, flip = (int(bits) for bits in draw(4, seed, domain, Purpose.CROP, *counter))
-    low, high = config.shorter_edge
+    low, high = config.resize_range(domain)
     resized = resized_size(size, low + edge % (high - low + 1))
     height, width = config.crop
     return Crop(
@@ -110,15 +110,17 @@ def crop_label(label: Image.Image, crop: Crop) -> Pixels:
     return np.ascontiguousarray(_resize_window(label, crop, Image.Resampling.NEAREST))
 
 
-def check_crop(manifest: Manifest, shorter_edge: tuple[int, int], crop: tuple[int, int]) -> None:
-    """Check that the crop fits into every image at the smallest shorter edge.
+def check_crop(manifest: Manifest, config: DataConfig, domain: Domain) -> None:
+    """Check that the crop fits into every image of a domain's shards at the domain's smallest shorter edge.
 
     Raises:
         UserError: it does not; the message names the image into which it fits least.
     """
 
+    smallest, crop = config.resize_range(domain)[0], config.crop
+
     def slack(entry: tuple[str, tuple[int, int]]) -> int:
-        height, width = resized_size(entry[1], shorter_edge[0])
+        height, width = resized_size(entry[1], smallest)
         return min(height - crop[0], width - crop[1])
 
     sizes = (
@@ -128,11 +130,12 @@ def check_crop(manifest: Manifest, shorter_edge: tuple[int, int], crop: tuple[in
     )
     key, size = tightest = min(sizes, key=slack)
     if slack(tightest) < 0:
-        height, width = resized_size(size, shorter_edge[0])
+        height, width = resized_size(size, smallest)
+        own = domain == "source" and config.source_shorter_edge is not None
         raise UserError(
             f"data.crop: {crop[0]} x {crop[1]} does not fit into {manifest.folder}: image {key!r} ({size[0]} x "
-            f"{size[1]}) measures {height} x {width} at a shorter edge of {shorter_edge[0]}; lower data.crop or raise "
-            "data.shorter_edge"
+            f"{size[1]}) measures {height} x {width} at a shorter edge of {smallest}; lower data.crop or raise "
+            f"data.{'source_' if own else ''}shorter_edge"
         )
 
 
