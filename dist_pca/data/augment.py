@@ -27,6 +27,8 @@ class CropSample(NamedTuple):
     sample_index: int
     skipped: list[str]
     """Error messages of corrupt samples that this one replaces."""
+    beside: tuple[int, int]
+    """Columns of the resized image, mirrored as the crop is, to the left and to the right of the crop."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Crop:
     size: tuple[int, int]
     flip: bool
     """Whether the window is mirrored left to right."""
+
+    @property
+    def beside(self) -> tuple[int, int]:
+        """Columns of the resized image to the left and to the right of the window, after mirroring."""
+        right = self.resized[1] - self.left - self.size[1]
+        return (right, self.left) if self.flip else (self.left, right)
 
 
 def augment_sample(
@@ -58,13 +66,15 @@ def augment_sample(
     table = tables[selection.offset.folder]
     draw = partial(draw_crop, decoded.size, config, seed=seed, domain=domain, index=selection.sample_index)
     if label is None or table is None:
-        pixels, _ = apply_crop(image, None, draw())
-        return CropSample(pixels, None, decoded.key, selection.sample_index, decoded.skipped)
+        crop = draw()
+        pixels, _ = apply_crop(image, None, crop)
+        return CropSample(pixels, None, decoded.key, selection.sample_index, decoded.skipped, crop.beside)
     wanted = selection.wanted
     crop = draw() if wanted is None else _draw_crop_with(wanted, label, table, draw, config.sampling)
     pixels, train_ids = apply_crop(image, label, crop)
     assert train_ids is not None
-    return CropSample(pixels, table.take(train_ids), decoded.key, selection.sample_index, decoded.skipped)
+    labels = table.take(train_ids)
+    return CropSample(pixels, labels, decoded.key, selection.sample_index, decoded.skipped, crop.beside)
 
 
 def draw_crop(

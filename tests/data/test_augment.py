@@ -82,6 +82,16 @@ def test_a_flip_mirrors_image_and_label(crop: Crop) -> None:
         assert np.array_equal(one, other[..., ::-1])
 
 
+@given(crops)
+def test_a_crop_knows_how_many_columns_are_beside_it(crop: Crop) -> None:
+    # Every column of the resized image has a value of its own.
+    columns = np.arange(crop.resized[1], dtype=np.uint8)
+    whole = columns[::-1] if crop.flip else columns
+    shown, _ = apply_crop(Image.fromarray(np.tile(columns[:, None], (crop.resized[0], 1, 3))), None, crop)
+    left, right = crop.beside
+    assert np.array_equal(shown[0, 0], whole[left : len(whole) - right])
+
+
 def test_an_image_without_label_is_cropped_alone() -> None:
     crop = Crop(resized=SIZE, top=10, left=20, size=(30, 40), flip=False)
     image, _ = ramp()

@@ -137,6 +137,16 @@ def test_a_sources_own_range_resizes_the_source_alone(tmp_path: Path) -> None:
     assert (windows == source.labels[:, None, None]).all(dim=(3, 4)).any()
 
 
+def test_batches_say_how_many_columns_of_its_image_are_beside_a_crop(tmp_path: Path) -> None:
+    manifest = make_shards(tmp_path / "shards", [4])
+    for workers in (0, 1):
+        keys = {"workers": workers, "shorter_edge": (24, 24), "crop": (24, 16)}
+        beside = [pair for batch in take(start(manifest, keys), 3) for pair in batch.beside]
+        assert len(beside) == 12
+        assert {left + right for left, right in beside} == {40 - 16}
+        assert len(set(beside)) > 3
+
+
 def test_unlabelled_shards_give_no_labels(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path / "shards", [4], labelled=False)
     assert take(start(manifest, {"workers": 1}, domain="target"), 1)[0].labels is None
