@@ -57,6 +57,7 @@ def test_later_overrides_win_and_are_typed() -> None:
         ("training.zero_stage=4", "training.zero_stage: .*got 4"),
         ("training.steps", "write key=value"),
         ("data.shorter_edge=[200,100]", r"data.shorter_edge: the range \[200, 100\] is empty"),
+        ("data.source_shorter_edge=[9,8]", r"data.source_shorter_edge: the range \[9, 8\] is empty"),
         ("data.target=null", "data.target: missing while objective.adapt is true"),
         ("schedule.horizon=1", "schedule.horizon: 1 is below training.steps"),
         ("model.backbone=null", "model.backbone: "),

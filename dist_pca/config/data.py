@@ -71,6 +71,9 @@ class DataConfig(Section):
     ignored. None takes the shards' own class table, which must then be the same in both domains."""
     shorter_edge: tuple[Positive, Positive]
     """The shorter image edge is resized to a random integer in this closed range, in pixels."""
+    source_shorter_edge: tuple[Positive, Positive] | None = None
+    """The range for source images where it is another one, for example because their cameras see objects larger or
+    smaller. Target images, evaluation and export use `shorter_edge`. None takes `shorter_edge` for both domains."""
     crop: tuple[Positive, Positive]
     """Height and width of the random crop, in pixels."""
     flip: Fraction = 0.5
@@ -94,13 +97,19 @@ class DataConfig(Section):
         """Sampling weights of a domain's shard folders."""
         return tuple(part.weight for part in self._parts(domain))
 
+    def resize_range(self, domain: Literal["source", "target"]) -> tuple[int, int]:
+        """Closed range of the shorter edge to which a domain's images are resized, in pixels."""
+        own = self.source_shorter_edge if domain == "source" else None
+        return own or self.shorter_edge
+
     def _parts(self, domain: Literal["source", "target"]) -> tuple[WeightedShards, ...]:
         parts = self.source if domain == "source" else self.target
         return (WeightedShards(shards=parts),) if isinstance(parts, str) else parts or ()
 
     @model_validator(mode="after")
     def _check_resize(self) -> Self:
-        low, high = self.shorter_edge
-        if low > high:
-            raise ValueError(f"shorter_edge: the range [{low}, {high}] is empty; write the smaller value first")
+        for key in ("shorter_edge", "source_shorter_edge"):
+            low, high = getattr(self, key) or self.shorter_edge
+            if low > high:
+                raise ValueError(f"{key}: the range [{low}, {high}] is empty; write the smaller value first")
         return self

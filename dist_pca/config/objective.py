@@ -127,11 +127,14 @@ class SelfTrainingConfig(Section):
     """Probability from which a pseudo label is confident. The share of confident pixels is the weight of every target
     pixel."""
     ignore_top: Fraction = 0.0
-    """Share of rows at the top of a crop without pseudo labels, for example rectification artefacts (DAFormer:
-    0.03)."""
+    """Share of rows at the top of a crop without pseudo labels, for example rectification artefacts (DAFormer: 15 of
+    512, so 0.0293)."""
     ignore_bottom: Fraction = 0.0
-    """Share of rows at the bottom of a crop without pseudo labels, for example the ego vehicle's bonnet (DAFormer:
-    0.23)."""
+    """Share of rows at the bottom of a crop without pseudo labels, for example the ego vehicle's bonnet (DAFormer: 120
+    of 512, so 0.2344)."""
+    ignore_sides: Fraction = 0.0
+    """Share of an image's columns at its left and at its right side without pseudo labels (HRDA and MIC: 30 of 2048, so
+    0.0146). A crop loses those of them that it shows."""
     start_step: NonNegative = 0
     """First step with the term, and with masked consistency."""
 
@@ -140,7 +143,7 @@ class MaskedConsistencyConfig(Section):
     """Cross-entropy on target images with hidden blocks, with the teacher's pseudo labels (MIC, Hoyer et al. 2023)."""
 
     weight: Weight = 0.0
-    """Weight of the term; threshold, ignored rows and start step are those of self-training."""
+    """Weight of the term; threshold, ignored rows and columns and start step are those of self-training."""
     block: Positive = 64
     """Edge length of a hidden block, in pixels; MIC uses 64 for crops of 1024, and 32 at half that size."""
     ratio: Fraction = 0.7

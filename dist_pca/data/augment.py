@@ -27,6 +27,8 @@ class CropSample(NamedTuple):
     sample_index: int
     skipped: list[str]
     """Error messages of corrupt samples that this one replaces."""
+    beside: tuple[int, int]
+    """Columns of the resized image, mirrored as the crop is, to the left and to the right of the crop."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Crop:
     size: tuple[int, int]
     flip: bool
     """Whether the window is mirrored left to right."""
+
+    @property
+    def beside(self) -> tuple[int, int]:
+        """Columns of the resized image to the left and to the right of the window, after mirroring."""
+        right = self.resized[1] - self.left - self.size[1]
+        return (right, self.left) if self.flip else (self.left, right)
 
 
 def augment_sample(
@@ -58,13 +66,15 @@ def augment_sample(
     table = tables[selection.offset.folder]
     draw = partial(draw_crop, decoded.size, config, seed=seed, domain=domain, index=selection.sample_index)
     if label is None or table is None:
-        pixels, _ = apply_crop(image, None, draw())
-        return CropSample(pixels, None, decoded.key, selection.sample_index, decoded.skipped)
+        crop = draw()
+        pixels, _ = apply_crop(image, None, crop)
+        return CropSample(pixels, None, decoded.key, selection.sample_index, decoded.skipped, crop.beside)
     wanted = selection.wanted
     crop = draw() if wanted is None else _draw_crop_with(wanted, label, table, draw, config.sampling)
     pixels, train_ids = apply_crop(image, label, crop)
     assert train_ids is not None
-    return CropSample(pixels, table.take(train_ids), decoded.key, selection.sample_index, decoded.skipped)
+    labels = table.take(train_ids)
+    return CropSample(pixels, labels, decoded.key, selection.sample_index, decoded.skipped, crop.beside)
 
 
 def draw_crop(
@@ -74,7 +84,7 @@ def draw_crop(
 
     Args:
         size: (height, width) of the image; must be large enough according to `check_crop`.
-        config: Ranges: `shorter_edge`, `crop` and `flip`.
+        config: Ranges: those of the shorter edge, `crop` and `flip`.
         seed: Seed of the run.
         domain: Domain of the sample; the two domains draw independently.
         index: Sample index.
@@ -83,7 +93,7 @@ def draw_crop(
     # The first crop is the same whether or not others follow.
     counter = (index, attempt) if attempt else (index,)
     edge, top, left, flip = (int(bits) for bits in draw(4, seed, domain, Purpose.CROP, *counter))
-    low, high = config.shorter_edge
+    low, high = config.resize_range(domain)
     resized = resized_size(size, low + edge % (high - low + 1))
     height, width = config.crop
     return Crop(
@@ -110,15 +120,17 @@ def crop_label(label: Image.Image, crop: Crop) -> Pixels:
     return np.ascontiguousarray(_resize_window(label, crop, Image.Resampling.NEAREST))
 
 
-def check_crop(manifest: Manifest, shorter_edge: tuple[int, int], crop: tuple[int, int]) -> None:
-    """Check that the crop fits into every image at the smallest shorter edge.
+def check_crop(manifest: Manifest, config: DataConfig, domain: Domain) -> None:
+    """Check that the crop fits into every image of a domain's shards at the domain's smallest shorter edge.
 
     Raises:
         UserError: it does not; the message names the image into which it fits least.
     """
 
+    smallest, crop = config.resize_range(domain)[0], config.crop
+
     def slack(entry: tuple[str, tuple[int, int]]) -> int:
-        height, width = resized_size(entry[1], shorter_edge[0])
+        height, width = resized_size(entry[1], smallest)
         return min(height - crop[0], width - crop[1])
 
     sizes = (
@@ -128,11 +140,12 @@ def check_crop(manifest: Manifest, shorter_edge: tuple[int, int], crop: tuple[in
     )
     key, size = tightest = min(sizes, key=slack)
     if slack(tightest) < 0:
-        height, width = resized_size(size, shorter_edge[0])
+        height, width = resized_size(size, smallest)
+        own = domain == "source" and config.source_shorter_edge is not None
         raise UserError(
             f"data.crop: {crop[0]} x {crop[1]} does not fit into {manifest.folder}: image {key!r} ({size[0]} x "
-            f"{size[1]}) measures {height} x {width} at a shorter edge of {shorter_edge[0]}; lower data.crop or raise "
-            "data.shorter_edge"
+            f"{size[1]}) measures {height} x {width} at a shorter edge of {smallest}; lower data.crop or raise "
+            f"data.{'source_' if own else ''}shorter_edge"
         )
 
 

@@ -32,6 +32,8 @@ class Batch(NamedTuple):
     """Sample indices, counted from the start of the endless stream."""
     skipped: list[str]
     """Error messages of corrupt samples that were replaced."""
+    beside: Sequence[tuple[int, int]] = ()
+    """For each crop, the columns of its image to the left and to the right of it; empty for whole images."""
 
 
 class Slot(NamedTuple):
@@ -44,6 +46,7 @@ class Slot(NamedTuple):
     keys: list[str]
     indices: list[int]
     skipped: list[str]
+    beside: list[tuple[int, int]]
 
 
 class SharedMemoryBuffer:
@@ -84,6 +87,7 @@ class SharedMemoryBuffer:
                 keys=[crop.key for crop in members],
                 indices=[crop.sample_index for crop in members],
                 skipped=[message for crop in members for message in crop.skipped],
+                beside=[crop.beside for crop in members],
             )
 
     def copy_out(self, slot: Slot) -> Batch:
@@ -96,6 +100,8 @@ class SharedMemoryBuffer:
             keys=slot.keys,
             indices=slot.indices,
             skipped=slot.skipped,
+            # The loader turns tuples into lists.
+            beside=[(left, right) for left, right in slot.beside],
         )
 
 

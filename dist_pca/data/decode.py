@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from dist_pca.config import DataConfig
 from dist_pca.data.read import RawSample, ShardReader, read_selected
 from dist_pca.data.source import Sampler, Selection
 from dist_pca.errors import CorruptSample, UserError
@@ -53,7 +52,7 @@ class DecodedSample(NamedTuple):
 
 
 def decode_or_replace(
-    config: DataConfig,
+    largest_edge: int,
     sampler: Sampler,
     openers: Sequence[Callable[[], ShardReader]],
     labelled: bool,
@@ -62,7 +61,7 @@ def decode_or_replace(
     """Decode a sample; if it is corrupt, a replacement from the same folder.
 
     Args:
-        config: Range of sizes to which the image may be resized.
+        largest_edge: Largest shorter edge to which the image may be resized, in pixels.
         sampler: Selects replacements.
         openers: For each shard folder, a function that creates its reader.
         labelled: Whether labels are decoded too.
@@ -81,7 +80,7 @@ def decode_or_replace(
             image, label = decode_sample(
                 members,
                 label_member=sampler.manifests[selection.offset.folder].label_member if labelled else None,
-                minimum_size=resized_size(size, config.shorter_edge[1]),
+                minimum_size=resized_size(size, largest_edge),
             )
             return DecodedSample(selection, members["__key__"], size, image, label, skipped)
         except CorruptSample as error:

@@ -96,7 +96,7 @@ def stream(
         global_batch, world_size=world_size, accumulation=accumulation, key=f"training.{domain}_batch"
     )
     for manifest in manifests:
-        check_crop(manifest, config.shorter_edge, config.crop)
+        check_crop(manifest, config, domain)
     labelled = all(manifest.labelled for manifest in manifests)
     tables = [lookup_table(manifest, chosen_classes(config, manifest)) if labelled else None for manifest in manifests]
     indices = partial(
@@ -113,7 +113,7 @@ def stream(
     slots = _load(
         partial(ordered_samples, sampler, indices, accumulation, start_step),
         partial(read_samples, openers),
-        partial(map, partial(decode_or_replace, config, sampler, openers, labelled)),
+        partial(map, partial(decode_or_replace, config.resize_range(domain)[1], sampler, openers, labelled)),
         partial(map, partial(augment_sample, config, seed, domain, tables)),
         buffer.collate,
         workers=config.workers,

@@ -4,6 +4,7 @@ DACS (Tranheden et al., WACV 2021) on images mixed by ClassMix (Olsson et al., W
 (Hoyer et al., CVPR 2023) on images with hidden blocks.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,20 @@ class PseudoLabels(NamedTuple):
     """Pseudo labels of B target images."""
 
     labels: torch.Tensor
-    """Most probable class, int64 [B, H, W]; ignored rows are 255."""
+    """Most probable class, int64 [B, H, W]; ignored rows and columns are 255."""
     confident: torch.Tensor
-    """Whether its probability reaches the threshold, bool [B, H, W]; in ignored rows too."""
+    """Whether its probability reaches the threshold, bool [B, H, W]; of ignored pixels too."""
 
 
 def pseudo_labels(
-    logits: torch.Tensor, size: torch.Size, *, threshold: float, ignore_top: float = 0.0, ignore_bottom: float = 0.0
+    logits: torch.Tensor,
+    size: torch.Size,
+    *,
+    threshold: float,
+    ignore_top: float = 0.0,
+    ignore_bottom: float = 0.0,
+    ignore_sides: float = 0.0,
+    beside: Sequence[tuple[int, int]] = (),
 ) -> PseudoLabels:
     """Compute pseudo labels from a teacher's logits.
 
@@ -33,12 +41,19 @@ def pseudo_labels(
         threshold: Probability from which a label is confident.
         ignore_top: Share of rows at the top that get no label.
         ignore_bottom: Share of rows at the bottom that get no label.
+        ignore_sides: Share of the columns of the image that a crop is from, at each side of it, that get no label.
+        beside: For each crop, the columns of its image to the left and to the right of it; empty for whole images.
     """
     full = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
     probability, labels = full.softmax(dim=1).max(dim=1)
-    height = labels.shape[1]
+    height, width = labels.shape[1:]
     labels[:, : round(ignore_top * height)] = IGNORE_INDEX
     labels[:, height - round(ignore_bottom * height) :] = IGNORE_INDEX
+    if ignore_sides > 0:
+        for crop, (left, right) in zip(labels, beside or [(0, 0)] * len(labels), strict=True):
+            ignored = round(ignore_sides * (left + width + right))
+            crop[:, : max(0, ignored - left)] = IGNORE_INDEX
+            crop[:, width - max(0, ignored - right) :] = IGNORE_INDEX
     return PseudoLabels(labels, probability >= threshold)
 
 

@@ -77,8 +77,10 @@ def prepare_run(
         micro_batch_size(batch, world_size=world_size, accumulation=config.training.accumulation, key=key)
     for manifest in sources:
         describe_empty_classes(manifest)
-    for manifest in (*sources, *targets):
-        check_crop(manifest, config.data.shorter_edge, config.data.crop)
+    for manifest in sources:
+        check_crop(manifest, config.data, "source")
+    for manifest in targets:
+        check_crop(manifest, config.data, "target")
     build_sampler(config.data, sources, "source", config.seed, targets=targets)
     config = _fit_bands(config, (*sources, *targets))
     check_resume(config, resume, RunData(classes, sources, targets))

@@ -99,6 +99,8 @@ def student_views(
             threshold=self_training.threshold,
             ignore_top=self_training.ignore_top,
             ignore_bottom=self_training.ignore_bottom,
+            ignore_sides=self_training.ignore_sides,
+            beside=target.beside,
         )
         labelled = partial(Domain, confident=confident, truth=target.labels)
         if self_training.weight > 0:

@@ -14,6 +14,7 @@ from dist_pca.data.augment import (
     draw_crop,
 )
 from dist_pca.data.decode import resized_size
+from dist_pca.data.randomness import Domain
 from dist_pca.errors import UserError
 from tests.support.shards import data_config, make_shards
 
@@ -81,6 +82,16 @@ def test_a_flip_mirrors_image_and_label(crop: Crop) -> None:
         assert np.array_equal(one, other[..., ::-1])
 
 
+@given(crops)
+def test_a_crop_knows_how_many_columns_are_beside_it(crop: Crop) -> None:
+    # Every column of the resized image has a value of its own.
+    columns = np.arange(crop.resized[1], dtype=np.uint8)
+    whole = columns[::-1] if crop.flip else columns
+    shown, _ = apply_crop(Image.fromarray(np.tile(columns[:, None], (crop.resized[0], 1, 3))), None, crop)
+    left, right = crop.beside
+    assert np.array_equal(shown[0, 0], whole[left : len(whole) - right])
+
+
 def test_an_image_without_label_is_cropped_alone() -> None:
     crop = Crop(resized=SIZE, top=10, left=20, size=(30, 40), flip=False)
     image, _ = ramp()
@@ -121,8 +132,23 @@ def test_a_crop_that_fits_nowhere_is_refused_with_the_image_that_is_too_small(tm
     manifest = make_shards(tmp_path / "shards", [2, 2])
     wide, narrow = manifest.shards
     manifest = replace(manifest, shards=(wide, replace(narrow, widths=[40, 30])))
-    check_crop(manifest, (48, 60), (48, 60))
+    check_crop(manifest, data_config(shorter_edge=(48, 60), crop=(48, 60)), "target")
     with pytest.raises(UserError) as caught:
-        check_crop(manifest, (48, 60), (48, 61))
+        check_crop(manifest, data_config(shorter_edge=(48, 60), crop=(48, 61)), "target")
     assert str(caught.value).startswith("data.crop: 48 x 61 does not fit")
     assert "'001-001' (24 x 30) measures 48 x 60 at a shorter edge of 48" in str(caught.value)
+
+
+def test_a_crop_that_fits_the_targets_sizes_alone_is_refused_for_the_source_by_its_key(tmp_path: Path) -> None:
+    manifest = make_shards(tmp_path / "shards", [1])
+    config = data_config(shorter_edge=(48, 60), source_shorter_edge=(40, 60), crop=(48, 60))
+    check_crop(manifest, config, "target")
+    with pytest.raises(UserError, match=r"shorter edge of 40; lower data\.crop or raise data\.source_shorter_edge$"):
+        check_crop(manifest, config, "source")
+
+
+@pytest.mark.parametrize(("domain", "edges"), [("source", {50, 51, 52, 53, 54}), ("target", {30, 31, 32, 33, 34})])
+def test_each_domain_is_resized_to_its_own_range(domain: Domain, edges: set[int]) -> None:
+    config = data_config(shorter_edge=(30, 34), source_shorter_edge=(50, 54), crop=(28, 48))
+    drawn = {min(draw_crop(SIZE, config, seed=0, domain=domain, index=index).resized) for index in range(100)}
+    assert drawn == edges

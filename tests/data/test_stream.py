@@ -121,6 +121,32 @@ def test_domains_are_cropped_and_ordered_independently(manifest: Manifest) -> No
     assert [batch.keys for batch in source] != [batch.keys for batch in target]
 
 
+def test_a_sources_own_range_resizes_the_source_alone(tmp_path: Path) -> None:
+    manifest = write_shards(tmp_path / "shards", [[sample_members(1)]])
+    # Twice the stored size, cropped to a quarter of the image; and the whole image at its stored size.
+    keys = {"shorter_edge": (24, 24), "source_shorter_edge": (48, 48), "crop": (24, 40), "flip": 0.0}
+    source, target = (
+        take(start(manifest, keys, domain=domain, global_batch=1), 1)[0] for domain in ("source", "target")
+    )
+    both = take(start(manifest, keys | {"source_shorter_edge": None}, global_batch=1), 1)[0]
+    assert source.labels is not None
+    assert target.labels is not None
+    assert torch.equal(target.images, both.images)
+    doubled = target.labels.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    windows = doubled.unfold(1, 24, 1).unfold(2, 40, 1)
+    assert (windows == source.labels[:, None, None]).all(dim=(3, 4)).any()
+
+
+def test_batches_say_how_many_columns_of_its_image_are_beside_a_crop(tmp_path: Path) -> None:
+    manifest = make_shards(tmp_path / "shards", [4])
+    for workers in (0, 1):
+        keys = {"workers": workers, "shorter_edge": (24, 24), "crop": (24, 16)}
+        beside = [pair for batch in take(start(manifest, keys), 3) for pair in batch.beside]
+        assert len(beside) == 12
+        assert {left + right for left, right in beside} == {40 - 16}
+        assert len(set(beside)) > 3
+
+
 def test_unlabelled_shards_give_no_labels(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path / "shards", [4], labelled=False)
     assert take(start(manifest, {"workers": 1}, domain="target"), 1)[0].labels is None

@@ -31,6 +31,24 @@ def test_labels_are_the_most_probable_class_and_rows_are_ignored_after_confidenc
     assert found.confident[0, 0].all()
 
 
+def test_columns_at_the_sides_of_an_image_are_ignored_in_crops_that_show_them() -> None:
+    logits = torch.zeros(4, 2, 2, 8)
+    labels = pseudo_labels(
+        logits,
+        torch.Size((2, 8)),
+        threshold=0.9,
+        ignore_sides=0.125,
+        # Crops of 8 out of 16 columns, of which two at each side are ignored.
+        beside=[(0, 8), (1, 7), (4, 4), (8, 0)],
+    ).labels
+    ignored = [(crop[0] == 255).nonzero().flatten().tolist() for crop in labels]
+    assert ignored == [[0, 1], [0], [], [6, 7]]
+    assert torch.equal(labels[:, 0], labels[:, 1])
+    whole = pseudo_labels(logits, torch.Size((2, 8)), threshold=0.9, ignore_sides=0.125).labels
+    assert (whole[:, :, [0, 7]] == 255).all()
+    assert (whole[:, :, 1:7] != 255).all()
+
+
 def test_every_untrusted_pixel_weighs_the_share_of_confident_ones() -> None:
     logits, labels, confident, trusted = view(3, 0)
     confidence = world_confidence(confident)

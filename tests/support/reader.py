@@ -24,8 +24,9 @@ from tests.support.shards import make_shards
 
 SIZE = (64, 96)
 KEYS = (
-    "training.steps=2 data.workers=1 data.shorter_edge=[64,72] data.crop=[64,64] evaluation.input_size=[64,96] "
-    "model.backbone=test_resnet model.weights=scratch model.output_stride=null data.sampling.min_pixels=1"
+    "training.steps=2 data.workers=1 data.shorter_edge=[64,72] data.source_shorter_edge=null data.crop=[64,64] "
+    "evaluation.input_size=[64,96] model.backbone=test_resnet model.weights=scratch model.output_stride=null "
+    "data.sampling.min_pixels=1"
 )
 WRITES = ("--out", "--grid", "--plot", "--write-predictions")
 """Options that name what a line leaves."""

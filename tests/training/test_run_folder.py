@@ -45,6 +45,18 @@ def test_the_same_run_goes_on_by_itself(made: Path) -> None:
     check_resume(demo(made), None)
 
 
+def test_a_run_goes_on_whose_config_lacks_keys_that_came_later(made: Path) -> None:
+    file = demo(made).folder / "config.yaml"
+    written = file.read_text()
+    lines = written.splitlines(keepends=True)
+    older = [line for line in lines if line.split(":")[0].strip() not in ("source_shorter_edge", "ignore_sides")]
+    assert len(older) == len(lines) - 2
+    file.write_text("".join(older))
+    check_resume(demo(made), None)
+    with pytest.raises(UserError, match=r"data\.source_shorter_edge: None -> \[150, 150\]"):
+        check_resume(demo(made, "data.source_shorter_edge=[150,150]"), None)
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -127,6 +127,19 @@ def test_hidden_blocks_are_zero_after_normalisation_and_others_are_the_target(ch
     assert torch.equal(seen, torch.where(hidden[:, None], 0, shown))
 
 
+def test_crops_lose_the_pseudo_labels_of_the_ignored_columns_that_they_show() -> None:
+    network = Network()
+    config = run_config("objective.masked_consistency.weight=1", "objective.self_training.ignore_sides=0.25")
+    # Crops of 12 out of 24 columns, of which six at each side are ignored.
+    target = batch(1, 5)._replace(beside=[(0, 12), (6, 6)])
+    views = student_views(config, batch(0, 0), target, network, network.as_teacher, mean=MEAN, step=0)
+    masked = forward_views(network, views, joint=False).masked
+    assert masked is not None
+    assert masked.labels is not None
+    ignored = [(labels[0] == 255).nonzero().flatten().tolist() for labels in masked.labels]
+    assert ignored == [[0, 1, 2, 3, 4, 5], []]
+
+
 def test_mixed_images_show_pasted_source_classes_with_their_labels_and_else_the_target_with_pseudo_labels() -> None:
     network, source, target = Network(), batch(0, 0), batch(1, 5)
     config = run_config("objective.self_training.weight=1", "objective.self_training.threshold=0.9")

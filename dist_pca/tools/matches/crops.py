@@ -84,7 +84,8 @@ def take_batches(
 
     def taken(domain: DomainName, manifests: Manifests) -> list[Batch]:
         # Loader processes cost more than a few images do.
-        data = config.data.model_copy(update={"workers": 0} | (_whole_frames(config.data, manifests) if whole else {}))
+        frames = _whole_frames(config.data, manifests, domain) if whole else {}
+        data = config.data.model_copy(update={"workers": 0} | frames)
         batches_of = stream(
             data,
             manifests,
@@ -103,8 +104,8 @@ def take_batches(
     return list(zip(taken("source", sources), taken("target", targets), strict=True))
 
 
-def _whole_frames(data: DataConfig, manifests: Manifests) -> dict[str, object]:
-    edge = data.shorter_edge[1]
+def _whole_frames(data: DataConfig, manifests: Manifests, domain: DomainName) -> dict[str, object]:
+    edge = data.resize_range(domain)[1]
     sizes = [
         resized_size(size, edge)
         for manifest in manifests
@@ -112,7 +113,7 @@ def _whole_frames(data: DataConfig, manifests: Manifests) -> dict[str, object]:
         for size in zip(shard.heights, shard.widths, strict=True)
     ]
     crop = min(height for height, _ in sizes), min(width for _, width in sizes)
-    return {"shorter_edge": (edge, edge), "crop": crop, "flip": 0.0}
+    return {"shorter_edge": (edge, edge), "source_shorter_edge": None, "crop": crop, "flip": 0.0}
 
 
 @torch.no_grad()
