@@ -94,7 +94,7 @@ def cycle_association(
         num_classes: Number of classes; labels are below it.
         target_labels: [n_t] integer labels, used for diagnostics only.
         target_classes: [n_t] integer classes predicted by a teacher at the target pixels, `ignore_index` where it is
-            unsure. A cycle is then consistent only if the class at its matched target equals the source label too.
+            unsure. A consistent cycle is then kept only if the class at its matched target equals the source label too.
         target_weights: [n_t] teacher confidences, 0 or more: the weight of every cycle through each target pixel.
         guide: [n_s, C'] and [n_t, C'] features or probabilities without gradient, such as a teacher's, that choose the
             matches of both directions in place of `source` and `target`.
@@ -274,7 +274,8 @@ def _solve(
         loss=loss,
         kept=kept.long(),
         cover_ratio=sums.covered / sums.targets,
-        consistent_ratio=kept / sums.labelled.sum().clamp(min=1),
+        consistent_ratio=sums.consistent / sums.labelled.sum().clamp(min=1),
+        kept_ratio=kept / sums.labelled.sum().clamp(min=1),
         correct_ratio=correct_ratio(matrices[0]),
         kept_correct_ratio=correct_ratio(matrices[1]),
         kept_per_class=sums.kept.long(),

@@ -68,11 +68,13 @@ class Cycles(NamedTuple):
     labels: torch.Tensor
     """int64 [N_s], labels of the source pixels."""
     consistent: torch.Tensor
-    """bool [N_s], whether each cycle is consistent."""
+    """bool [N_s], whether each cycle ends in its own class."""
+    kept: torch.Tensor
+    """bool [N_s], whether it is consistent, and the teacher, if it checks, sees that class at j* too."""
     weights: torch.Tensor | None
     """[N_s], target weight of j*; None where every cycle has weight 1."""
     contrast: Callable[[torch.Tensor | None], torch.Tensor]
-    """Compute the loss of this rank's share of the consistent cycles from the scale s of each class, [K], or None for
+    """Compute the loss of this rank's share of the kept cycles from the scale s of each class, [K], or None for
     1: a scalar with a graph, whose sum over ranks is `-sum_i w_i s_y(i) [log p(i -> j*) + log p(j* -> i*)]`.
     Collective; to be called once."""
 
@@ -189,23 +191,26 @@ def find_cycles(inputs: Inputs, candidates: CandidateGroup, options: Options) ->
     if inputs.target_weights is not None:
         target_weights = inputs.target_weights.to(source.dtype)
         weights = candidates.all_gather(target_weights, candidates.target_counts)[found.match]
-    # y_i = y_i*.
-    consistent = are_consistent(inputs.labels, labels[found.end], seen, options.ignore_index)
+    # y_i = y_i*, and for kept cycles the teacher's class at j* too.
+    consistent, kept = (
+        are_consistent(inputs.labels, labels[found.end], at_match, options.ignore_index) for at_match in (None, seen)
+    )
 
     def contrast(class_scale: torch.Tensor | None) -> torch.Tensor:
-        """Compute `-sum_i w_i s_y(i) [log p(i -> j*) + log p(j* -> i*)]` over consistent cycles."""
+        """Compute `-sum_i w_i s_y(i) [log p(i -> j*) + log p(j* -> i*)]` over kept cycles."""
         weight = torch.ones_like(found.forward.detach()) if weights is None else weights
-        weight = scale_by_class(weight[consistent], inputs.labels[consistent], class_scale)
-        # A zero with a graph, in case no cycle is consistent.
+        weight = scale_by_class(weight[kept], inputs.labels[kept], class_scale)
+        # A zero with a graph, in case no cycle is kept.
         total = sum((x.sum() * 0 for x in pixels), start=weight.new_zeros(()))
         for log_likelihood in (found.forward, found.backward):
-            total = total - (weight * log_likelihood[consistent]).sum()
+            total = total - (weight * log_likelihood[kept]).sum()
         return total
 
     return Cycles(
         candidates.all_gather(found.match, candidates.source_counts),
         labels,
         candidates.all_gather(consistent, candidates.source_counts),
+        candidates.all_gather(kept, candidates.source_counts),
         None if weights is None else candidates.all_gather(weights, candidates.source_counts),
         contrast,
     )

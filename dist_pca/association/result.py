@@ -23,11 +23,13 @@ class Association:
     cycles of all ranks (PLCA, section 3.1). Class-balanced, it is the mean over classes of that mean within each,
     weighted by `class_weights`."""
     kept: torch.Tensor
-    """int64, number of kept (consistent) cycles."""
+    """int64, number of kept cycles: they are consistent, and the teacher, if it checks, agrees at the match."""
     cover_ratio: torch.Tensor
     """Share of target pixels matched by at least one source pixel."""
     consistent_ratio: torch.Tensor
-    """Share of labelled source pixels whose cycle is consistent."""
+    """Share of labelled source pixels whose cycle is consistent, whatever the teacher sees."""
+    kept_ratio: torch.Tensor
+    """Share of labelled source pixels whose cycle is kept."""
     correct_ratio: torch.Tensor
     """Share of matches whose target pixel truly has the source pixel's class; nan without target labels."""
     kept_correct_ratio: torch.Tensor
@@ -68,14 +70,16 @@ class Counts(NamedTuple):
     """Target pixels."""
     covered: torch.Tensor
     """Target pixels matched by at least one source pixel."""
+    consistent: torch.Tensor
+    """Consistent cycles."""
     kept: torch.Tensor
-    """[K], consistent cycles by class."""
+    """[K], kept cycles by class."""
     weight: torch.Tensor
     """[K], their summed weight."""
     uniform_loss: torch.Tensor
     """[K], that weight times the loss of uniform probabilities in both directions, `ln N_s + ln N_t` [nats]."""
     confusion: torch.Tensor
-    """[2, K, K], of all matches and of those on consistent cycles: class of the source pixel, then true class of the
+    """[2, K, K], of all matches and of those on kept cycles: class of the source pixel, then true class of the
     target pixel. [0, K, K] where no rank has target labels."""
 
 
@@ -90,14 +94,14 @@ def count(inputs: Inputs, cycles: Cycles, candidates: CandidateGroup, options: O
         confusion: Whether any rank has target labels.
     """
     classes = options.num_classes
-    consistent = cycles.consistent[candidates.source_slice]
-    kept_labels = inputs.labels[consistent]
+    own = candidates.source_slice
+    kept_labels = inputs.labels[cycles.kept[own]]
     kept = torch.bincount(kept_labels, minlength=classes).double()
     weight = kept
     if cycles.weights is not None:
         # Unlike bincount, this adds weights in one order on every device.
         weight = torch.zeros_like(kept)
-        kept_weights = cycles.weights[candidates.source_slice][consistent]
+        kept_weights = cycles.weights[own][cycles.kept[own]]
         weight.index_put_((kept_labels,), kept_weights.double(), accumulate=True)
 
     first, targets = candidates.target_slice.start, len(inputs.target)
@@ -109,13 +113,14 @@ def count(inputs: Inputs, cycles: Cycles, candidates: CandidateGroup, options: O
     if inputs.target_labels is not None:
         labels, truth = cycles.labels[received], inputs.target_labels[target_index]
         known = (labels != options.ignore_index) & (truth != options.ignore_index)
-        for matrix, chosen in zip(matrices, (known, known & cycles.consistent[received]), strict=True):
+        for matrix, chosen in zip(matrices, (known, known & cycles.kept[received]), strict=True):
             cells = labels[chosen] * classes + truth[chosen]
             matrix += torch.bincount(cells, minlength=classes * classes).view(classes, classes)
     return Counts(
         torch.bincount(inputs.labels[inputs.labels != options.ignore_index], minlength=classes).double(),
         kept.new_tensor(targets),
         covered.sum().double(),
+        cycles.consistent[own].sum().double(),
         kept,
         weight,
         weight * math.log(sum(candidates.source_counts) * sum(candidates.target_counts)),

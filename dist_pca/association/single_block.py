@@ -64,7 +64,7 @@ def find_cycles_single_block(
     target_weights: torch.Tensor | None,
     num_classes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find the cycles of all source pixels, and contrast consistent ones in the same tiles (PLCA, equations 1 to 5).
+    """Find the cycles of all source pixels, and contrast kept ones in the same tiles (PLCA, equations 1 to 5).
 
     All candidates must be local. Matched targets are matched back when a tile first needs them, so that no forward tile
     is computed twice.
@@ -79,7 +79,7 @@ def find_cycles_single_block(
 
     Returns:
         Match j* of each source pixel, int64 [n_s]; match back i* of each matched target, int64 [n_t], -1 for others;
-        and `-sum_i w_i log p(i -> j*)` over consistent cycles, whose gradients have been added.
+        and `-sum_i w_i log p(i -> j*)` over kept cycles, whose gradients have been added.
     """
     matches = torch.empty(len(classes), dtype=torch.int64, device=classes.device)
     match_back = matches.new_full((len(backward.queries.x),), -1)
@@ -97,15 +97,15 @@ def find_cycles_single_block(
             targets = targets[_padded_range(len(targets), targets.device)]
             for chunk in targets.split(BACK_ROWS):
                 match_back[chunk] = match_single_block(backward, chunk).key_index
-            # A cycle is consistent if y_i = y_i*, and contributes with weight w_i = w(j*).
+            # A cycle is kept if y_i = y_i*, as the teacher's class at j*, and contributes with weight w_i = w(j*).
             seen = None if target_classes is None else target_classes[index]
-            consistent = are_consistent(classes[part], classes[match_back[index]], seen, num_classes)
-            weight = consistent.to(total.dtype)
+            kept = are_consistent(classes[part], classes[match_back[index]], seen, num_classes)
+            weight = kept.to(total.dtype)
             if target_weights is not None:
                 weight *= target_weights[index]
             chosen = _padded_indices(weight > 0)
             rows, index, weight = rows[chosen], index[chosen], weight[chosen]
-            if len(chosen) < len(consistent):
+            if len(chosen) < len(kept):
                 query, tile = query.index_select(0, chosen), tile.index_select(0, chosen)
             total += _backward_tile(forward, tile, query, rows, index, weight, block, gradient)
             del query, tile

@@ -2,7 +2,7 @@
 
 No step needs the full similarity matrix. Matches source → target take a row maximum. The rank that owns a target pixel
 retrieves in the direction target → source for it, once, however many source pixels of whatever rank matched it, and
-weights it by the consistent cycles through it. Softmaxes are computed for consistent cycles alone. The gradient of a
+weights it by the kept cycles through it. Softmaxes are computed for kept cycles alone. The gradient of a
 row's `-log p` with respect to its similarities is `(P - onehot) / sigma`, so both gradients of a tile are one matmul
 each.
 """
@@ -28,7 +28,7 @@ from dist_pca.association.tiles import upcast
 
 
 class Positives(NamedTuple):
-    """Queries on consistent cycles, each with the match that is contrasted with all candidates."""
+    """Queries on kept cycles, each with the match that is contrasted with all candidates."""
 
     rows: torch.Tensor
     """int64 [k], queries, each once."""
@@ -95,18 +95,24 @@ def _find_cycles(inputs: Inputs, candidates: CandidateGroup, options: Options, g
     targets, histogram = _matched_targets(matches, classes, candidates, options)
     # i*(j) = argmax_i D(j, i).
     backward_matches = match(backward, targets) if match_back is None else RowMatches(match_back[targets])
-    # y_i = y_i*: a cycle through j is consistent if its label is that of i*(j), and the teacher's class at j.
-    target_class = classes[backward_matches.key_index]
+    # y_i = y_i*: a cycle through j is consistent if its label is that of i*(j), and kept if the teacher sees that class
+    # at j too. Where the teacher sees another, K + 1 is added to the label, so that one exchange tells both.
+    end_class = classes[backward_matches.key_index]
+    target_class = code = end_class
     if inputs.target_classes is not None:
-        target_class = torch.where(inputs.target_classes[targets] == target_class, target_class, unlabelled)
-    class_of_target = target_class.new_full((len(inputs.target),), unlabelled)
-    class_of_target[targets] = target_class
-    consistent = classes == candidates.all_gather(class_of_target, candidates.target_counts)[matches]
-    consistent &= classes < unlabelled
+        agreed = inputs.target_classes[targets] == end_class
+        target_class = torch.where(agreed, end_class, unlabelled)
+        code = torch.where(agreed, end_class, end_class + unlabelled + 1)
+    code_of_target = code.new_full((len(inputs.target),), unlabelled)
+    code_of_target[targets] = code
+    code_of_match = candidates.all_gather(code_of_target, candidates.target_counts)[matches]
+    labelled = classes < unlabelled
+    consistent = labelled & (classes == code_of_match % (unlabelled + 1))
+    kept = labelled & (classes == code_of_match)
 
-    # -log p(i -> j*) has weight w_i = w(j*), and -log p(j -> i*) the sum of w over all consistent cycles through j.
+    # -log p(i -> j*) has weight w_i = w(j*), and -log p(j -> i*) the sum of w over all kept cycles through j.
     local = candidates.source_slice
-    forward_weights, weights = consistent[local].to(dtype), None
+    forward_weights, weights = kept[local].to(dtype), None
     backward_weights = histogram.gather(1, target_class[:, None])[:, 0].to(dtype)
     if target_weights is not None:
         weights = candidates.all_gather(target_weights, candidates.target_counts)[matches]
@@ -133,7 +139,7 @@ def _find_cycles(inputs: Inputs, candidates: CandidateGroup, options: Options, g
     passes = (forward, backward) if guide is None else None
     key_pixels = guide if options.guide_keys and guide is not None else student
     contrast = partial(_contrast, inputs, options, student, key_pixels, passes, positives, loss_sum)
-    return Cycles(matches, labels, consistent, weights, contrast)
+    return Cycles(matches, labels, consistent, kept, weights, contrast)
 
 
 def _contrast(

@@ -79,7 +79,7 @@ class AssociationConfig(Section):
     """Stop the gradient through the contrast normalisation's mean and standard deviation."""
     diffusion: Fraction = 0.5
     """Share of each target pixel's feature that is replaced by the similarity-weighted mean over its image before
-    association; 0 is off."""
+    association; 0 is off. The teacher's features, which choose the matches with `teacher_matches`, are not diffused."""
     start_step: NonNegative = 0
     """First step with this term."""
     ramp_steps: NonNegative = 0

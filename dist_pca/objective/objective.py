@@ -125,6 +125,7 @@ def objective(
                     f"kept_{level}": found.kept,
                     f"cover_ratio_{level}": found.cover_ratio,
                     f"consistent_ratio_{level}": found.consistent_ratio,
+                    f"kept_ratio_{level}": found.kept_ratio,
                     f"correct_ratio_{level}": found.correct_ratio,
                     f"kept_correct_ratio_{level}": found.kept_correct_ratio,
                     f"mutual_information_bound_{level}": found.mutual_information_bound,

@@ -47,6 +47,8 @@ METRICS = {
     "kept_per_class_LEVEL": "the same by class name",
     "cover_ratio_LEVEL": "share of target pixels that some source pixel matched",
     "consistent_ratio_LEVEL": "share of labelled source pixels whose cycle is consistent: it ends in their own class",
+    "kept_ratio_LEVEL": "share of them whose cycle is kept: where the teacher checks, it sees that class at the "
+    "match too",
     "correct_ratio_LEVEL": "share of matches whose target truly has the source's class; only where target shards have "
     "labels, which never reach the loss",
     "kept_correct_ratio_LEVEL": "the same of kept cycles alone",
@@ -81,8 +83,8 @@ METRIC_UNITS = {
         "matches": ("confusion_LEVEL", "kept_confusion_LEVEL"),
         "0 to 1": (
             *("skipped_share", "confident_share", "pseudo_label_accuracy", "cover_ratio_LEVEL"),
-            *("consistent_ratio_LEVEL", "correct_ratio_LEVEL", "kept_correct_ratio_LEVEL", "validation_mean_iou"),
-            *("validation_iou", "data_wait_share", "flop_utilisation"),
+            *("consistent_ratio_LEVEL", "kept_ratio_LEVEL", "correct_ratio_LEVEL", "kept_correct_ratio_LEVEL"),
+            *("validation_mean_iou", "validation_iou", "data_wait_share", "flop_utilisation"),
         ),
         "s": ("seconds_per_step", "seconds"),
         "images/s": ("images_per_second",),

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from dist_pca.distributed import gather_objects
 from dist_pca.errors import UserError
 from dist_pca.files import write_json
 from dist_pca.objective import Domain, Domains
+from dist_pca.objective.class_statistics import ClassStatistics
 from dist_pca.resilience.exit_status import ExitCode
 from dist_pca.training.deepspeed import disable_grad_scaler, set_loss_scale
 
@@ -55,14 +57,20 @@ def zero_non_finite(domain: Domain) -> Domain:
 
 
 class NonFiniteSteps:
-    """Skips the updates of non-finite steps, so that they change neither weights nor optimiser nor buffers.
+    """Skips non-finite steps, so that they change neither weights nor optimiser, buffers nor class statistics.
 
     A loss that is not finite on one rank is multiplied by NaN there. Gradients are averaged over ranks, so every rank
     finds it in the gradient norm (found_inf), by which DeepSpeed skips the update, without further communication.
     """
 
     def __init__(
-        self, module: torch.nn.Module, folder: Path, limit: int, *, state: Mapping[str, Any] | None = None
+        self,
+        module: torch.nn.Module,
+        folder: Path,
+        limit: int,
+        *,
+        statistics: ClassStatistics | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepare to check steps.
 
@@ -70,11 +78,13 @@ class NonFiniteSteps:
             module: The network; its buffers are restored after a non-finite step.
             folder: The run folder, for non_finite_step.json.
             limit: Number of non-finite steps in a row that ends the run.
+            statistics: Class statistics, restored likewise.
             state: The `state` that was saved with the run; None at its start.
         """
         self._folder, self._limit = folder, limit
         self._buffers = list(module.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
+        self._statistics = statistics
         self._reports: list[MicroBatchReport] = []
         self.consecutive = int((state or {}).get("non_finite_steps", 0))
 
@@ -84,8 +94,10 @@ class NonFiniteSteps:
         return {"non_finite_steps": self.consecutive} if self.consecutive else {}
 
     def begin_step(self) -> None:
-        """Back up the buffers before a step."""
+        """Back up buffers and class statistics before a step."""
         _copy(self._buffers, self._before)
+        # An update replaces its tensors and leaves these as they are.
+        self._statistics_before = None if self._statistics is None else replace(self._statistics)
         self._reports = []
 
     def check_loss(
@@ -131,6 +143,8 @@ class NonFiniteSteps:
             self.consecutive = 0
             return False
         _copy(self._before, self._buffers)
+        if self._statistics is not None:
+            vars(self._statistics).update(vars(self._statistics_before))
         if scale_overflowed:
             return True
         self.consecutive += 1

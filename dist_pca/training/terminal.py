@@ -119,7 +119,7 @@ class RunTerminal:
             if isinstance(record.get(name), float):
                 yield f"{name} {record[name]:.3f}"
         for level in ("features", "predictions"):
-            ratio = record.get(f"consistent_ratio_{level}")
+            ratio = record.get(f"kept_ratio_{level}")
             if isinstance(ratio, float):
                 yield f"{level} cycles {ratio:.0%} kept, {record[f'cover_ratio_{level}']:.0%} covered"
 

@@ -254,7 +254,11 @@ class Trainer:
             self._stream(stack, run.targets, "target", training.target_batch) if run.targets else repeat(None)
         )
         self.non_finite_steps = NonFiniteSteps(
-            self.engine.module, config.folder, training.max_non_finite_steps, state=state
+            self.engine.module,
+            config.folder,
+            training.max_non_finite_steps,
+            statistics=self.class_statistics,
+            state=state,
         )
         self.loss_scale = LossScale(self.engine, enabled=training.precision == "fp16", state=state)
         self.checkpoints = stack.enter_context(

@@ -299,7 +299,7 @@ def test_diagnostics_count_what_they_say() -> None:
     assert int(found.kept) == 2
     assert found.kept_per_class.tolist() == [1, 1]
     assert float(found.cover_ratio) == pytest.approx(2 / 4)
-    assert float(found.consistent_ratio) == pytest.approx(2 / 3)
+    assert float(found.consistent_ratio) == float(found.kept_ratio) == pytest.approx(2 / 3)
     assert float(found.correct_ratio) == pytest.approx(1 / 3)
     assert float(found.mutual_information_bound) == pytest.approx(math.log(3) + math.log(4) - float(found.loss))
     assert int(found.communication_bytes) == 0
@@ -329,6 +329,8 @@ def test_a_teachers_class_and_weight_decide_which_cycles_count(implementation: I
     both, first, unsure = found([0, 1, 0], [1, 1, 1]), found([0, 0, 0], [1, 1, 1]), found([255, 1, 0], [1, 1, 1])
     assert [one.kept_per_class.tolist() for one in (both, first, unsure)] == [[2, 1], [2, 0], [0, 1]]
     assert [one.kept_confusion.tolist() for one in (both, unsure)] == [[[2, 0], [1, 0]], [[0, 0], [1, 0]]]
+    assert [float(one.consistent_ratio) for one in (both, first, unsure)] == [1, 1, 1]
+    assert [float(one.kept_ratio) for one in (both, first, unsure)] == pytest.approx([1, 2 / 3, 1 / 3])
     assert both.confusion.tolist() == unsure.confusion.tolist() == [[2, 0], [1, 0]]
     # A weight of 0 leaves the count and takes the cycle out of the loss.
     weightless = found([0, 1, 0], [0.3, 0, 0.5])

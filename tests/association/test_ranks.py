@@ -86,6 +86,7 @@ def numbers(found: Association) -> torch.Tensor:
     ratios = [
         found.cover_ratio,
         found.consistent_ratio,
+        found.kept_ratio,
         found.correct_ratio,
         found.mutual_information_bound,
         found.kept,

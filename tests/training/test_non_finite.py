@@ -61,6 +61,7 @@ def test_a_non_finite_step_leaves_no_trace_and_many_in_a_row_stop_the_run(tmp_pa
         "training.keep_checkpoints=9",
         "training.max_non_finite_steps=2",
         "training.steps=9",
+        "objective.class_statistics.weight=0.1",
     )
     train = partial(
         launch,
@@ -79,7 +80,7 @@ def test_a_non_finite_step_leaves_no_trace_and_many_in_a_row_stop_the_run(tmp_pa
     assert said == f"error: {outcome.message}"
     assert "step 6: not finite on rank 1: lovasz, the last of 2 in a row" in said
 
-    for part in ("model", "optimizer"):
+    for part in ("model", "optimizer", "classes"):
         one, two, three, four, five = (
             load_file(run / "checkpoints" / f"step-{step:08d}" / f"{part}.safetensors") for step in range(1, 6)
         )

@@ -87,10 +87,10 @@ def distances(first: Path, second: Path) -> dict[str, float]:
     ],
 )
 def test_two_ranks_with_every_term_are_one_rank_with_the_whole_batch(tmp_path: Path, more: tuple[str, ...]) -> None:
-    first = build_trained(tmp_path)
+    begin = build_trained(tmp_path)
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
     for run, launcher in ((one, "accelerate/single"), (two, "accelerate/cpu")):
-        done = launch(tmp_path, run.name, *EVERY_TERM, first, *more, launcher=launcher)
+        done = launch(tmp_path, run.name, *EVERY_TERM, begin, *more, launcher=launcher)
         assert done.returncode == 0, done.stderr
     for of_one, of_two in zip(lines(one), lines(two), strict=True):
         for term in LOGGED & of_one.keys():
@@ -101,26 +101,26 @@ def test_two_ranks_with_every_term_are_one_rank_with_the_whole_batch(tmp_path: P
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_teacher_and_all(tmp_path: Path) -> None:
-    first = build_trained(tmp_path)
+    begin = build_trained(tmp_path)
     whole, halves = (tmp_path / "runs" / name for name in ("whole", "halves"))
-    assert launch(tmp_path, "whole", *EVERY_TERM, first).returncode == 0
+    assert launch(tmp_path, "whole", *EVERY_TERM, begin).returncode == 0
     # The first start saves after one step and leaves; the second goes on from there.
-    launch(tmp_path, "halves", *EVERY_TERM, first, "training.time_limit=0.001")
+    launch(tmp_path, "halves", *EVERY_TERM, begin, "training.time_limit=0.001")
     assert not (halves / "checkpoints/step-00000004").exists()
-    done = launch(tmp_path, "halves", *EVERY_TERM, first, "training.time_limit=null", launcher="accelerate/single")
+    done = launch(tmp_path, "halves", *EVERY_TERM, begin, "training.time_limit=null", launcher="accelerate/single")
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["world_size"] for line in (halves / "starts.jsonl").read_text().splitlines()] == [2, 1]
     assert max(distances(whole, halves).values()) <= 1e-5
 
 
 def test_a_run_goes_on_bit_for_bit_teacher_and_all(tmp_path: Path) -> None:
-    first = build_trained(tmp_path)
-    whole = launch(tmp_path, "whole", *EVERY_TERM, first)
+    begin = build_trained(tmp_path)
+    whole = launch(tmp_path, "whole", *EVERY_TERM, begin)
     assert whole.returncode == 0, whole.stderr
     halves = tmp_path / "runs" / "halves"
     for limit in ("training.time_limit=0.001", "training.time_limit=null"):
         # The first start saves after one step and leaves; the second goes on from there.
-        launch(tmp_path, "halves", *EVERY_TERM, first, limit)
+        launch(tmp_path, "halves", *EVERY_TERM, begin, limit)
     for part in ("model", "ema", "optimizer"):
         first, second = (
             load_file(run / f"checkpoints/step-00000004/{part}.safetensors")

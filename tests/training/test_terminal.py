@@ -33,7 +33,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def record(step: int, **more: object) -> dict[str, Any]:
     terms = {name: 1.0 + place for place, name in enumerate(module.SUMMARY_TERMS)}
-    ratios = {"consistent_ratio_features": 0.34, "cover_ratio_features": 0.8}
+    ratios = {"kept_ratio_features": 0.34, "cover_ratio_features": 0.8}
     rates = {"images_per_second": 26.12, "flop_utilisation": 0.31, "seconds_per_step": 60.0}
     return {"step": step, **terms, **ratios, **rates, **more}
 

@@ -81,7 +81,7 @@ def measure(rank: int, case: Case, store: Path, reference: Path | None) -> Readi
             seconds_value=_seconds(lambda: _value(case, source, target, labels), case, device),
             loss=_mean_over_ranks(association.loss.detach(), case),
             gradient_difference=None if reference is None else _difference(rank, case, gradients, reference),
-            kept_ratio=float(association.consistent_ratio),
+            kept_ratio=float(association.kept_ratio),
             cover_ratio=float(association.cover_ratio),
             communication_bytes=int(association.communication_bytes) if case.world_size > 1 else None,
             unavoidable_products=None if case.world_size > 1 else unavoidable_products(case, source, target, labels),

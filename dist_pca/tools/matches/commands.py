@@ -115,9 +115,7 @@ def matches(
         refuse_existing(out, "--out")
     config, classes = read_run(run)
     found = find_checkpoints(run, checkpoint or (), all_checkpoints=all_checkpoints)
-    config = with_options(
-        config, source=source, target=target, level=level, scope=scope, diffusion=diffusion, teacher=teacher
-    )
+    config = with_options(config, source=source, target=target, scope=scope, diffusion=diffusion, teacher=teacher)
     taken = take_batches(
         config, *open_domains(config.data, classes), batches=batches, images=images, whole=whole_frames
     )
@@ -126,7 +124,7 @@ def matches(
     console = plain_console(stderr=True, soft_wrap=True)
     with nullcontext() if out is None else new_folder(out, "--out") as staged:
         for name in track(found, "matching", console=console, transient=True, disable=not console.is_terminal):
-            for of_level, judged in measure(run, name, config, taken, device=device).items():
+            for of_level, judged in measure(run, name, config, taken, level=level, device=device).items():
                 block = Block(name, of_level, association.scope, summarise(judged, len(classes)))
                 blocks.append(block)
                 if staged is not None:

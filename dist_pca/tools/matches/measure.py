@@ -37,7 +37,6 @@ def with_options(
     *,
     source: str | None = None,
     target: str | None = None,
-    level: Level | None = None,
     scope: str | None = None,
     diffusion: float | None = None,
     teacher: bool | None = None,
@@ -45,7 +44,7 @@ def with_options(
     """The run with options in the place of its own keys; None leaves a key. All pixels take part, from the start.
 
     Raises:
-        UserError: a teacher is asked for, and the run has no use for one.
+        UserError: a teacher is asked for, and the run has no use for one; or diffusion, which changes no match of it.
     """
     association = config.objective.association
     asked = any(getattr(association, switch) for switch in TEACHER_SWITCHES)
@@ -57,10 +56,12 @@ def with_options(
     scope = scope or ("pair" if association.scope == "pair" else "world")
     # Whatever its weight in the loss, the term is looked at.
     keys: dict[str, Any] = {"pixel_budget": None, "weight": 1.0, "scope": scope}
-    if level is not None:
-        keys["levels"] = (level,)
     if diffusion is not None:
         keys["diffusion"] = diffusion
+        if association.teacher_matches and teacher is not False:
+            raise UserError(
+                "--diffusion: changes no match of this run, where the teacher's features choose them; add --no-teacher"
+            )
     if teacher is False:
         keys |= dict.fromkeys(TEACHER_SWITCHES, False)
     shards = {name: value for name, value in (("source", source), ("target", target)) if value is not None}
@@ -74,6 +75,7 @@ def measure(
     config: RunConfig,
     batches: Sequence[tuple[Batch, Batch]],
     *,
+    level: Level | None = None,
     device: torch.device | str,
 ) -> dict[Level, list[list[JudgedCycles]]]:
     """Judge the cycles that a checkpoint finds: by level and batch, those of each candidate set.
@@ -83,6 +85,7 @@ def measure(
         checkpoint: Name of one of its checkpoints.
         config: The run as `with_options` leaves it.
         batches: Labelled crops of source and target.
+        level: The level to judge; None judges those of the run.
         device: Where networks run and pixels are matched.
 
     Raises:
@@ -95,12 +98,14 @@ def measure(
         if not has_ema(run / "checkpoints" / checkpoint):
             raise UserError(f"{run}: {checkpoint} holds no moving average to be the teacher; add --no-teacher")
         teacher = load_run(run, checkpoint, weights="ema")[2].to(device)
-    judged: dict[Level, list[list[JudgedCycles]]] = {level: [] for level in association.levels}
+    # The run's other level may weigh the classes of this one.
+    levels: Sequence[Level] = association.levels if level is None else (level,)
+    judged: dict[Level, list[list[JudgedCycles]]] = {level: [] for level in levels}
     for source, target in batches:
         seen = (
             look(config, student, teacher, source, "source", device),
             look(config, student, teacher, target, "target", device),
         )
-        for level in association.levels:
-            judged[level].append(judge(association, level, *seen))
+        for name in levels:
+            judged[name].append(judge(association, name, *seen))
     return judged

@@ -65,7 +65,7 @@ class Assumptions:
     matched: float = 0.22
     """Share of targets that some source pixel matches (`cover_ratio`)."""
     kept: float = 0.72
-    """Share of source pixels whose cycle is kept (`consistent_ratio` of labelled ones)."""
+    """Share of source pixels whose cycle is kept (`kept_ratio` of labelled ones)."""
     loader_rate: float = 30.0
     """Images per second that one loader process reads, decodes and crops."""
     reserve: float = 0.1

@@ -68,6 +68,7 @@ def test_the_counts_are_those_that_training_logs(seed: int, level: Any, scope: A
     assert torch.equal(found.kept[:, :-1], logged.kept_confusion)
     assert torch.equal(found.kept.sum(dim=1), logged.kept_per_class)
     assert found.cover_ratio == pytest.approx(float(logged.cover_ratio))
+    assert found.consistent_ratio == pytest.approx(float(logged.consistent_ratio))
     assert found.correct_ratio == pytest.approx(float(logged.correct_ratio), nan_ok=True)
     assert found.kept_correct_ratio == pytest.approx(float(logged.kept_correct_ratio), nan_ok=True)
     assert float(found.weight.sum()) == pytest.approx(float(logged.kept > 0))

@@ -73,6 +73,18 @@ def test_csv_json_and_pictures_tell_the_same_of_every_checkpoint(folder: Path, t
     ]
 
 
+def test_a_level_alone_carries_what_it_carries_beside_the_other(folder: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path, segmenter())
+    for name in ("source", "target"):
+        (tmp_path / name).symlink_to(folder / name)
+    balanced = ("objective.association.class_balanced=true", "objective.association.class_weights=kept_share")
+    save_config(load_config(run / "config.yaml", balanced), run / "config.yaml")
+    both = json.loads(matches(tmp_path, "--json").stdout)["blocks"]
+    assert [block["level"] for block in both] == ["features", "predictions"]
+    for block in both:
+        assert json.loads(matches(tmp_path, "--json", "--level", block["level"]).stdout)["blocks"] == [block]
+
+
 def test_other_labels_of_the_same_target_judge_the_same_cycles(folder: Path, tmp_path: Path) -> None:
     members = [sample_members(index) for index in range(3)]
     turned = [
@@ -142,10 +154,15 @@ def test_a_teacher_needs_a_use_and_an_average(folder: Path, tmp_path: Path) -> N
     weights = load_file(run / "checkpoints" / "step-00000001" / "model.safetensors")
     save_file(weights, run / "checkpoints" / "step-00000001" / "ema.safetensors")
     checked = json.loads(matches(tmp_path, "--json").stdout)["blocks"]
+    assert matches(tmp_path, "--diffusion", "0").exit_code == 0
     for one, other in zip(without, checked, strict=True):
         assert one["matches"] == other["matches"]
         assert one["consistent_ratio"] == other["consistent_ratio"]
         assert one["kept"] > other["kept"]
+    config = load_config(run / "config.yaml", ["objective.association.teacher_matches=true"])
+    save_config(config, run / "config.yaml")
+    assert "--diffusion: changes no match of this run" in refusal(tmp_path, "--diffusion", "0")
+    assert matches(tmp_path, "--diffusion", "0", "--no-teacher").exit_code == 0
 
 
 def test_a_folder_that_is_there_is_refused_before_anything_runs(folder: Path) -> None:
