@@ -96,7 +96,7 @@ def _find_cycles(inputs: Inputs, candidates: CandidateGroup, options: Options, g
     # i*(j) = argmax_i D(j, i).
     backward_matches = match(backward, targets) if match_back is None else RowMatches(match_back[targets])
     # y_i = y_i*: a cycle through j is consistent if its label is that of i*(j), and kept if the teacher sees that class
-    # at j too. Where the teacher sees another, K + 1 is added to the label, so that one exchange tells both.
+    # at j too. Where the teacher sees another, K + 1 is added to the label, so that one exchange has both.
     end_class = classes[backward_matches.key_index]
     target_class = code = end_class
     if inputs.target_classes is not None:

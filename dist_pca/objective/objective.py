@@ -1,6 +1,7 @@
 """The full objective: `L_ce + b1 L_lov + b2 (L_fass + L_cass) + b3 L_lsr` (PLCA, equation 10), and self-training."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,7 @@ def objective(
     things: Sequence[int] = (),
     statistics: ClassStatistics | None = None,
     class_weights: Sequence[float] | None = None,
+    judge: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Compute the loss of one micro-batch, and its terms for the log.
 
@@ -54,6 +56,7 @@ def objective(
         things: Train ids of the feature distance's classes.
         statistics: Moving class statistics, which are updated, if `class_statistics` is on.
         class_weights: Weight of each class in the cross-entropy; None weighs all pixels alike.
+        judge: Judge matches without association, or before its start, too where target labels are known.
     """
     if source.labels is None:
         raise ValueError("the source has no labels")
@@ -112,28 +115,27 @@ def objective(
             terms["class_statistics"] = _class_statistics(config, source, target, statistics)
             loss = loss + config.class_statistics.weight * terms["class_statistics"]
         weight = association_weight(config.association, step)
-        if weight > 0:
+        if weight > 0 or (judge and target.labels is not None):
             kept_share = None
             # Features first: their cycles weigh the classes at both levels.
             for level in sorted(config.association.levels):
-                with phase("association"):
+                with phase("association"), nullcontext() if weight > 0 else torch.no_grad():
                     found = associate_level(config.association, level, source, target, node, kept_share)
                 kept_share = found.kept_share
-                loss = loss + weight * found.loss
-                terms |= {
-                    f"association_{level}": found.loss,
-                    f"kept_{level}": found.kept,
-                    f"cover_ratio_{level}": found.cover_ratio,
-                    f"consistent_ratio_{level}": found.consistent_ratio,
-                    f"kept_ratio_{level}": found.kept_ratio,
-                    f"correct_ratio_{level}": found.correct_ratio,
-                    f"kept_correct_ratio_{level}": found.kept_correct_ratio,
-                    f"mutual_information_bound_{level}": found.mutual_information_bound,
-                    # Bytes per update: the log averages over micro-batches.
-                    f"communication_bytes_{level}": accumulation * found.communication_bytes,
-                    f"kept_per_class_{level}": found.kept_per_class,
-                    **_confusions(level, target, found),
-                }
+                terms |= _judgement(level, target, found)
+                if weight > 0:
+                    loss = loss + weight * found.loss
+                    terms |= {
+                        f"association_{level}": found.loss,
+                        f"kept_{level}": found.kept,
+                        f"kept_per_class_{level}": found.kept_per_class,
+                        f"cover_ratio_{level}": found.cover_ratio,
+                        f"consistent_ratio_{level}": found.consistent_ratio,
+                        f"kept_ratio_{level}": found.kept_ratio,
+                        f"mutual_information_bound_{level}": found.mutual_information_bound,
+                        # Bytes per update: the log averages over micro-batches.
+                        f"communication_bytes_{level}": accumulation * found.communication_bytes,
+                    }
 
     # Both views have the same target images and pseudo labels.
     taught = masked or mixed
@@ -179,11 +181,12 @@ def _class_statistics(
     )
 
 
-def _confusions(level: Level, target: Domain, found: Association) -> dict[str, torch.Tensor]:
-    """Confusion matrices of matches, by source class and true class of the target pixel, if that is known."""
+def _judgement(level: Level, target: Domain, found: Association) -> dict[str, torch.Tensor]:
+    """How many matches are correct, nan without target labels; with them the confusion matrices too."""
+    ratios = {f"correct_ratio_{level}": found.correct_ratio, f"kept_correct_ratio_{level}": found.kept_correct_ratio}
     if target.labels is None:
-        return {}
-    return {f"confusion_{level}": found.confusion, f"kept_confusion_{level}": found.kept_confusion}
+        return ratios
+    return ratios | {f"confusion_{level}": found.confusion, f"kept_confusion_{level}": found.kept_confusion}
 
 
 def _pseudo_label_accuracy(view: Domain) -> torch.Tensor:

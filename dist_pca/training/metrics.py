@@ -50,7 +50,8 @@ METRICS = {
     "kept_ratio_LEVEL": "share of them whose cycle is kept: where the teacher checks, it sees that class at the "
     "match too",
     "correct_ratio_LEVEL": "share of matches whose target truly has the source's class; only where target shards have "
-    "labels, which never reach the loss",
+    "labels, which never reach the loss. Where association is off or has not begun, it is of the line's step alone, "
+    "if target images themselves are shown to the network",
     "kept_correct_ratio_LEVEL": "the same of kept cycles alone",
     "confusion_LEVEL": "matches by class: `source class → true class of the matched target pixel`; where that is known",
     "kept_confusion_LEVEL": "the same of kept cycles alone",

@@ -164,6 +164,8 @@ class Trainer:
                 things=self.run.things,
                 statistics=self.class_statistics,
                 class_weights=self.run.class_weights,
+                # A run without association shows what its matches would be, for comparison.
+                judge=(step + 1) % training.log_every == 0 or step + 1 == training.steps,
             )
 
         if cached:

@@ -178,6 +178,25 @@ def test_target_labels_never_reach_the_loss() -> None:
     assert terms["correct_ratio_features"].isnan()
 
 
+@pytest.mark.parametrize("keys", [{"weight": 0.0}, {"start_step": 10}])
+def test_matches_are_judged_without_association_too_where_target_labels_are_known(keys: dict[str, Any]) -> None:
+    source, target = (network()(*images(2, seed)) for seed in (1, 2))
+    config = ObjectiveConfig(association=AssociationConfig(**keys))
+    total, terms = objective(config, source, target, step=9)
+    same, judged = objective(config, source, target, step=9, judge=True)
+    assert torch.equal(total, same)
+    with_association = objective(ObjectiveConfig(), source, target, step=9)[1]
+    added = {
+        f"{name}_{level}"
+        for name in ("correct_ratio", "kept_correct_ratio", "confusion", "kept_confusion")
+        for level in ("features", "predictions")
+    }
+    assert judged.keys() - terms.keys() == added
+    assert all(torch.equal(judged[name], with_association[name]) for name in added)
+    unlabelled = objective(config, source, target._replace(labels=None), step=9, judge=True)[1]
+    assert unlabelled.keys() == terms.keys()
+
+
 def test_source_only_leaves_the_target_out() -> None:
     net = network()
     source, target = (net(*images(2, seed)) for seed in (1, 2))

@@ -95,6 +95,7 @@ def test_two_ranks_with_every_term_are_one_rank_with_the_whole_batch(tmp_path: P
     for of_one, of_two in zip(lines(one), lines(two), strict=True):
         for term in LOGGED & of_one.keys():
             assert of_two[term] == pytest.approx(of_one[term], rel=1e-5, abs=1e-6), (of_one["step"], term)
+        assert of_two["confusion_features"] == of_one["confusion_features"]
         assert 0 < of_one["confident_share"] < 1
         assert min(of_one["kept_features"], of_one["kept_predictions"]) > 0
     assert max(distances(one, two).values()) <= 1e-5
