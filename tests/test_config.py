@@ -37,6 +37,10 @@ def test_the_papers_recipe_is_what_the_configs_say() -> None:
         assert config.evaluation.input_size == (730, 1460)
         assert (config.model.association_features, config.model.association_stride) == ("backbone", None)
         assert (objective.association.label_share, objective.association.class_balanced) == (0, False)
+        association = objective.association
+        assert (association.scope, association.levels) == ("pair", ("features", "predictions"))
+        assert (association.diffusion, association.pixel_budget, association.start_step) == (0.5, None, 0)
+        assert (config.model.batch_norm, config.model.joint_batch) == ("sync", True)
         assert not objective.uses_teacher
         assert (objective.source_contrast.weight, objective.feature_distance.weight) == (0, 0)
         assert not config.data.photometric.changes
