@@ -14,6 +14,7 @@ import timm
 import torch
 
 from dist_pca.config import RunConfig, load_config
+from dist_pca.data.decode import resize_range
 from dist_pca.data.source import micro_batch_size
 from dist_pca.data.stream import stream
 from dist_pca.model.frozen import AUTOCAST, FrozenBackbone
@@ -104,13 +105,13 @@ def test_todays_recipes_show_images_of_the_published_sizes_and_ignore_the_publis
         ("synthia", True): (1024, 1126),
         ("cityscapes", False): (512, 512),
     }[name.split("_")[0], vfm]
-    assert data.resize_range("source") == source
+    assert resize_range(data, "source") == source
     if name == "cityscapes_to_acdc":
-        assert data.resize_range("target") == (540, 540)
+        assert resize_range(data, "target") == (540, 540)
         assert (self_training.ignore_top, self_training.ignore_bottom, self_training.ignore_sides) == (0, 0, 0)
         return
     # Ignored rows are those of whole images only where a crop is as high as they are.
-    assert data.resize_range("target") == (crop, crop)
+    assert resize_range(data, "target") == (crop, crop)
     ignored = round(self_training.ignore_top * crop), round(self_training.ignore_bottom * crop)
     assert ignored == ((31, 256) if vfm else (30, 240) if mic else (15, 120))
     assert round(self_training.ignore_sides * 2 * crop) == (61 if vfm else 30 if mic else 0)

@@ -97,11 +97,6 @@ class DataConfig(Section):
         """Sampling weights of a domain's shard folders."""
         return tuple(part.weight for part in self._parts(domain))
 
-    def resize_range(self, domain: Literal["source", "target"]) -> tuple[int, int]:
-        """Closed range of the shorter edge to which a domain's images are resized, in pixels."""
-        own = self.source_shorter_edge if domain == "source" else None
-        return own or self.shorter_edge
-
     def _parts(self, domain: Literal["source", "target"]) -> tuple[WeightedShards, ...]:
         parts = self.source if domain == "source" else self.target
         return (WeightedShards(shards=parts),) if isinstance(parts, str) else parts or ()

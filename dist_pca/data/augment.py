@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dist_pca.config import DataConfig, SamplingConfig
-from dist_pca.data.decode import DecodedSample, Pixels, resized_size
+from dist_pca.data.decode import DecodedSample, Pixels, resize_range, resized_size
 from dist_pca.data.randomness import Domain, Purpose, draw
 from dist_pca.errors import UserError
 from dist_pca.shards.bands import Picture
@@ -93,7 +93,7 @@ def draw_crop(
     # The first crop is the same whether or not others follow.
     counter = (index, attempt) if attempt else (index,)
     edge, top, left, flip = (int(bits) for bits in draw(4, seed, domain, Purpose.CROP, *counter))
-    low, high = config.resize_range(domain)
+    low, high = resize_range(config, domain)
     resized = resized_size(size, low + edge % (high - low + 1))
     height, width = config.crop
     return Crop(
@@ -127,7 +127,7 @@ def check_crop(manifest: Manifest, config: DataConfig, domain: Domain) -> None:
         UserError: it does not; the message names the image into which it fits least.
     """
 
-    smallest, crop = config.resize_range(domain)[0], config.crop
+    smallest, crop = resize_range(config, domain)[0], config.crop
 
     def slack(entry: tuple[str, tuple[int, int]]) -> int:
         height, width = resized_size(entry[1], smallest)

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from dist_pca.config import DataConfig
+from dist_pca.data.randomness import Domain
 from dist_pca.data.read import RawSample, ShardReader, read_selected
 from dist_pca.data.source import Sampler, Selection
 from dist_pca.errors import CorruptSample, UserError
@@ -159,6 +161,12 @@ def decode_sample(
     except ValueError as error:
         raise CorruptSample(f"{where}: {label_member}: {error}; build the shards again") from None
     return image, label
+
+
+def resize_range(config: DataConfig, domain: Domain) -> tuple[int, int]:
+    """Closed range of the shorter edge to which a domain's images are resized, in pixels."""
+    own = config.source_shorter_edge if domain == "source" else None
+    return own or config.shorter_edge
 
 
 def resized_size(size: tuple[int, int], shorter_edge: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from dist_pca.config import CacheConfig, DataConfig
 from dist_pca.data.augment import augment_sample, check_crop
 from dist_pca.data.class_table import chosen_classes, lookup_table
 from dist_pca.data.collate import PREFETCH, Batch, SharedMemoryBuffer, Slot, common_bands
-from dist_pca.data.decode import Pixels, decode_evaluation_sample, decode_or_replace
+from dist_pca.data.decode import Pixels, decode_evaluation_sample, decode_or_replace, resize_range
 from dist_pca.data.randomness import Domain
 from dist_pca.data.read import open_reader, read_evaluation_samples, read_samples
 from dist_pca.data.source import (
@@ -113,7 +113,7 @@ def stream(
     slots = _load(
         partial(ordered_samples, sampler, indices, accumulation, start_step),
         partial(read_samples, openers),
-        partial(map, partial(decode_or_replace, config.resize_range(domain)[1], sampler, openers, labelled)),
+        partial(map, partial(decode_or_replace, resize_range(config, domain)[1], sampler, openers, labelled)),
         partial(map, partial(augment_sample, config, seed, domain, tables)),
         buffer.collate,
         workers=config.workers,

@@ -78,10 +78,10 @@ def test_a_process_that_listens_for_signals_can_end() -> None:
 
 
 def test_a_second_signal_ends_a_process_that_waits_in_native_code() -> None:
-    # A sleep stands for a collective that does not end: Python's own handlers would not run meanwhile.
+    # Sleeps stand for a collective that does not end: Python's own handlers would not run meanwhile. A signal ends one.
     code = (
         "import ctypes; from dist_pca.resilience import preemption; preemption.ECHO_SECONDS = 2.0; "
-        "stop = preemption.StopRequest(); print('ready', flush=True); [ctypes.CDLL(None).sleep(60) for _ in range(3)]"
+        "stop = preemption.StopRequest(); print('ready', flush=True); [ctypes.CDLL(None).sleep(60) for _ in range(9)]"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

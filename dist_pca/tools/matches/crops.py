@@ -11,7 +11,7 @@ from dist_pca.config import DataConfig, RunConfig
 from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.data.class_table import class_table
 from dist_pca.data.collate import Batch
-from dist_pca.data.decode import resized_size
+from dist_pca.data.decode import resize_range, resized_size
 from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.stream import stream
 from dist_pca.data.views import photometric_view
@@ -105,7 +105,7 @@ def take_batches(
 
 
 def _whole_frames(data: DataConfig, manifests: Manifests, domain: DomainName) -> dict[str, object]:
-    edge = data.resize_range(domain)[1]
+    edge = resize_range(data, domain)[1]
     sizes = [
         resized_size(size, edge)
         for manifest in manifests
