@@ -4,8 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -167,13 +166,6 @@ def test_its_smallest_network_takes_two_steps(name: str, tmp_path: Path) -> None
             output: Output = model(images)
         return output
 
-    @contextmanager
-    def as_teacher() -> Iterator[None]:
-        with torch.no_grad():
-            model.eval()
-            yield
-            model.train()
-
     read = partial(stream, config.data, seed=0, rank=0, world_size=1, global_batch=2, accumulation=1, start_step=0)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with (
@@ -182,7 +174,10 @@ def test_its_smallest_network_takes_two_steps(name: str, tmp_path: Path) -> None
     ):
         for step in range(2):
             source, target = next(sources), next(targets)
-            views = student_views(config, source, target, network, as_teacher, pretrained, mean=model.mean, step=step)
+            # The student is its own teacher.
+            views = student_views(
+                config, source, target, network, torch.no_grad, pretrained, mean=model.mean, step=step
+            )
             assert None not in views
             domains = forward_views(network, views, joint=config.model.joint_batch)
             loss, terms = objective(config.objective, *domains, step=step, things=run.things)
