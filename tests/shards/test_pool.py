@@ -54,8 +54,9 @@ def _half_built(raw: Path, out: Path, begun: Callable[[int], bool]) -> Iterator[
             process.kill()
 
 
-def _both_write(out: Path) -> Callable[[int], bool]:
-    return lambda pid: len([part for part in out.glob(".building/shard-*.part") if part.stat().st_size]) == 2
+def _writes(out: Path) -> Callable[[int], bool]:
+    # One worker is enough: on a busy machine it may be done with its shard before the other has started.
+    return lambda pid: any(part.stat().st_size for part in out.glob(".building/shard-*.part"))
 
 
 def _workers_start(pid: int) -> bool:
@@ -65,7 +66,7 @@ def _workers_start(pid: int) -> bool:
 
 def test_a_killed_build_leaves_no_shard_no_worker_and_nothing_in_the_next_ones_way(raw: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with _half_built(raw, out, _both_write(out)) as process:
+    with _half_built(raw, out, _writes(out)) as process:
         process.kill()
         process.communicate(timeout=SECONDS)  # returns once the workers, which share its output, are gone too
     assert [path.name for path in out.iterdir()] == [".building"]
@@ -76,7 +77,7 @@ def test_a_killed_build_leaves_no_shard_no_worker_and_nothing_in_the_next_ones_w
 
 def test_a_killed_worker_ends_the_build_with_a_remedy(raw: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with _half_built(raw, out, _both_write(out)) as process:
+    with _half_built(raw, out, _writes(out)) as process:
         # The last child is a worker; the first is multiprocessing's own resource tracker.
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
@@ -103,7 +104,7 @@ def test_a_script_without_a_guard_is_told_what_it_lacks(raw: Path, tmp_path: Pat
 @pytest.mark.parametrize("early", [True, False])
 def test_ctrl_c_clears_up_and_exits_130(raw: Path, tmp_path: Path, early: bool) -> None:
     out = tmp_path / "out"
-    with _half_built(raw, out, _workers_start if early else _both_write(out)) as process:
+    with _half_built(raw, out, _workers_start if early else _writes(out)) as process:
         os.killpg(process.pid, signal.SIGINT)
         printed, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 130
