@@ -61,6 +61,9 @@ CASES = [
     *cases(("cosine",), ("world",), ("gather",), ("reference", "online_softmax"), (True,), ("all", "all, keys")),
     *cases(("cosine",), ("rank",), ("local",), ("blockwise", "reference"), (True,), REFINED),
 ]
+PAIR_CASES = cases(
+    ("cosine", "kl"), ("pair",), ("local",), ("blockwise", "reference"), (True,), ("", "kept share", "all, keys")
+)
 
 
 def pixels(similarity: Similarity, ranks: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
@@ -186,6 +189,59 @@ def test_ranks_equal_one_process_in_every_scope_and_exchange(tmp_path: Path, ran
                 )
             alone = ranks == 1 or case[1] == "rank"
             assert (result["sent"] == 0) == alone
+
+
+def pairs(similarity: Similarity, images: Sequence[int], refinement: str) -> dict[str, Any]:
+    """Arguments of `cycle_association_pairs` but the images' pixels: one image of each domain for each of `SIZES`."""
+    chosen = [refined((similarity, "pair", "local", "auto", True, refinement), image) for image in images]
+    drawn, switches = [inputs for inputs, _ in chosen], chosen[0][1]
+    arguments: dict[str, Any] = {name: [one[name] for one in drawn] for name in drawn[0]} | switches
+    if "guide" in arguments:
+        arguments["guide"] = tuple(zip(*arguments["guide"], strict=True))
+    return arguments | {
+        "labels": [labels_of(SIZES[image][0], image) for image in images],
+        "target_labels": [labels_of(SIZES[image][1], image) for image in images],
+    }
+
+
+def associated_pairs(images: Sequence[int], case: Case) -> dict[str, torch.Tensor]:
+    similarity, _, _, implementation, detach, refinement = case
+    sources, targets, _ = pixels(similarity, len(SIZES))
+    weight = torch.eye(CHANNELS, dtype=torch.float64, requires_grad=True)
+    found = cycle_association_pairs(
+        [through(weight, sources[image], similarity) for image in images],
+        [through(weight, targets[image], similarity) for image in images],
+        similarity=similarity,
+        num_classes=CLASSES,
+        detach_statistics=detach,
+        implementation=implementation,
+        **pairs(similarity, images, refinement),
+    )
+    found.loss.backward()
+    assert weight.grad is not None
+    return {"loss": found.loss.detach(), "gradient": weight.grad, "numbers": numbers(found)}
+
+
+def all_pair_cases(rank: int, ranks: int) -> list[dict[str, torch.Tensor]]:
+    own = range(rank * len(SIZES) // ranks, (rank + 1) * len(SIZES) // ranks)
+    results = [associated_pairs(own, case) for case in PAIR_CASES]
+    for result in results:
+        for name in ("loss", "gradient"):
+            dist.all_reduce(result[name])
+            result[name] /= ranks
+    return results
+
+
+def test_pairs_of_images_on_two_ranks_equal_those_of_one_process_with_every_refinement(tmp_path: Path) -> None:
+    expected = [associated_pairs(range(len(SIZES)), case) for case in PAIR_CASES]
+    # A sum over no kept cycle would be equal too.
+    assert all(float(result["loss"]) > 0 for result in expected)
+    for found in run_on_ranks(all_pair_cases, 2, tmp_path):
+        for case, result, one in zip(PAIR_CASES, found, expected, strict=True):
+            for name, value in one.items():
+                torch.testing.assert_close(
+                    result[name], value, rtol=1e-9, atol=1e-11, equal_nan=True, msg=partial("{}: {}".format, case)
+                )
 
 
 def in_several_types(rank: int, ranks: int) -> dict[str, Any]:

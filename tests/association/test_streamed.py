@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 
 from dist_pca.association import Association, cycle_association, cycle_association_pairs, tiles
 from dist_pca.association.options import Implementation, Similarity
+from dist_pca.tools.bench.memory import peak_of, return_freed_memory_at_once
+from dist_pca.tools.bench.processes import in_fresh_processes
 from tests.association.pixels import CLASSES, domain, labels_of, refinements
 
 
@@ -204,6 +208,41 @@ def test_gradient_is_that_of_finite_differences(similarity: Similarity, implemen
         ).loss
 
     assert torch.autograd.gradcheck(loss, (source.requires_grad_(), target.requires_grad_()))
+
+
+def peak_with_refinements(_rank: int, n: int) -> int | None:
+    """Peak bytes of the loss and its gradients over n pixels of each domain, with every refinement."""
+    return_freed_memory_at_once()
+    source, target = (domain(n, 16, "cosine", seed).float().requires_grad_() for seed in (0, 1))
+    drawn = refinements(n, n, 16, "cosine", 2, classes=True, weights=True, guide=True)
+    drawn["guide"] = tuple(x.float() for x in drawn["guide"])
+    labels = labels_of(n, 0)
+
+    def call() -> None:
+        cycle_association(
+            source,
+            target,
+            labels,
+            num_classes=CLASSES,
+            implementation="blockwise",
+            class_balanced=True,
+            class_weights="kept_share",
+            **drawn,
+        ).loss.backward()
+
+    return peak_of(call, torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc, which Linux has")
+def test_memory_with_every_refinement_grows_with_the_pixels_and_not_with_their_pairs() -> None:
+    n = 6000
+    (one,), (two,) = (in_fresh_processes(partial(peak_with_refinements, n=size), 1) for size in (n, 2 * n))
+    assert one is not None
+    assert two is not None
+    # What grows is linear; a matrix of all pairs would add 12 times as much as this bound.
+    assert two - one < 4 * (4 * n**2 - n**2) / 12
+    assert two < 4 * (2 * n) ** 2 / 8
 
 
 def clustered(n: int, channels: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,11 +8,13 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +31,7 @@ from tests.association.kernel_rows import (
     largest_product,
     rows,
 )
+from tests.support.ranks import run_on_ranks
 
 
 def on_device(test: Any) -> Any:
@@ -274,6 +277,64 @@ def test_refinements_through_the_kernels_are_the_definition(similarity: Any, gui
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
     for gradient, expected in zip(results[1][1:], results[0][1:], strict=True):
         assert_near(gradient, expected, 1e-4 * float(expected.abs().max()))
+
+
+def drawn_ranks() -> list[dict[str, Any]]:
+    """Inputs of two ranks whose pixels are of three clusters, uneven in number."""
+    centres = torch.randn(3, 19, generator=torch.Generator().manual_seed(5))
+    inputs = []
+    for rank, (n, m) in enumerate([(33, 20), (7, 41)]):
+        s, t = torch.arange(n) % 3, torch.arange(m) % 3
+        drawn = [centres[of] + rows(len(of), 19, torch.float32, 10 * rank + i, 4) for i, of in enumerate((s, t, s, t))]
+        weights = torch.linspace(0, 1, m)
+        inputs.append(
+            {
+                "source": drawn[0],
+                "target": drawn[1],
+                "labels": s,
+                "target_classes": t,
+                "target_weights": weights,
+                "guide": (drawn[2], drawn[3]),
+            }
+        )
+    return inputs
+
+
+def associated(inputs: dict[str, Any], implementation: Any, communication: Any, refined: bool) -> list[torch.Tensor]:
+    """Loss and the gradient of a matrix that all pixels pass."""
+    weight = torch.eye(19, requires_grad=True)
+    own = dict(inputs) if refined else {name: inputs[name] for name in ("source", "target", "labels")}
+    own |= {name: own[name] @ weight for name in ("source", "target")}
+    switches: dict[str, Any] = {"class_balanced": refined, "class_weights": "kept_share" if refined else None}
+    found = cycle_association(
+        **own, num_classes=3, implementation=implementation, communication=communication, **switches
+    )
+    assert int(found.kept) > 0
+    found.loss.backward()
+    assert weight.grad is not None
+    return [found.loss.detach(), weight.grad]
+
+
+def kernels_on_a_rank(rank: int, ranks: int) -> list[list[torch.Tensor]]:
+    results = []
+    for communication, refined in product(("gather", "ring"), (False, True)):
+        loss, gradient = associated(drawn_ranks()[rank], "triton", communication, refined)
+        for value in (loss, gradient):
+            dist.all_reduce(value)
+        results.append([loss / ranks, gradient / ranks])
+    return results
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="two ranks share a processor, but not a GPU")
+def test_kernels_on_two_ranks_are_the_definition_in_one_process(tmp_path: Path) -> None:
+    one, two = drawn_ranks()
+    joined = {name: torch.cat([one[name], two[name]]) for name in one if name != "guide"}
+    joined["guide"] = tuple(torch.cat(sides) for sides in zip(one["guide"], two["guide"], strict=True))
+    expected = [associated(joined, "reference", "local", refined) for refined in (False, True)]
+    for found in run_on_ranks(kernels_on_a_rank, 2, tmp_path):
+        for (loss, gradient), (expected_loss, expected_gradient) in zip(found, 2 * expected, strict=True):
+            torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+            assert_near(gradient, expected_gradient, 1e-4 * float(expected_gradient.abs().max()))
 
 
 def test_only_a_gpu_or_the_interpreter_can_run_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
