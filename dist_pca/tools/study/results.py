@@ -225,6 +225,7 @@ def _run_row(result: RunResult, shards: str) -> dict[str, Any]:
 
 def _summary_row(summary: Summary) -> dict[str, Any]:
     difference = summary.difference._asdict() if summary.difference else dict.fromkeys(Difference._fields)
+    differences = summary.class_differences
     return {
         "variant": summary.variant,
         "shards": summary.shards,
@@ -236,7 +237,8 @@ def _summary_row(summary: Summary) -> dict[str, Any]:
         "pixel_accuracy": summary.pixel_accuracy,
         **{f"mean_iou_{name}": value for name, value in summary.label_sets.items()},
         **{f"iou_{name}": value for name, value in summary.classes.items()},
-        **{f"iou_difference_{name}": each and each.mean for name, each in summary.class_differences.items()},
+        **{f"iou_difference_{name}": each and each.mean for name, each in differences.items()},
+        **{f"iou_difference_standard_error_{name}": each and each.standard_error for name, each in differences.items()},
         "seconds_per_step": summary.seconds_per_step,
         "peak_memory_bytes": summary.peak_memory_bytes,
     }

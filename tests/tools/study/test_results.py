@@ -70,6 +70,7 @@ def test_a_variant_is_summed_up_over_its_seeds_and_compared_seed_by_seed(folder:
         rows = list(csv.DictReader(file))
     assert rows[0]["difference_mean"] == ""
     assert float(rows[1]["iou_difference_road"]) == pytest.approx(0.09)
+    assert float(rows[1]["iou_difference_standard_error_road"]) == pytest.approx(0.06 / math.sqrt(3))
     assert float(rows[1]["iou_road"]) == pytest.approx(0.39)
     assert float(rows[1]["seconds_per_step"]) == 2.5
 
