@@ -78,7 +78,12 @@ def test_what_cannot_be_is_refused_by_name(override: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "needed"), [("class_weights=kept_share", "class_balanced"), ("teacher_keys=true", "teacher_matches")]
+    ("key", "needed"),
+    [
+        ("class_weights=kept_share", "class_balanced"),
+        ("teacher_keys=true", "teacher_matches"),
+        ("teacher_threshold=0.8", "teacher_check"),
+    ],
 )
 def test_a_key_of_association_that_needs_another_says_so(key: str, needed: str) -> None:
     settings = [f"objective.association.{setting}" for setting in (f"{needed}=false", key)]

@@ -86,6 +86,9 @@ class AssociationConfig(Section):
     """Steps over which the weight rises linearly from 0 after `start_step`."""
     teacher_check: bool = False
     """Keep a cycle only if the teacher's class at the matched target pixel equals the source label."""
+    teacher_threshold: Fraction = 0.0
+    """Least probability of the teacher's class for `teacher_check` to keep a cycle; 0 lets any class count, however
+    unsure."""
     teacher_weight: bool = False
     """Weigh each cycle by the teacher's confidence at the matched target pixel."""
     teacher_matches: bool = False
@@ -111,6 +114,11 @@ class AssociationConfig(Section):
     def _check_keys(self) -> Self:
         if self.teacher_keys and not self.teacher_matches:
             raise ValueError("teacher_keys: needs matches found with the same features; set teacher_matches=true too")
+        if self.teacher_threshold > 0 and not self.teacher_check:
+            raise ValueError(
+                "teacher_threshold: bounds the probability of the class that the teacher checks; set "
+                "teacher_check=true, or it to 0"
+            )
         if self.class_weights and not self.class_balanced:
             raise ValueError(
                 "class_weights: weighs the classes of a class-balanced mean; set class_balanced=true, or it to null"

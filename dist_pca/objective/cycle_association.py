@@ -142,7 +142,7 @@ def _teacher_inputs(
     inputs = {}
     confidence, classes = pixels_at("predictions", target.features, target.teacher_logits, grid[1]).max(dim=2)
     if config.teacher_check:
-        inputs["target_classes"] = list(classes)
+        inputs["target_classes"] = list(torch.where(confidence >= config.teacher_threshold, classes, IGNORE_INDEX))
     if config.teacher_weight:
         inputs["target_weights"] = list(confidence)
     if config.teacher_matches:

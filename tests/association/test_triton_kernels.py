@@ -328,7 +328,7 @@ def kernels_on_a_rank(rank: int, ranks: int) -> list[list[torch.Tensor]]:
 @pytest.mark.skipif(not INTERPRETED, reason="two ranks share a processor, but not a GPU")
 def test_kernels_on_two_ranks_are_the_definition_in_one_process(tmp_path: Path) -> None:
     one, two = drawn_ranks()
-    joined = {name: torch.cat([one[name], two[name]]) for name in one if name != "guide"}
+    joined: dict[str, Any] = {name: torch.cat([one[name], two[name]]) for name in one if name != "guide"}
     joined["guide"] = tuple(torch.cat(sides) for sides in zip(one["guide"], two["guide"], strict=True))
     expected = [associated(joined, "reference", "local", refined) for refined in (False, True)]
     for found in run_on_ranks(kernels_on_a_rank, 2, tmp_path):

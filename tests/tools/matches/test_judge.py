@@ -78,6 +78,26 @@ def test_the_counts_are_those_that_training_logs(seed: int, level: Any, scope: A
 
 
 @settings(max_examples=25)
+@given(seed=drawn["seed"], level=drawn["level"], scope=drawn["scope"], threshold=st.floats(0.01, 1))
+def test_a_cycle_through_a_pixel_of_which_the_teacher_is_not_sure_enough_is_not_kept(
+    seed: int, level: Any, scope: Any, threshold: float
+) -> None:
+    source, target = domains(seed)
+    assert target.teacher_logits is not None
+    confidence, classes = target.teacher_logits.softmax(dim=1).flatten(2).transpose(1, 2).max(dim=2)
+    checked = plain(scope=scope, teacher_check=True, teacher_threshold=threshold)
+    place, kept = 0, 0
+    for cycles in judge(checked, level, source, target):
+        # A pair's targets are those of one image, the world's those of all.
+        pixels = slice(place, place + len(cycles.target_labels))
+        sure = confidence.flatten()[pixels][cycles.targets] >= threshold
+        alike = classes.flatten()[pixels][cycles.targets] == cycles.labels
+        assert torch.equal(cycles.kept, cycles.consistent & alike & sure)
+        place, kept = pixels.stop, kept + int(cycles.kept.sum())
+    assert kept == int(associate_level(checked, level, source, target, None).kept)
+
+
+@settings(max_examples=25)
 @given(
     seed=drawn["seed"], scope=drawn["scope"], levels=st.sampled_from([("features", "predictions"), ("predictions",)])
 )
