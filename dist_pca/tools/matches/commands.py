@@ -95,6 +95,9 @@ def matches(
     that many pixels are pulled towards the same few. Where pixels at the edges of crops receive far more than their
     share, a network's padding is matched rather than what the image shows.
 
+    Several checkpoints have a table of their own at the end, one row for each: what is right, what share of the loss
+    wrong matches carry, and the true class that is pulled most towards another.
+
     --out gets matches.csv, with a row for each pair of source class and true class, and matches-LEVEL-N.png, where a
     sample of matches is drawn as lines, green where right and red where wrong. Several checkpoints have a folder of
     pictures each.
@@ -108,7 +111,7 @@ def matches(
     from dist_pca.tools.matches.judge import summarise
     from dist_pca.tools.matches.measure import find_checkpoints, measure, with_options
     from dist_pca.tools.matches.picture import save_pictures
-    from dist_pca.tools.matches.report import Block, lines, table, to_json, write_csv
+    from dist_pca.tools.matches.report import Block, lines, overview, table, to_json, write_csv
     from dist_pca.training.run_folder import read_run
 
     if out is not None:
@@ -140,3 +143,5 @@ def matches(
         for line in lines(block, classes):
             typer.echo(line)
         typer.echo()
+    if len(found) > 1:
+        plain_console().print(overview(blocks, classes))

@@ -87,6 +87,26 @@ def table(block: Block, classes: Sequence[ClassInfo]) -> Table:
     return rich_table(f"{block.checkpoint}, {block.level}, scope {block.scope}, shares in per cent", [*shown, total])
 
 
+def overview(blocks: Sequence[Block], classes: Sequence[ClassInfo]) -> Table:
+    """One row for each checkpoint of each level, so that matches are seen over training."""
+    names, rows = [info.name for info in classes], []
+    for block in sorted(blocks, key=lambda block: block.level):
+        summary = block.summary
+        pulls = _wrong_pulls(summary, names)
+        rows.append(
+            {
+                "level": block.level,
+                "checkpoint": block.checkpoint,
+                "correct": _percent(_none(summary.correct_ratio)),
+                "of kept": _percent(_none(summary.kept_correct_ratio)),
+                "wrong": _percent(sum(share for _, share in pulls)),
+                "covered": _percent(summary.cover_ratio),
+                "worst pull": f"{pulls[0][0]} {_percent(pulls[0][1])}" if pulls else "",
+            }
+        )
+    return rich_table(f"over training, scope {blocks[0].scope}, shares in per cent", rows)
+
+
 def lines(block: Block, classes: Sequence[ClassInfo]) -> list[str]:
     """What a table of classes does not show: hubs, edges, coverage, and which classes wrong matches pull where."""
     summary, names = block.summary, [*(info.name for info in classes), UNKNOWN]
@@ -113,8 +133,12 @@ def lines(block: Block, classes: Sequence[ClassInfo]) -> list[str]:
 
 
 def _wrong_pulls(summary: Summary, names: Sequence[str]) -> list[tuple[str, float]]:
-    """Pairs of a target's true class and the source class it is pulled towards, by share of the loss."""
-    wrong = summary.weight[:, :-1].clone().fill_diagonal_(0)
+    """Pairs of a target's true class and the source class it is pulled towards, by share of the loss.
+
+    Shares are of the loss at target pixels whose true class is known.
+    """
+    known = summary.weight[:, :-1]
+    wrong = (known / known.sum().clamp(min=1e-9)).fill_diagonal_(0)
     order = wrong.flatten().argsort(descending=True, stable=True).tolist()
     pairs = [divmod(cell, wrong.shape[1]) for cell in order]
     return [(f"{names[j]} → {names[i]}", float(wrong[i, j])) for i, j in pairs if wrong[i, j] > 0]

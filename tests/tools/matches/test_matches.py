@@ -50,6 +50,17 @@ def test_the_table_has_each_class_and_the_hubs(folder: Path) -> None:
     assert all(info.name in done.stdout for info in CLASSES)
 
 
+def test_checkpoints_are_compared_in_a_table_of_their_own_that_tells_what_json_does(folder: Path) -> None:
+    assert "over training" not in matches(folder).stdout
+    blocks = json.loads(matches(folder, "--all-checkpoints", "--json").stdout)["blocks"]
+    rows = matches(folder, "--all-checkpoints").stdout.partition("over training, scope world")[2].splitlines()
+    for block in blocks:
+        (row,) = [row for row in rows if row.startswith(block["level"]) and block["checkpoint"] in row]
+        names = ("correct_ratio", "kept_correct_ratio", "wrong_weight", "cover_ratio")
+        shares = ["" if block[name] is None else f"{100 * block[name]:.1f}" for name in names]
+        assert row.split()[2:6] == [share for share in shares if share][:4]
+
+
 def test_csv_json_and_pictures_tell_the_same_of_every_checkpoint(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = matches(folder, "--all-checkpoints", "--json", "--out", str(out), "--scope", "pair", "--pictures", "1")
