@@ -120,7 +120,9 @@ def test_todays_recipes_show_images_of_the_published_sizes_and_ignore_the_publis
 def test_todays_recipes_associate_as_has_been_measured(name: str) -> None:
     config, measured = recipe(name), load_config(resource("configs", "camvid"))
     association = config.objective.association
-    assert association.start_step == association.ramp_steps == config.training.steps // 10
+    for run in (config, measured):
+        own = run.objective.association
+        assert (own.start_step, own.ramp_steps) == (run.training.steps // 2, run.training.steps // 10)
     timing = {"start_step": 0, "ramp_steps": 0}
     assert association.model_copy(update=timing) == measured.objective.association.model_copy(update=timing)
     if config.model.backbone.startswith("resnet"):
