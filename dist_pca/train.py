@@ -111,7 +111,8 @@ def main(
 
         world_size, local_ranks = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         prepared = prepare_run(run, world_size=world_size, resume=resume, local_ranks=local_ranks)
-        for warning in {describe_empty_classes(source) for source in prepared.sources} - {""}:
+        empty = {describe_empty_classes(source) for source in prepared.sources} - {""}
+        for warning in [*empty, *run.unused_terms()]:
             if rank == 0:
                 _print(f"warning: {warning}", always=True)
         if is_finished(run):

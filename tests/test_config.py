@@ -18,6 +18,7 @@ def test_every_shipped_config_is_a_run_and_survives_being_saved(name: str, tmp_p
     config = load_config(resource("configs", name))
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
+    assert config.unused_terms() == []
 
 
 def test_the_papers_recipe_is_what_the_configs_say() -> None:
@@ -89,6 +90,16 @@ def test_a_key_of_association_that_needs_another_says_so(key: str, needed: str) 
     settings = [f"objective.association.{setting}" for setting in (f"{needed}=false", key)]
     with pytest.raises(UserError, match=f"objective.association.{key.split('=')[0]}: .*{needed}=true"):
         load_config(DEMO, settings)
+
+
+def test_a_term_that_would_start_after_the_last_step_is_named() -> None:
+    late = ["objective.association.start_step=60", "objective.self_training.start_step=49", "training.steps=50"]
+    (warning,) = load_config(DEMO, late).unused_terms()
+    assert warning.startswith("objective.association.start_step: 60 is not below training.steps 50,")
+    assert "lower it, for example to 25" in warning
+    assert len(load_config(DEMO, [*late, "objective.self_training.start_step=50"]).unused_terms()) == 2
+    for off in ("objective.association.weight=0", "objective.adapt=false"):
+        assert load_config(DEMO, [*late, off]).unused_terms() == []
 
 
 def test_pairs_need_as_many_targets_as_sources() -> None:

@@ -67,6 +67,22 @@ class RunConfig(Section):
         scale = sum(self.data.shorter_edge) / 2 / min(height, width)
         return round(height * scale), round(width * scale)
 
+    def unused_terms(self) -> list[str]:
+        """Terms of the loss that are on and would start after the last step, as warnings that name the key."""
+        objective, steps = self.objective, self.training.steps
+        terms = {
+            "association": objective.association.weight > 0,
+            "self_training": objective.trains_on_pseudo_labels,
+            "class_statistics": objective.class_statistics.weight > 0,
+        }
+        starts = {name: getattr(objective, name).start_step for name, on in terms.items() if on and objective.adapt}
+        return [
+            f"objective.{name}.start_step: {start} is not below training.steps {steps}, so the term never takes part; "
+            f"lower it, for example to {steps // 2}"
+            for name, start in starts.items()
+            if start >= steps
+        ]
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.objective.adapt and self.data.target is None:
