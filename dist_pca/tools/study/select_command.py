@@ -64,13 +64,12 @@ def select(
     ICML 2012). [bold]agreement[/] is how often a candidate predicts what the average of all does (EnsV, NeurIPS 2024);
     as a rule it takes three candidates or more, and of candidates that differ much it takes the one in the middle.
 
-    Three guards exclude candidates from the choice, and by the rule agreement, where three or more are left, from the
+    Two guards exclude candidates from the choice, and by the rule agreement, where three or more are left, from the
     average too. One excludes those whose mIoU on [bold]--source-validation[/] is more than [bold]--tolerance[/] points
-    below the best. Another excludes those that have collapsed: they predict at most half as many classes as the
+    below the best. The other excludes those that have collapsed: they predict at most half as many classes as the
     ensemble or the median candidate (a class counts from 0.1 per cent of the pixels on), their predicted classes have
     at most half of that one's entropy, or they no longer predict a class that the median candidate sees on 1 per cent
-    of the pixels. Where these leave three candidates or more, the last excludes those whose agreement is more than 10
-    points below the best.
+    of the pixels.
 
     Labels of the target, if there are any, are never used to choose, only to rate the choice afterwards. The
     last line is the chosen run, as [bold]dist-pca evaluate[/] takes it.

@@ -38,8 +38,6 @@ PREDICTED_SHARE = 0.001
 """Share of pixels on which a class must be predicted to count as predicted."""
 COMMON_SHARE = 0.01
 """Share of pixels on which the median candidate must predict a class for another one to have lost it."""
-APART = 0.1
-"""Agreement by which a candidate may be below the best one, in 0..1; what is further away stands alone."""
 COLLAPSED_SHARE = 0.5
 """Share of the reference's number of classes, or entropy, at or below which a candidate has collapsed."""
 GRID_STRIDE = 4
@@ -223,8 +221,6 @@ def guard(
     whichever is larger, so that neither one confident candidate nor many collapsed ones set it alone.
     Loss of a class: one that the median candidate predicts on at least `COMMON_SHARE` of the pixels is predicted on
     less than `PREDICTED_SHARE`. Of few classes each is a large part of the mean IoU.
-    Agreement: where the other guards leave three candidates or more, it agrees with the ensemble by more than `APART`
-    less than the best of these does. A network that has seen no target can be decided on many classes, and wrong.
 
     Args:
         measurement: What the candidates predict.
@@ -250,10 +246,6 @@ def guard(
     for place, count in enumerate(lost.sum(dim=1).tolist()):
         if count and not reasons[place]:
             reasons[place].append(f"{count} class{'es' if count > 1 else ''} lost")
-    left = {place: each.agreement for place, each in enumerate(measurement.candidates) if not reasons[place]}
-    for place, value in left.items():
-        if len(left) >= MAJORITY and value < max(left.values()) - APART:
-            reasons[place].append(f"agreement {100 * (max(left.values()) - value):.1f} below the best")
     return reasons
 
 
