@@ -62,7 +62,8 @@ def select(
     Two scores are measured on the target's images. [bold]information[/] is high where each pixel is decided and the
     classes are many: the entropy of the mean prediction less the mean entropy of predictions (information maximisation,
     ICML 2012). [bold]agreement[/] is how often a candidate predicts what the average of all does (EnsV, NeurIPS 2024);
-    as a rule it takes three candidates or more, and of candidates that differ much it takes the one in the middle.
+    as a rule it takes three candidates or more, and of candidates that differ much it takes the one in the middle. The
+    rule information takes the largest product of the two, and of two candidates the larger information.
 
     Two guards exclude candidates from the choice, and by the rule agreement, where three or more are left, from the
     average too. One excludes those whose mIoU on [bold]--source-validation[/] is more than [bold]--tolerance[/] points

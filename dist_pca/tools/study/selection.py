@@ -250,7 +250,10 @@ def guard(
 
 
 def choose(measurement: Measurement, reasons: Sequence[Sequence[str]], rule: Rule = "information") -> int:
-    """Place of the candidate of highest information or agreement that no guard keeps out; of equal ones the first.
+    """Place of the candidate that the rule puts first among those that no guard keeps out; of equal ones the first.
+
+    By information a candidate counts as much as it agrees with the ensemble, where three or more have a majority: a
+    network that has seen no target can be decided on many classes, and wrong.
 
     Raises:
         UserError: all are out.
@@ -258,7 +261,13 @@ def choose(measurement: Measurement, reasons: Sequence[Sequence[str]], rule: Rul
     left = [place for place, out in enumerate(reasons) if not out]
     if not left:
         raise UserError("every candidate is kept out by a guard; raise --tolerance, or add candidates")
-    return max(left, key=lambda place: (getattr(measurement.candidates[place], rule), -place))
+    voted = rule == "information" and len(measurement.candidates) >= MAJORITY
+
+    def score(place: int) -> float:
+        measured = measurement.candidates[place]
+        return measured.information * measured.agreement if voted else getattr(measured, rule)
+
+    return max(left, key=lambda place: (score(place), -place))
 
 
 def _samples_of(shard: Shard, places: Sequence[int]) -> Shard:

@@ -57,7 +57,7 @@ def test_the_json_tells_scores_guards_and_what_the_choice_was_worth(folder: Path
     assert collapsed["classes"] == 1
     assert collapsed["out"][0].startswith("collapsed")
     assert collapsed["information"] == pytest.approx(0, abs=1e-6)
-    assert found["chosen"]["information"] == max(row["information"] for row in found["candidates"])
+    assert found["chosen"] == max(found["candidates"], key=lambda row: row["information"] * row["agreement"])
     assert all(0 <= row["agreement"] <= 1 and row["source_mean_iou"] > 0 for row in found["candidates"])
     true = [row["true_mean_iou"] for row in found["candidates"]]
     assert found["regret"] == pytest.approx(max(true) - found["chosen"]["true_mean_iou"])
@@ -116,7 +116,7 @@ def test_a_checkpoint_is_given_as_evaluate_takes_it(folder: Path) -> None:
 
 def test_two_candidates_have_information_and_no_majority(folder: Path) -> None:
     found = json.loads(select(folder, "a b", "--json").stdout)
-    assert found["chosen"]["information"] == max(row["information"] for row in found["candidates"])
+    assert found["chosen"] == max(found["candidates"], key=lambda row: row["information"] * row["agreement"])
     done = select(folder, "a b", "--rule", "agreement")
     assert isinstance(done.exception, UserError)
     assert "--rule information" in str(done.exception)

@@ -153,7 +153,7 @@ def test_labels_of_the_target_never_choose(folder: Path, tmp_path: Path) -> None
 def measurement(*histograms: tuple[int, ...], scores: tuple[float, ...] | None = None) -> Measurement:
     counts = [torch.tensor(histogram) for histogram in histograms]
     given = scores or tuple(1.0 - 0.1 * place for place in range(len(counts)))
-    measured = [Measured(score, 1 - score, count) for score, count in zip(given, counts, strict=True)]
+    measured = [Measured(score, 1 - score / 20, count) for score, count in zip(given, counts, strict=True)]
     return Measurement(measured, torch.stack(counts).sum(dim=0))
 
 
@@ -205,10 +205,22 @@ def test_no_candidate_left_is_an_error_with_a_remedy() -> None:
         choose(measurement(HEALTHY, HEALTHY), [["a"], ["b"]])
 
 
+def rated(*scores: tuple[float, float]) -> Measurement:
+    """Candidates of given information and agreement, and equal histograms."""
+    return Measurement([Measured(*score, torch.tensor(HEALTHY)) for score in scores], torch.tensor(HEALTHY))
+
+
 def test_the_highest_score_of_the_rule_is_chosen_and_of_equal_ones_the_first() -> None:
-    found = measurement(HEALTHY, HEALTHY, HEALTHY, scores=(0.5, 0.7, 0.7))
+    found = rated((0.5, 0.95), (0.7, 0.9), (0.7, 0.9))
     assert choose(found, [[], [], []]) == 1
     assert choose(found, [[], [], []], "agreement") == 0
+
+
+def test_information_counts_as_much_as_a_majority_agrees() -> None:
+    found = rated((0.49, 0.87), (0.46, 0.98), (0.43, 0.98))
+    assert choose(found, [[], [], []]) == 1
+    # Two differ from their average alike, whichever is right.
+    assert choose(rated((0.49, 0.87), (0.46, 0.98)), [[], []]) == 0
 
 
 def test_classes_count_from_a_thousandth_of_the_pixels() -> None:
