@@ -325,7 +325,7 @@ def kernels_on_a_rank(rank: int, ranks: int) -> list[list[torch.Tensor]]:
     return results
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="two ranks share a processor, but not a GPU")
+@pytest.mark.skipif(not INTERPRETED, reason="two ranks share no GPU; the interpreter's process runs it")
 def test_kernels_on_two_ranks_are_the_definition_in_one_process(tmp_path: Path) -> None:
     one, two = drawn_ranks()
     joined: dict[str, Any] = {name: torch.cat([one[name], two[name]]) for name in one if name != "guide"}
