@@ -102,6 +102,8 @@ class Plan:
         # Keys that have no effect on a build must not make it another.
         idle: dict[str, Any] = {} if self.recipe.coding.kind in DRAWN_KINDS else {"coding": set(DRAWN_KEYS)}
         idle |= {"bands": True} if self.recipe.bands is None else {}
+        # It shows in the samples.
+        idle |= {"splits": {"__all__": {"exclude"}}}
         return {
             "builder": BUILDER_VERSION,
             "recipe": self.recipe.model_dump(mode="json", exclude={"description": True} | idle),

@@ -59,6 +59,9 @@ class Split(Section):
     extension are passed over."""
     label: Pairing | None = None
     """Where labels are; None if the split has no labels."""
+    exclude: tuple[str, ...] = ()
+    """Globs on image paths relative to the root, in which `*` spans folders, of images that are left out: those that a
+    data set is known to have wrong. They need not match."""
     list_file: str | None = None
     """Text file below the root that lists the images of the split, one per line, as a path or the end of a path, with
     or without extension."""

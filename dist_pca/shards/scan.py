@@ -42,11 +42,11 @@ class Selection(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Scan:
-    """Samples of a split, sorted by path, and the files that match its globs and are no images."""
+    """Samples of a split, sorted by path, and what else matches its globs."""
 
     samples: tuple[RawSample, ...]
     passed_over: str
-    """Number of those files by reason; empty if there are none."""
+    """Number of those files, and of images that the recipe excludes, by reason; empty if there are none."""
 
 
 def scan(
@@ -87,6 +87,12 @@ def scan(
     images = [path.relative_to(root).as_posix() for path in found.images]
     if rules.list_file is not None:
         images = _listed(images, root / rules.list_file)
+    listed, images = images, [image for image in images if not _matches(image, rules.exclude)]
+    if not images:
+        raise UserError(f"recipe {recipe.name}: splits.{split}.exclude leaves none of {len(listed)} images; narrow it")
+    if len(images) < len(listed):
+        left_out = f"{len(listed) - len(images)} images that the recipe excludes"
+        passed_over = f"{passed_over}, {left_out}" if passed_over else left_out
     images = _selected(images, include, exclude)
     keys = unique_keys(images)
     if unlabelled or rules.label is None:
@@ -197,15 +203,14 @@ def _selected(images: Sequence[str], include: Sequence[str], exclude: Sequence[s
         for pattern in globs:
             if not any(fnmatchcase(image, pattern) for image in images):
                 raise UserError(f"{option} {pattern!r}: matches none of {len(images)} images, such as {images[0]}")
-    kept = [
-        image
-        for image in images
-        if (not include or any(fnmatchcase(image, pattern) for pattern in include))
-        and not any(fnmatchcase(image, pattern) for pattern in exclude)
-    ]
+    kept = [image for image in images if (not include or _matches(image, include)) and not _matches(image, exclude)]
     if not kept:
         raise UserError(f"--include and --exclude leave none of {len(images)} images; widen one or narrow the other")
     return kept
+
+
+def _matches(image: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(image, pattern) for pattern in globs)
 
 
 def _label_of(image: str, pairing: Pairing, recipe: Recipe) -> str:

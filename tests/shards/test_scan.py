@@ -51,6 +51,23 @@ def test_selection_by_glob_splits_a_sequence_in_two(tmp_path: Path) -> None:
     assert not {sample.image for sample in early} & {sample.image for sample in late}
 
 
+def test_what_the_recipe_excludes_is_left_out_and_counted(tmp_path: Path) -> None:
+    make_camvid(tmp_path / "day", [LABEL] * 12)
+    recipe = load_recipe("camvid")
+    split = recipe.splits["all"].model_copy(update={"exclude": ("*_f0001[01].png", "absent/*")})
+    found = scan(recipe.model_copy(update={"splits": {"all": split}}), tmp_path, "all")
+    assert len(found.samples) == 10
+    assert found.passed_over == "2 images that the recipe excludes"
+
+
+def test_a_recipe_that_excludes_every_image_is_refused(tmp_path: Path) -> None:
+    make_camvid(tmp_path / "day", [LABEL])
+    recipe = load_recipe("camvid")
+    split = recipe.splits["all"].model_copy(update={"exclude": ("*",)})
+    with pytest.raises(UserError, match=r"recipe camvid: splits\.all\.exclude leaves none of 1 images"):
+        scan(recipe.model_copy(update={"splits": {"all": split}}), tmp_path, "all")
+
+
 def test_a_glob_that_matches_nothing_is_refused_with_an_example(tmp_path: Path) -> None:
     make_camvid(tmp_path / "day", [LABEL])
     with pytest.raises(

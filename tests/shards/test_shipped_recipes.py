@@ -72,19 +72,15 @@ def _label(root: Path, name: str, ids: Ids = TRAIN_IDS) -> None:
     save(Image.fromarray(ids.astype(np.uint8)), root / name)
 
 
-def _built(recipe: str, root: Path, split: str | None = None, exclude: tuple[str, ...] = ()) -> dict[str, Ids | None]:
+def _built(recipe: str, root: Path, split: str | None = None) -> dict[str, Ids | None]:
     """Train ids of every sample of a build, by the image's path below the root; None where it has no label."""
     out = root.parent / f"{root.name}-{split}"
-    manifest = build_shards(recipe, root, out, split=split, workers=1, exclude=exclude)
+    manifest = build_shards(recipe, root, out, split=split, workers=1)
     assert tuple(info.name for info in manifest.classes) == CLASSES
     return {
         json.loads(sample["json"])["source"]: np.array(label_of(sample)) if "label.png" in sample else None
         for sample in stored_samples(manifest)
     }
-
-
-def _excluded(header: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"--exclude '(\S+)'", header))
 
 
 def _assert_labels(built: dict[str, Ids | None], images: list[str], labels: Ids) -> None:
@@ -118,7 +114,7 @@ def test_a_folder_that_does_not_hold_the_data_set_is_refused_with_the_glob(tmp_p
         assert "\n" not in str(caught.value)
 
 
-def test_gta5_files_that_do_not_fit_are_left_out_as_its_header_says(tmp_path: Path) -> None:
+def test_gta5_files_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
     root = tmp_path / "gta5"
     make_gta5(tmp_path / "one", [TRAIN_IDS])
     kept = [f"images/{number:05d}.png" for number in (15187, 15189, 17704, 17706, 20800, 20861)]
@@ -127,7 +123,7 @@ def test_gta5_files_that_do_not_fit_are_left_out_as_its_header_says(tmp_path: Pa
         for name in (image, image.replace("images", "labels")):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).hardlink_to(tmp_path / "one" / name[:6] / "00001.png")
-    assert sorted(_built("gta5", root, exclude=_excluded(resource("shards", "gta5").read_text()))) == kept
+    assert sorted(_built("gta5", root)) == kept
 
 
 def test_acdc_is_split_by_condition_and_whole(tmp_path: Path) -> None:
@@ -182,18 +178,15 @@ def test_bdd100k_masks_are_train_ids_under_the_name_of_the_jpeg(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_bdd100k_images_on_their_side_are_left_out_as_its_header_says(tmp_path: Path, split: str) -> None:
-    header = resource("shards", "bdd100k").read_text().split("out of val")
-    exclude = _excluded(header[split == "val"])
+def test_bdd100k_images_on_their_side_are_left_out(tmp_path: Path, split: str) -> None:
+    exclude = load_recipe("bdd100k").splits[split].exclude
     root = tmp_path / "bdd100k"
     for stem in ("0004a4c0-d4dff0ad", *(pattern[2:-4] for pattern in exclude)):
         turned = stem != "0004a4c0-d4dff0ad"
         _image(root, f"images/10k/{split}/{stem}.jpg", TRAIN_IDS.T if turned else TRAIN_IDS)
         _label(root, f"labels/sem_seg/masks/{split}/{stem}.png")
-    with pytest.raises(UserError, match=r"leave both out with --exclude"):
-        _built("bdd100k", root, split)
     assert len(exclude) == {"train": 4, "val": 2}[split]
-    assert list(_built("bdd100k", root, split, exclude)) == [f"images/10k/{split}/0004a4c0-d4dff0ad.jpg"]
+    assert list(_built("bdd100k", root, split)) == [f"images/10k/{split}/0004a4c0-d4dff0ad.jpg"]
 
 
 def test_mapillary_palette_indices_are_joined_into_cityscapes_classes(tmp_path: Path) -> None:
