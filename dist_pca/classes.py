@@ -102,7 +102,7 @@ def label_set_members(names: Sequence[str], classes: Sequence[ClassInfo]) -> dic
         if missing:
             raise UserError(
                 f"evaluation.label_sets: {name} needs {', '.join(missing)}, which are not classes of this run; "
-                "remove the label set or add them to data.classes"
+                "remove the label set (evaluation.label_sets=[]) or add them to data.classes"
             )
         members[name] = [train_ids[member] for member in LABEL_SETS[name]]
     return members

@@ -46,7 +46,7 @@ app.add_typer(bench_app, name="bench")
 _TRAIN_EXAMPLES = """
 [bold]Examples[/]
 
-dist-pca train gta5_to_cityscapes data.source=data/gta5 data.target=data/city_train
+dist-pca train gta5_to_cityscapes data.source=data/gta5 data.target=data/cityscapes_train
 
 dist-pca train my_run.yaml training.steps=2000 objective.association.scope=world --launcher accelerate/gpu_zero3
 
@@ -149,10 +149,10 @@ def train(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, runs and pictures.")] = Path("runs/demo"),
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value for both runs, for example training.steps=50")
+        list[str] | None, typer.Argument(help="key=value for all three runs, for example training.precision=bf16")
     ] = None,
 ) -> None:
-    """Draw a street world by day and by night, train with and without adaptation, and compare both runs by night.
+    """Draw streets by day and by night, train on the source alone, without association and with all terms, and compare.
 
     Parts that exist already are reused; remove the folder to start from scratch.
     """

@@ -18,15 +18,15 @@ app = typer.Typer(rich_markup_mode="rich")
 _EVALUATE_EXAMPLES = """
 [bold]Examples[/]
 
-dist-pca evaluate runs/gta5_to_cityscapes --shards data/city_val
+dist-pca evaluate runs/gta5_to_cityscapes --shards data/cityscapes_val
 
-dist-pca evaluate runs/synthia_to_cityscapes --shards data/city_val --label-set synthia_13 --json
+dist-pca evaluate runs/synthia_to_cityscapes --shards data/cityscapes_val --label-set synthia_13 --json
 
 dist-pca evaluate runs/mine --shards data/test --flip --scale 0.75 --scale 1 --scale 1.25
 
 dist-pca evaluate runs/mine --shards data/test --input-size 1024 2048 --window 512 1024 --checkpoint 4000
 
-dist-pca evaluate runs/gta5_to_cityscapes --shards data/city_test --write-predictions results --coding label-ids
+dist-pca evaluate runs/gta5_to_cityscapes --shards data/cityscapes_test --write-predictions results --coding label-ids
 
 dist-pca evaluate runs/mine --shards data/test --write-scores scores --boundary-iou 0.02
 

@@ -31,7 +31,7 @@ _BUILD_EXAMPLES = """
 
 dist-pca shards build gta5 --root raw/GTA5 --out data/gta5 --dry-run
 
-dist-pca shards build cityscapes --root raw/cityscapes --out data/city_train --split train --unlabelled
+dist-pca shards build cityscapes --root raw/cityscapes --out data/cityscapes_train --split train --unlabelled
 
 dist-pca shards build camvid --root raw/camvid --out data/day --include '0006R0/*'
 

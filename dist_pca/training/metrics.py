@@ -26,8 +26,8 @@ from dist_pca.training.terminal import RunTerminal
 
 METRICS = {
     "step": "updates made, the skipped ones too",
-    "learning_rate": "of the backbone, in the last step",
-    "gradient_norm": "of the last step, before clipping; null if it was skipped",
+    "learning_rate": "learning rate of the backbone in the last step",
+    "gradient_norm": "gradient norm of the last step before clipping; null if it was skipped",
     "loss_scale": "what fp16's losses are multiplied by in the next step; 1 at another precision",
     "skipped_share": "share of steps skipped because a loss or gradient was not finite",
     "loss": "what is minimised",
@@ -36,7 +36,7 @@ METRICS = {
     "lovasz": "Lovasz-Softmax of the source",
     "source_contrast": "InfoNCE of the source's pixels, nats",
     "class_statistics": "InfoNCE of both domains' pixels with the distributions of all classes, nats",
-    "feature_distance": "distance of the source's things to the pretrained backbone's features",
+    "feature_distance": "distance of the features at source pixels of thing classes to the pretrained backbone's",
     "smoothness_source, smoothness_target": "label smoothness of each domain",
     "self_training": "cross-entropy of mixed images with pseudo labels, weighted by `confident_share`",
     "masked_consistency": "cross-entropy of target images with hidden blocks, with the same labels and weight",
@@ -44,17 +44,17 @@ METRICS = {
     "pseudo_label_accuracy": "share of pseudo labels that are true; only where target shards have labels",
     "association_LEVEL": "association loss at `features` or `predictions`, nats",
     "kept_LEVEL": "cycles kept",
-    "kept_per_class_LEVEL": "the same by class name",
+    "kept_per_class_LEVEL": "cycles kept, by class name",
     "cover_ratio_LEVEL": "share of target pixels that some source pixel matched",
     "consistent_ratio_LEVEL": "share of labelled source pixels whose cycle is consistent: it ends in their own class",
-    "kept_ratio_LEVEL": "share of them whose cycle is kept: where the teacher checks, it sees that class at the "
-    "match too",
+    "kept_ratio_LEVEL": "share of labelled source pixels whose cycle is kept: it is consistent and, with "
+    "`teacher_check`, the teacher predicts the same class at the matched target pixel",
     "correct_ratio_LEVEL": "share of matches whose target truly has the source's class; only where target shards have "
-    "labels, which never reach the loss. Where association is off or has not begun, it is of the line's step alone, "
-    "if target images themselves are shown to the network",
-    "kept_correct_ratio_LEVEL": "the same of kept cycles alone",
+    "labels, which never reach the loss. Where association is off or has not begun, matches are judged at logged steps "
+    "alone, and only if the student sees target images in their own colours",
+    "kept_correct_ratio_LEVEL": "share of kept cycles whose matched target pixel truly has the source's class",
     "confusion_LEVEL": "matches by class: `source class → true class of the matched target pixel`; where that is known",
-    "kept_confusion_LEVEL": "the same of kept cycles alone",
+    "kept_confusion_LEVEL": "`confusion_LEVEL` of kept cycles alone",
     "mutual_information_bound_LEVEL": "InfoNCE's lower bound on mutual information: `ln N_source + ln N_target - loss` "
     "nats. The loss itself grows with the number of candidates and compares only at equal numbers",
     "communication_bytes_LEVEL": "bytes of keys, matches and gradients that a rank sends to others in one update",

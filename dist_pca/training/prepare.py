@@ -82,6 +82,8 @@ def prepare_run(
     for manifest in targets:
         check_crop(manifest, config.data, "target")
     build_sampler(config.data, sources, "source", config.seed, targets=targets)
+    # Otherwise the first evaluation would find it, after the training.
+    label_set_members(config.evaluation.label_sets, classes)
     config = _fit_bands(config, (*sources, *targets))
     check_resume(config, resume, RunData(classes, sources, targets))
     check_trackers(config)
@@ -143,7 +145,7 @@ def _open_validation(config: RunConfig, classes: Sequence[ClassInfo]) -> Manifes
     """Open the shards of data.validation and check that they can be scored; None if the run has none.
 
     Raises:
-        UserError: they cannot be read, have no labels or none of the classes, or a label set has an unknown class.
+        UserError: they cannot be read, or have no labels or none of the classes.
     """
     if config.data.validation is None:
         return None
@@ -154,7 +156,6 @@ def _open_validation(config: RunConfig, classes: Sequence[ClassInfo]) -> Manifes
     lookup_table(manifest, classes, class_map)
     for line in describe_missing(manifest, missing_classes(manifest, classes, class_map)):
         _log.info("data.validation: %s", line)
-    label_set_members(config.evaluation.label_sets, classes)
     if manifest.bands != config.model.bands:
         raise UserError(
             f"data.validation: images of {manifest.folder} have {manifest.bands} bands, and those of the source "

@@ -1,7 +1,6 @@
 """Each shipped recipe against its data set's folders and label coding, in trees of a few pixels."""
 
 import json
-import re
 from collections import defaultdict
 from pathlib import Path
 

@@ -232,7 +232,7 @@ def data(
 @app.command("resume", epilog=_examples("dist-pca bench resume", "dist-pca bench resume --kills 25 --seed 1 --json"))
 def resume(
     kills: Annotated[int, typer.Option(min=1, help="How often the run is killed; each costs a start.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Of the instants.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the moments at which the run is killed.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Kill a small run of two processes again and again, some times inside a checkpoint write, and start it again.

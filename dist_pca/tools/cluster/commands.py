@@ -15,9 +15,9 @@ app = typer.Typer(rich_markup_mode="rich")
 _SUBMIT_EXAMPLES = """
 [bold]Examples[/]
 
-dist-pca submit gta5_to_cityscapes --nodes 4 --gpus-per-node 8 --time 12:00:00 --dry-run
+dist-pca submit gta5_to_cityscapes --nodes 1 --gpus-per-node 8 --time 12:00:00 --dry-run
 
-dist-pca submit gta5_to_cityscapes training.precision=bf16 --nodes 2 --gpus-per-node 8 --time 1-00 --account vision
+dist-pca submit gta5_to_cityscapes training.{source,target}_batch=16 --nodes 2 --gpus-per-node 8 --time 1-00
 
 dist-pca submit my_run.yaml --nodes 1 --gpus-per-node 4 --time 90 --sbatch constraint=a100 --sbatch exclusive
 
@@ -96,6 +96,8 @@ def submit(
     check_run(run, world_size=nodes * processes, gpus=gpus_per_node > 0, resume=resume)
     typer.echo(text)
     console = plain_console(stderr=True, soft_wrap=True)
+    for warning in run.unused_terms():
+        console.print(f"warning: {warning}", markup=False)
     if dry_run:
         return
     if run.training.steps <= saved_step(run.folder):

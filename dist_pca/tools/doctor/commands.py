@@ -30,7 +30,7 @@ dist-pca doctor gta5_to_cityscapes data.source=data/gta5 --shared runs
 
 accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_pca.doctor demo --shared runs
 
-srun --nodes 2 accelerate launch --config_file launch/accelerate/multi_node.yaml -m dist_pca.doctor --json
+accelerate launch --config_file launch/accelerate/multi_node_cpu.yaml --main_process_ip HOST -m dist_pca.doctor
 """
 _COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 

@@ -14,13 +14,13 @@ app = typer.Typer(rich_markup_mode="rich")
 _MATCHES_EXAMPLES = """
 [bold]Examples[/]
 
-dist-pca matches runs/mine --target data/city_train_labelled --out matches
+dist-pca matches runs/mine --target data/cityscapes_train_labelled --out matches
 
 dist-pca matches runs/mine --all-checkpoints --level predictions --batches 8 --json
 
 dist-pca matches runs/mine --checkpoint 1000 --checkpoint best --scope pair --diffusion 0 --no-teacher
 
-dist-pca matches runs/mine --target data/city_val --whole-frames --batches 2 --images 2 --out matches_val
+dist-pca matches runs/mine --target data/cityscapes_val --whole-frames --batches 2 --images 2 --out matches_val
 """
 
 

@@ -20,7 +20,7 @@ _EXAMPLES = """
 
 dist-pca plan gta5_to_cityscapes --nodes 1 --gpus-per-node 8
 
-dist-pca plan gta5_to_cityscapes training.precision=bf16 objective.association.scope=world --nodes 2 --gpu a100
+dist-pca plan gta5_to_cityscapes training.source_batch=16 training.target_batch=16 --nodes 2 --gpu a100
 
 dist-pca plan my_run.yaml --sweep 1024 --plot plan.png
 

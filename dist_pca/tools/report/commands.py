@@ -12,7 +12,7 @@ _EXAMPLES = """
 
 dist-pca report runs/mine
 
-dist-pca report runs/mine --baseline runs/source_only --target data/city_val --out mine.html
+dist-pca report runs/mine --baseline runs/source_only --target data/cityscapes_val --out mine.html
 
 dist-pca report runs/sgd runs/adamw runs/convnext --pictures 0
 """

@@ -38,7 +38,7 @@ dist-pca study camvid --test data/camvid/test --grid objective.association.weigh
 
 dist-pca study camvid --test data/camvid/test --variant 'source: objective.adapt=false' --variant 'adapted:'
 
-dist-pca study camvid --test data/city_val --test data/acdc_val --grid training.steps=200,400 --set optimizer.lr=3e-4
+dist-pca study my_run.yaml --test data/mine/test --test data/mine/dusk --grid optimizer.lr=3e-4,1e-3 --set seed=1
 
 dist-pca study my_study.yaml --dry-run
 

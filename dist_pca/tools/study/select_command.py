@@ -23,9 +23,9 @@ _SELECT_EXAMPLES = """
 
 dist-pca select studies/camvid/runs/* --target data/camvid/target
 
-dist-pca select runs/a runs/b runs/c --target data/city_train --source-validation data/gta5_val --max-images 200
+dist-pca select runs/a runs/b runs/c --target data/cityscapes_train --source-validation data/gta5_val --max-images 200
 
-dist-pca select runs/mine --all-checkpoints --target data/city_train --rule agreement --json
+dist-pca select runs/mine --all-checkpoints --target data/cityscapes_train --rule agreement --json
 """
 
 

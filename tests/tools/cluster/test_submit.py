@@ -79,7 +79,7 @@ def test_options_take_the_place_of_the_scripts_and_the_rest_stays() -> None:
     assert sorted(set(before) - set(after)) == [
         "#SBATCH --gpus-per-node=8",
         "#SBATCH --job-name=dist-pca",
-        "#SBATCH --nodes=2",
+        "#SBATCH --nodes=1",
         "PYTHON=(python)",
     ]
     assert sorted(set(after) - set(before)) == [
