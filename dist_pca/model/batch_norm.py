@@ -119,7 +119,8 @@ def _statistics(x: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch
         variance = mean = torch.zeros(channels, dtype=dtype, device=x.device)
     elif x.is_cuda:
         mean, inverse = torch.batch_norm_stats(x, 0.0)
-        variance = inverse.pow(-2)
+        # Of a channel with one value everywhere it gives an inverse deviation of 0.
+        variance = torch.where(inverse == 0, 0.0, inverse.pow(-2))
     else:
         mean, variance = torch.batch_norm_update_stats(x.to(dtype), None, None, 0.0)
     own = mean.double()

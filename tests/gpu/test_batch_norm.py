@@ -22,6 +22,7 @@ def batch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Images whose mean differs between ranks, and the output's gradient, both rounded to a type."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(SHAPE, generator=generator) + torch.arange(5.0)[:, None, None, None]
+    images[:, -1] = 0.25  # A channel with one value everywhere, as behind a ReLU.
     return images.to(dtype), torch.randn(SHAPE, generator=generator).to(dtype)
 
 
