@@ -49,7 +49,7 @@ def backward_single_block(
         for part in _row_blocks(len(rows), block):
             query, tile = _tile(retrieval, rows[part], block)
             total += _backward_tile(
-                retrieval, tile, query, rows[part], matches.key_index[part], weight[part], block, gradient
+                retrieval, tile, query, rows[part], matches.key_index[part], weight[part], block, gradient, given=True
             )
             # Free the tile before the next one is allocated.
             del query, tile
@@ -142,6 +142,8 @@ def _backward_tile(
     weight: torch.Tensor,
     block: torch.Tensor,
     gradient: torch.Tensor | None,
+    *,
+    given: bool = False,
 ) -> torch.Tensor:
     """Compute `-sum_i weight_i log p_i(index_i)` of a tile and add its gradients (PLCA, equations 4 to 6).
 
@@ -154,18 +156,27 @@ def _backward_tile(
         weight: [k].
         block: [m, C] keys.
         gradient: [m, C], gradient buffer of the keys, or None.
+        given: The matches need not be the rows' maxima, whose probability is 1 / m or more.
     """
     height = _part_rows(tile)
     sigma = query.new_empty(len(rows), 1)
-    match_probability = torch.empty_like(sigma)
+    match_probability, log_probability = torch.empty_like(sigma), torch.empty_like(sigma)
     for part in (slice(start, start + height) for start in range(0, len(rows), height)):
         logits, column = upcast(tile[part]), index[part, None]
         # sigma_i = sqrt(sum_j D_ij^2 / (m - 1)) + eps: keys are centred, so a row's mean is 0.
         deviation = torch.linalg.vector_norm(logits, dim=1, keepdim=True) / math.sqrt(max(1, len(block) - 1))
         sigma[part] = deviation + SIGMA_EPSILON
         # p(i -> j) = softmax_j(D_ij / sigma_i).
-        probabilities = torch.softmax(logits.div_(sigma[part]), dim=1, out=logits)
+        logits.div_(sigma[part])
+        if given:
+            # log p(i -> j) = z_ij - max z_i + log max p_i, as p itself may underflow.
+            log_probability[part] = logits.gather(1, column) - logits.amax(dim=1, keepdim=True)
+        probabilities = torch.softmax(logits, dim=1, out=logits)
         match_probability[part] = probabilities.gather(1, column)
+        if given:
+            log_probability[part] += probabilities.amax(dim=1, keepdim=True).log()
+        else:
+            log_probability[part] = match_probability[part].log()
         if retrieval.queries.gradients:
             # G = P - onehot, the gradient of -log p_i with respect to the logits.
             probabilities.scatter_(1, column, (match_probability[part] - 1).to(probabilities.dtype))
@@ -173,7 +184,7 @@ def _backward_tile(
                 probabilities *= retrieval.keys.scale
             if probabilities.dtype != tile.dtype:
                 tile[part] = probabilities
-    loss = -(weight * match_probability[:, 0].log()).sum()
+    loss = -(weight * log_probability[:, 0]).sum()
     if not retrieval.queries.gradients:
         return loss
     # dq_i = w_i / sigma_i * G_i K, and dk = G' (w / sigma * Q).
@@ -187,8 +198,8 @@ def _backward_tile(
 
 
 def _part_rows(tile: torch.Tensor) -> int:
-    """Return how many rows of a tile go through a softmax together."""
-    return len(tile) if tile.is_cuda else max(1, CPU_PART_BYTES // (4 * tile.shape[1]))
+    """Return how many rows of a tile, which may have none, go through a softmax together."""
+    return max(1, len(tile) if tile.is_cuda else CPU_PART_BYTES // (4 * tile.shape[1]))
 
 
 def _padded_range(count: int, device: torch.device) -> torch.Tensor:

@@ -290,7 +290,10 @@ def shapes(kernel: Any, bf16: bool, channels: int) -> list[triton.Config]:
 
 
 @functools.cache
-def tuned(kernel: Any, bf16: bool, channels: int, magnitude: int) -> Any:
-    """Tune a kernel: its shapes are timed on the first call for each type, width and magnitude of work."""
+def tuned(kernel: Any, variant: tuple[bool, ...], bf16: bool, channels: int, magnitude: int) -> Any:
+    """Tune a kernel: its shapes are timed on the first call for each variant, type, width and magnitude of work.
+
+    Variants, which are the kernel's compile-time flags, differ in the shared memory that a shape takes.
+    """
     sums = ["stationary_sum", "streaming_sum"] if kernel is backward_kernel else None
     return triton.autotune(shapes(kernel, bf16, channels), key=[], reset_to_zero=sums)(kernel)

@@ -302,5 +302,6 @@ def _launch(
             shape = shapes[0] if _has_large_shared_memory(rows.device) else shapes[-1]
             kernel[grid](**arguments, C=channels, **shape.all_kwargs())
         else:
-            tuned = triton_kernels.tuned(kernel, bf16, channels, work.bit_length() // 4)
+            variant = tuple(value for value in arguments.values() if isinstance(value, bool))
+            tuned = triton_kernels.tuned(kernel, variant, bf16, channels, work.bit_length() // 4)
             tuned[grid](**arguments, C=channels)

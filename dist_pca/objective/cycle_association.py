@@ -111,7 +111,7 @@ def _associate(
         "num_classes": num_classes,
         "class_balanced": config.class_balanced,
         "class_weights": class_weights,
-        "guide_keys": config.teacher_keys,
+        "guide_keys": config.teacher_keys and guide is not None,
         "ignore_index": IGNORE_INDEX,
         "detach_statistics": config.detach_statistics,
         "implementation": config.implementation,

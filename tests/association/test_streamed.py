@@ -307,6 +307,25 @@ def test_fp64_inputs_may_have_bf16_matmuls(implementation: Implementation, guide
     assert [gradient.dtype for gradient in found.gradients] == [torch.float64, torch.float64]
 
 
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "online_softmax"])
+def test_a_match_that_is_an_outlier_to_the_student_has_a_finite_loss(implementation: Implementation) -> None:
+    targets, channels = 12_000, 4
+    source = torch.tensor([[0.9997, 1e-4, 1e-4, 1e-4]])
+    target = source.repeat(targets, 1) + 1e-5 * torch.rand(
+        targets, channels, generator=torch.Generator().manual_seed(0)
+    )
+    target[7] = torch.tensor([1e-10, 1.0, 1e-10, 1e-10])
+    # The guide matches the source pixel with the target pixel that is least like it: p(i -> j) is below fp32.
+    guide = torch.eye(channels)[:1], torch.full((targets, channels), 0.25)
+    guide[1][7] = torch.tensor([0.97, 0.01, 0.01, 0.01])
+    labels = torch.zeros(1, dtype=torch.int64)
+    options: dict[str, Any] = {"similarity": "kl", "guide": guide, "implementation": implementation}
+    found = value_and_gradients(source, target / target.sum(dim=1, keepdim=True), labels, **options)
+    assert int(found.association.kept) == 1
+    assert 110 < found.association.loss < 140
+    assert all(bool(gradient.isfinite().all()) for gradient in found.gradients)
+
+
 def test_the_grouped_maximum_is_the_first_of_equals() -> None:
     tile = torch.randint(0, 4, (50, 1000), generator=torch.Generator().manual_seed(0)).float()
     value, index = tiles.row_maximum(tile)

@@ -58,6 +58,22 @@ def test_loss_and_gradients_are_those_of_the_definition(
     torch.testing.assert_close(in_bf16[0], expected[0], rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize(("device", "implementation"), IMPLEMENTATIONS)
+@pytest.mark.parametrize("similarity", ["cosine", "kl"])
+def test_without_a_labelled_pixel_the_loss_and_its_gradients_are_zero(
+    similarity: str, device: str, implementation: str
+) -> None:
+    source, target = (x.float().to(device).requires_grad_() for x in clustered(16, similarity))
+    labels = torch.full((SIZES[0],), 255, device=device)
+    options: dict[str, Any] = {"similarity": similarity, "implementation": implementation}
+    found = cycle_association(source, target, labels, num_classes=CLASSES, **options)
+    found.loss.backward()
+    assert found.loss == found.kept == 0
+    for x in (source, target):
+        assert x.grad is not None
+        assert not x.grad.any()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_auto_takes_the_kernels_where_they_run_and_gives_the_same_loss(device: str) -> None:
     domains = [x.float() for x in clustered(64, "cosine")]

@@ -178,7 +178,9 @@ def test_target_labels_never_reach_the_loss() -> None:
     assert terms["correct_ratio_features"].isnan()
 
 
-@pytest.mark.parametrize("keys", [{"weight": 0.0}, {"start_step": 10}])
+@pytest.mark.parametrize(
+    "keys", [{"weight": 0.0}, {"start_step": 10}, {"start_step": 10, "teacher_matches": True, "teacher_keys": True}]
+)
 def test_matches_are_judged_without_association_too_where_target_labels_are_known(keys: dict[str, Any]) -> None:
     source, target = (network()(*images(2, seed)) for seed in (1, 2))
     config = ObjectiveConfig(association=AssociationConfig(**keys))
