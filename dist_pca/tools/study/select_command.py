@@ -111,7 +111,7 @@ def select(
         measurement = measured(candidates)
         reasons = guard(measurement, on_source or None, tolerance=tolerance / 100)
         left = [place for place, out in enumerate(reasons) if not out]
-        if rule == "agreement" and MAJORITY <= len(left) < len(candidates):
+        if MAJORITY <= len(left) < len(candidates):
             # What is kept out has no vote in the ensemble either.
             again = measured([candidates[place] for place in left])
             for place, alone in zip(left, again.candidates, strict=True):

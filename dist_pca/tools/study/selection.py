@@ -67,6 +67,8 @@ class Measured(NamedTuple):
     """Share of pixels on which its arg max is the ensemble's."""
     histogram: torch.Tensor
     """Pixels predicted as each class, int64, K."""
+    finite: bool = True
+    """Whether its outputs are finite on every image."""
 
 
 class Measurement(NamedTuple):
@@ -151,6 +153,7 @@ def measure(
     # Sums over pixels.
     class_sums = torch.zeros(len(candidates), number, dtype=torch.float64)
     entropy_sums = torch.zeros(len(candidates), dtype=torch.float64)
+    finite = [True] * len(candidates)
     # Shards that say they have no labels are not asked for any.
     samples = evaluation_stream(
         replace(target, labelled=False),
@@ -171,6 +174,9 @@ def measure(
                 predicted.append([])
                 for image, votes in zip(images, total, strict=True):
                     probabilities = class_probabilities(model, image, own_config, device).cpu()
+                    if not bool(probabilities.isfinite().all()):
+                        # It has no vote, as it would have every pixel's.
+                        finite[place], probabilities = False, torch.zeros_like(probabilities)
                     class_sums[place] += probabilities.sum(dim=(1, 2))
                     entropy_sums[place] += torch.special.entr(probabilities).sum()
                     votes += probabilities
@@ -183,7 +189,8 @@ def measure(
     information = torch.special.entr(class_sums / pixels).sum(dim=1) - entropy_sums / pixels
     agreement = counts.diagonal(dim1=1, dim2=2).sum(dim=1).double() / pixels
     measured = [
-        Measured(*scores) for scores in zip(information.tolist(), agreement.tolist(), counts.sum(dim=1), strict=True)
+        Measured(*scores)
+        for scores in zip(information.tolist(), agreement.tolist(), counts.sum(dim=1), finite, strict=True)
     ]
     return Measurement(measured, counts[0].sum(dim=1))
 
@@ -215,6 +222,7 @@ def guard(
 ) -> list[list[str]]:
     """Why each candidate may not be chosen; an empty list where it may.
 
+    Outputs: they are not finite on some image.
     Source: the mean IoU on labelled source shards is more than `tolerance` below the best candidate's.
     Collapse: at most half as many classes are predicted as by the reference, or the entropy of the histogram of
     predicted classes is at most half of the reference's. The reference is the ensemble or the candidates' median,
@@ -246,6 +254,9 @@ def guard(
     for place, count in enumerate(lost.sum(dim=1).tolist()):
         if count and not reasons[place]:
             reasons[place].append(f"{count} class{'es' if count > 1 else ''} lost")
+    for found, measured in zip(reasons, measurement.candidates, strict=True):
+        if not measured.finite:
+            found[:] = ["outputs are not finite"]
     return reasons
 
 

@@ -150,6 +150,21 @@ def test_labels_of_the_target_never_choose(folder: Path, tmp_path: Path) -> None
         )
 
 
+def test_a_candidate_whose_outputs_are_not_finite_is_out_and_has_no_vote(folder: Path, tmp_path: Path) -> None:
+    broken = segmenter()
+    with torch.no_grad():
+        next(broken.head.parameters()).fill_(torch.nan)
+    write_run(tmp_path / "broken", broken)
+    sound = runs(folder, "other", "near", "middle")
+    alone, images = measure(find_candidates(sound, all_checkpoints=False), manifest_of(folder, "target"), device="cpu")
+    four = find_candidates([*sound, tmp_path / "broken" / "tiny"], all_checkpoints=False)
+    beside = measure(four, manifest_of(folder, "target"), device="cpu")
+    assert guard(beside, None)[-1] == ["outputs are not finite"]
+    assert torch.equal(beside.ensemble, images)
+    for one, other in zip(alone, beside.candidates, strict=False):
+        assert (one.information, one.agreement) == (other.information, other.agreement)
+
+
 def measurement(*histograms: tuple[int, ...], scores: tuple[float, ...] | None = None) -> Measurement:
     counts = [torch.tensor(histogram) for histogram in histograms]
     given = scores or tuple(1.0 - 0.1 * place for place in range(len(counts)))
