@@ -21,6 +21,7 @@ from dist_pca.evaluation.inference import predict
 from dist_pca.evaluation.prediction_files import Values, prediction_folder, prediction_values
 from dist_pca.evaluation.report import Scores, score
 from dist_pca.evaluation.score_files import ImageScores, image_scores, write_scores
+from dist_pca.evaluation.views import image_pixels
 from dist_pca.files import new_folder
 from dist_pca.model.segmenter import backbone_options
 from dist_pca.shards.manifest import Manifest
@@ -166,7 +167,7 @@ def _predictions(
                 disable=quiet or own != 0,
             ):
                 height, width = sample.image.shape[:2]
-                pixels = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)[None]
+                pixels = image_pixels(sample.image, device)
                 size = config.input_size(height, width)
                 yield sample, predict(model, pixels, size, (height, width), config.evaluation)[0]
     finally:

@@ -16,7 +16,7 @@ from dist_pca.evaluation.image_files import result_names
 from dist_pca.evaluation.inference import predict, proportional_input_size
 from dist_pca.evaluation.label_files import overlay, save_label, save_whole
 from dist_pca.evaluation.prediction_files import Values
-from dist_pca.evaluation.views import MAX_WHOLE
+from dist_pca.evaluation.views import image_pixels
 from dist_pca.files import write_json
 from dist_pca.shards.bands import shown
 from dist_pca.shards.images import AS_RGB, Reading, open_image
@@ -81,8 +81,7 @@ def predict_images(
             skipped.append(str(error).partition(";")[0])
             continue
         size = (image.shape[0], image.shape[1])
-        # Of a larger image only windows are moved to the device.
-        pixels = torch.from_numpy(image).to("cpu" if image.size > MAX_WHOLE else device).permute(2, 0, 1)[None]
+        pixels = image_pixels(image, device)
         label = predict(model, pixels, proportional_input_size(config, *size), size, config.evaluation)[0].cpu().numpy()
         try:
             if done == len(skipped):

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -44,8 +46,7 @@ def open_views(
 
     Args:
         model: A segmenter, in evaluation mode.
-        images: uint8 or floating point in 0..1, B x bands x H x W. Without windows they must be on the model's device;
-            with windows they may be on the CPU.
+        images: uint8 or floating point in 0..1, B x bands x H x W, on the model's device or the CPU.
         input_size: Height and width of the network's input at scale 1; bilinear with antialiasing. Images of more than
             half a gigabyte are resized in 8 bits.
         protocol: Windows, mirror images, scales and aggregation.
@@ -64,6 +65,12 @@ def open_views(
         if protocol.flip:
             views.append(_Mirrored(_open_view(model, pixels.flip(-1), protocol)))
     return views
+
+
+def image_pixels(image: npt.NDArray[np.uint8], device: torch.device | str) -> torch.Tensor:
+    """An image H x W x bands as 1 x bands x H x W, on a device unless it is too large to be resized there."""
+    # Of a larger image only the resized one, or its windows, are moved.
+    return torch.from_numpy(image).to("cpu" if image.size > MAX_WHOLE else device).permute(2, 0, 1)[None]
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -126,7 +133,8 @@ class _Windowed:
 
     def rows(self, top: int, bottom: int) -> torch.Tensor:
         while self._done < len(self._tops) and self._tops[self._done] < bottom:
-            self._add(self._tops[self._done], keep=top)
+            # Where rows are asked for in bands, none may have been asked for between the last windows and these.
+            self._add(self._tops[self._done], keep=min(top, self._tops[self._done]))
             self._done += 1
         rows = slice(top - self._top, bottom - self._top)
         return self._total[..., rows, :] / self._count[rows]

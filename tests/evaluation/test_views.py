@@ -1,6 +1,7 @@
 from itertools import cycle
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from dist_pca.config import EvaluationConfig
 from dist_pca.evaluation import views
 from dist_pca.evaluation.inference import predict
-from dist_pca.evaluation.views import open_views, view_logits, window_starts
+from dist_pca.evaluation.views import image_pixels, open_views, view_logits, window_starts
 from tests.support.networks import segmenter
 
 NETWORK = segmenter()
@@ -117,6 +118,24 @@ def test_rows_that_are_asked_for_downwards_are_those_of_the_whole_view(
             assert torch.equal(view.rows(top, bottom), expected[..., top:bottom, :])
             if bottom == height:
                 break
+
+
+@pytest.mark.parametrize("stride", [20, 13, 7])
+def test_rows_may_be_asked_for_in_bands_with_gaps_between_them(stride: int) -> None:
+    how, pixels = protocol(window=(20, 20), stride=(stride, 20)), images(90, 20)
+    (whole,) = view_logits(Surroundings(), pixels, (90, 20), how)
+    for gap in range(1, 25):
+        (view,) = open_views(Surroundings(), pixels, (90, 20), how)
+        for top in range(0, 89, gap + 2):
+            assert torch.equal(view.rows(top, top + 2), whole[..., top : top + 2, :])
+
+
+def test_an_image_too_large_to_be_resized_on_a_device_stays_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.zeros((4, 6, 3), np.uint8)
+    assert image_pixels(image, "meta").device.type == "meta"
+    monkeypatch.setattr(views, "MAX_WHOLE", image.size - 1)
+    assert image_pixels(image, "meta").device.type == "cpu"
+    assert image_pixels(image, "meta").shape == (1, 3, 4, 6)
 
 
 def test_the_network_runs_no_further_down_than_rows_are_asked_for() -> None:

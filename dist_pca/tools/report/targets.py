@@ -1,7 +1,7 @@
 """Target images with what networks predict for them, and the scores of these predictions."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +14,7 @@ import torch
 from rich.progress import track
 
 from dist_pca.classes import IGNORE_INDEX, ClassInfo
+from dist_pca.config import RunConfig
 from dist_pca.console import plain_console
 from dist_pca.data.class_table import missing_classes
 from dist_pca.data.stream import EvaluationSample, evaluation_stream
@@ -24,6 +25,7 @@ from dist_pca.evaluation.pictures import color_labels
 from dist_pca.evaluation.report import score
 from dist_pca.evaluation.run_report.page import Gallery, LegendEntry, Picture, Section
 from dist_pca.evaluation.run_report.record import ScoreRecord, score_record
+from dist_pca.evaluation.views import image_pixels
 from dist_pca.model.segmenter import backbone_options
 from dist_pca.shards.bands import shown
 from dist_pca.shards.manifest import Manifest
@@ -76,9 +78,8 @@ def predict_targets(column: Column, manifest: Manifest, count: int, device: torc
     stride = max(1, manifest.samples // max(1, count))
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     result = Predicted(classes, [])
-    class_map, bands = config.evaluation.class_map, backbone_options(config.model).bands
-    for index, sample in _samples(manifest, classes, class_map, bands, stride, None if scored else count, column.title):
-        pixels = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)[None]
+    for index, sample in _samples(manifest, classes, config, stride, None if scored else count, column.title):
+        pixels = image_pixels(sample.image, device)
         size = (sample.image.shape[0], sample.image.shape[1])
         label = predict(model, pixels, config.input_size(*size), size, config.evaluation)[0].cpu()
         if scored:
@@ -88,7 +89,7 @@ def predict_targets(column: Column, manifest: Manifest, count: int, device: torc
             result.labels.append(label.numpy())
     if not scored:
         return result
-    missing = missing_classes(manifest, classes, class_map)
+    missing = missing_classes(manifest, classes, config.evaluation.class_map)
     of_all = score(counts, classes, manifest.samples, config.evaluation.label_sets, missing=missing)
     scores = json.loads(of_all.to_json()) | {"confusion": counts.tolist()}
     step = int(column.checkpoint.rpartition("-")[2])
@@ -98,8 +99,7 @@ def predict_targets(column: Column, manifest: Manifest, count: int, device: torc
 def _samples(
     manifest: Manifest,
     classes: Sequence[ClassInfo],
-    class_map: Mapping[str, str],
-    bands: int,
+    config: RunConfig,
     stride: int,
     count: int | None,
     title: str,
@@ -108,7 +108,16 @@ def _samples(
     step = 1 if count is None else stride
     total = manifest.samples if count is None else min(count, len(range(0, manifest.samples, stride)))
     console = plain_console(stderr=True)
-    stream = evaluation_stream(manifest, 0, step, classes=classes, class_map=class_map, bands=bands, workers=0)
+    stream = evaluation_stream(
+        manifest,
+        0,
+        step,
+        classes=classes,
+        class_map=config.evaluation.class_map,
+        bands=backbone_options(config.model).bands,
+        workers=0,
+        cache=config.data.cache,
+    )
     with closing(stream) as samples:
         shown = track(
             islice(samples, total), title, total, console=console, transient=True, disable=not console.is_terminal
