@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 
@@ -8,9 +9,16 @@ from dist_pca.config import RunConfig, load_config, save_config
 from dist_pca.errors import UserError
 from dist_pca.resources import names, resource
 from dist_pca.training.accumulation import fit_batches
+from dist_pca.training.optimizer import learning_rate_factor
 from tests.support.nasty import NASTY, STEPS, check_one_line, few_or_many, replaced
 
 DEMO = resource("configs", "demo")
+FINITE = (
+    *("training.stall_timeout", "training.time_limit", "data.cache.timeout", "data.cache.min_rate"),
+    *("optimizer.lr", "optimizer.clip_norm", "optimizer.weight_decay", "optimizer.head_multiplier"),
+    *("objective.association.weight", "objective.source_contrast.temperature", "schedule.power"),
+)
+"""Keys whose value may be any number, but not infinity."""
 
 
 @pytest.mark.parametrize("name", names("configs"))
@@ -71,11 +79,33 @@ def test_later_overrides_win_and_are_typed() -> None:
         ("objective.source_contrast.anchors=0", "objective.source_contrast.anchors: .*got 0"),
         ("objective.feature_distance.share=75", "objective.feature_distance.share: .*got 75"),
         ("objective.feature_distance.classes=car", "objective.feature_distance.classes: .*got 'car'"),
+        ("objective.association.levels=[]", "objective.association.levels: an empty list associates nothing; name a "),
+        (
+            "objective.association.levels=[features,features]",
+            r"objective.association.levels: \[features, features\] would add a loss twice; name each level once",
+        ),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas.1: Input should be less than 1, got 1.0"),
+        ("optimizer.betas=[1,0.999]", "optimizer.betas.0: Input should be less than 1, got 1"),
+        (f"seed={2**64}", f"seed: Input should be less than {2**64}, got {2**64}"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0, got -1"),
+        *((f"{key}=.inf", f"{key}: Input should be a finite number, got inf") for key in FINITE),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(DEMO, [override])
+
+
+def test_the_largest_seed_is_one_that_torch_takes() -> None:
+    torch.manual_seed(load_config(DEMO, [f"seed={2**64 - 1}"]).seed)
+
+
+def test_a_constant_learning_rate_has_no_horizon() -> None:
+    keys = ["training.steps=20", "schedule.horizon=10", "schedule.warmup_steps=0"]
+    with pytest.raises(UserError, match=r"schedule\.horizon: 10 is below training.steps 20"):
+        load_config(DEMO, [*keys, "schedule.name=poly"])
+    constant = load_config(DEMO, [*keys, "schedule.name=constant"])
+    assert learning_rate_factor(constant, 19) == 1
 
 
 @pytest.mark.parametrize(

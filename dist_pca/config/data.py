@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from dist_pca.config.section import Fraction, NonNegative, Positive, Section
+from dist_pca.config.section import Fraction, NonNegative, Positive, PositiveNumber, Section, Weight
 from dist_pca.config.views import PhotometricConfig
 
 
@@ -15,7 +15,7 @@ class WeightedShards(Section):
     shards: str
     """Path of the folder, or its http(s), s3 or other URL; with `shard-{000000..000009}.tar` at its end, these shards
     alone."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: PositiveNumber = 1.0
     """Share of the domain's samples that are drawn from this folder, up to a common factor."""
 
 
@@ -46,11 +46,11 @@ class CacheConfig(Section):
     ~/.cache/dist_pca/shards."""
     max_bytes: Positive = 50_000_000_000
     """Largest size of the cache; the least recently used shards are evicted."""
-    timeout: Annotated[float, Field(gt=0)] = 30.0
+    timeout: PositiveNumber = 30.0
     """Seconds without any data after which a download attempt fails."""
     retries: NonNegative = 6
     """Number of attempts after the first one, with increasing delays."""
-    min_rate: Annotated[float, Field(ge=0)] = 10_000.0
+    min_rate: Weight = 10_000.0
     """Bytes per second, on average over a minute, below which an attempt fails too, as with a server that sends
     a byte now and then; 0 has no limit."""
 

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from dist_pca.config.section import Fraction, Positive, Section
+from dist_pca.config.section import Fraction, Positive, PositiveNumber, Section
 
 
 class EvaluationConfig(Section):
@@ -22,7 +22,7 @@ class EvaluationConfig(Section):
     """Vertical and horizontal step between windows, in pixels; None is two thirds of the window."""
     flip: bool = False
     """Average class probabilities over the image and its mirror image."""
-    scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
+    scales: Annotated[tuple[PositiveNumber, ...], Field(min_length=1)] = (1.0,)
     """Factors by which the input size is scaled; class probabilities are averaged over them."""
     aggregation: Fraction = 0.0
     """Share of each pixel's features, and then of its class probabilities, that is replaced by the similarity-weighted

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from dist_pca.config.section import Fraction, NonNegative, Positive, Section, Weight
+from dist_pca.config.section import Fraction, NonNegative, Positive, PositiveNumber, Section, Weight
 
 Level = Literal["features", "predictions"]
 Scope = Literal["pair", "rank", "node", "world"]
@@ -54,7 +54,7 @@ class AssociationConfig(Section):
     weight: Weight = 0.1
     """Weight of the sum over levels."""
     levels: tuple[Level, ...] = ("features", "predictions")
-    """Levels at which cycles are found, independently of each other."""
+    """Levels at which cycles are found, independently of each other: one or both."""
     scope: Scope = "world"
     """Candidates for a match: pixels of the k-th target image for the k-th source image, or those of this rank, this
     node, or all ranks."""
@@ -112,6 +112,10 @@ class AssociationConfig(Section):
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
+        if not self.levels:
+            raise ValueError("levels: an empty list associates nothing; name a level, or set weight=0")
+        if len(set(self.levels)) < len(self.levels):
+            raise ValueError(f"levels: [{', '.join(self.levels)}] would add a loss twice; name each level once")
         if self.teacher_keys and not self.teacher_matches:
             raise ValueError("teacher_keys: needs matches found with the same features; set teacher_matches=true too")
         if self.teacher_threshold > 0 and not self.teacher_check:
@@ -172,7 +176,7 @@ class SourceContrastConfig(Section):
 
     weight: Weight = 0.0
     """Weight of the term, which uses the associated features; PiPa uses 0.1, on a projection."""
-    temperature: Annotated[float, Field(gt=0)] = 0.1
+    temperature: PositiveNumber = 0.1
     """Temperature by which cosine similarities are divided."""
     anchors: Positive = 100
     """Largest number of pixels of each class, drawn from the images of all ranks."""
@@ -184,7 +188,7 @@ class ClassStatisticsConfig(Section):
     weight: Weight = 0.0
     """Weight of the term, which uses the associated features; needs a teacher, so training.ema_decay > 0. Target pixels
     take the teacher's class where its probability reaches `objective.self_training.threshold`."""
-    temperature: Annotated[float, Field(gt=0)] = 0.1
+    temperature: PositiveNumber = 0.1
     """Temperature by which cosine similarities are divided."""
     decay: Fraction = 0.99
     """Share of a class's mean and variance that is kept at each micro-batch with pixels of the class."""

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from typing_extensions import Self
 from yaml import YAMLError
 
@@ -15,7 +15,7 @@ from dist_pca.config.data import DataConfig
 from dist_pca.config.evaluation import EvaluationConfig
 from dist_pca.config.model import ModelConfig
 from dist_pca.config.objective import ObjectiveConfig
-from dist_pca.config.section import NonNegative, Section
+from dist_pca.config.section import Section
 from dist_pca.config.telemetry import TelemetryConfig
 from dist_pca.config.training import BATCH_KEYS, OptimizerConfig, ScheduleConfig, TrainingConfig
 from dist_pca.errors import UserError, explain, nearest
@@ -30,8 +30,8 @@ class RunConfig(Section):
     """Name of the run, and of its folder in `output`."""
     output: str = "runs"
     """Parent of run folders; this run's folder is output/name."""
-    seed: NonNegative = 0
-    """Seed of initial weights, sample order and augmentation."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """Seed of initial weights, sample order and augmentation; below 2 ** 64, as PyTorch takes it."""
     data: DataConfig
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -117,8 +117,9 @@ class RunConfig(Section):
                     f"{key} needs training.source_batch equal to training.target_batch, "
                     f"got {training.source_batch} and {training.target_batch}"
                 )
-        horizon = self.schedule.horizon
-        if horizon is not None and horizon < self.training.steps and self.schedule.minimum == 0:
+        schedule = self.schedule
+        horizon = schedule.horizon if schedule.name == "poly" else None
+        if horizon is not None and horizon < self.training.steps and schedule.minimum == 0:
             raise ValueError(
                 f"schedule.horizon: {horizon} is below training.steps {self.training.steps}, so that the last steps "
                 "would have no learning rate; raise it, or set schedule.minimum too, for example to 0.1"

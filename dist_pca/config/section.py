@@ -24,7 +24,9 @@ def _seconds(value: object) -> object:
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
-Weight = Annotated[float, Field(ge=0)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 """Duration in seconds. YAML parses an unquoted 10:00:00 as 36000 already, so a plain number always means seconds."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from typing_extensions import Self
 
-from dist_pca.config.section import Duration, Fraction, NonNegative, Positive, Section, Weight
+from dist_pca.config.section import Decay, Duration, Fraction, NonNegative, Positive, PositiveNumber, Section, Weight
 
 
 class OptimizerConfig(Section):
@@ -13,23 +13,23 @@ class OptimizerConfig(Section):
 
     name: Literal["sgd", "adamw"] = "sgd"
     """Optimiser: SGD with momentum, or AdamW."""
-    lr: Annotated[float, Field(gt=0)] = 2.5e-4
+    lr: PositiveNumber = 2.5e-4
     """Base learning rate; that of the backbone."""
-    head_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    head_multiplier: PositiveNumber = 1.0
     """Learning rate of the head and the projection, as a multiple of `lr`."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Layer-wise learning rate decay: the ratio of a backbone layer's learning rate to that of the next layer, for
     example 0.9; the deepest layer has `lr`. Layers are defined by timm. None gives all layers `lr`."""
-    backbone_multipliers: dict[str, Annotated[float, Field(gt=0)]] = {}
+    backbone_multipliers: dict[str, PositiveNumber] = {}
     """Learning rates of parts of the backbone, as multiples of what they have otherwise, by names as in
     `model.freeze`, for example `{stem: 0.1, layer1: 0.5}`; a later part overrides an earlier one."""
     weight_decay: Weight = 5e-4
     """Weight decay; adamw decouples it and excludes norms, biases, position embeddings, tokens and layer scales."""
     momentum: Fraction = 0.9
     """Momentum of sgd."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of adamw's moments."""
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    epsilon: PositiveNumber = 1e-8
     """Epsilon of adamw, added to the square root of the second moment. Weights whose gradient is far below it make
     small steps; far above it, every step is about `lr`, whatever the gradient's size."""
     clip_norm: Weight = 0.0
@@ -126,7 +126,7 @@ class TrainingConfig(Section):
     candidates, and means are over one micro-batch's labelled pixels and kept cycles."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast data type of the network; weights, norm statistics and losses stay fp32."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Decay = 0.0
     """Decay of an exponential moving average of the weights (EMA), for example 0.999. If it is not 0, the average is
     what is evaluated and exported. The decay of update t is at most t / (t + 1)."""
     zero_stage: Literal[1, 2, 3] | None = None
