@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dist_pca.data.collate import Batch
-from dist_pca.data.to_device import to_device
+from dist_pca.data.to_device import one_ahead, to_device
+from dist_pca.errors import UserError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -28,6 +29,42 @@ def test_batches_arrive_whole_and_in_their_order(device: str) -> None:
         for number, batch in enumerate(islice(batches, 50)):
             assert (batch.images.device.type, batch.keys) == (device, [str(number)])
             assert bool((batch.images == number).all())
+
+
+def broken_at(broken: int) -> Generator[Batch, None, None]:
+    with closing(numbered([])) as batches:
+        yield from islice(batches, broken)
+    raise UserError(f"batch {broken}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("broken", [0, 1, 3])
+def test_an_error_in_a_batch_is_raised_when_that_batch_is_asked_for(device: str, broken: int) -> None:
+    batches = to_device(broken_at(broken), torch.device(device))
+    assert [next(batches).keys for _ in range(broken)] == [[str(number)] for number in range(broken)]
+    with pytest.raises(UserError, match=f"batch {broken}"):
+        next(batches)
+
+
+def test_items_are_fetched_one_ahead_and_an_error_waits_for_its_turn() -> None:
+    fetched: list[int] = []
+
+    def items(broken: int) -> Generator[int, None, None]:
+        fetched.clear()
+        for number in range(broken):
+            fetched.append(number)
+            yield number
+        raise UserError("broken")
+
+    for broken in (0, 1, 3):
+        ahead = one_ahead(items(broken))
+        for number in range(broken):
+            assert next(ahead) == number
+            assert fetched == list(range(min(number + 2, broken)))
+        with pytest.raises(UserError, match="broken"):
+            next(ahead)
+    for length in (0, 1, 3):
+        assert list(one_ahead(iter(range(length)))) == list(range(length))
 
 
 @pytest.mark.parametrize("device", DEVICES)
