@@ -69,19 +69,21 @@ def check_room(config: RunConfig, shared: int, classes: int, *, world_size: int,
     )
     memory, bands = available_memory(), backbone_options(config.model).bands
     # As bytes, and as the numbers that the network gets, which are on the GPU if there is one.
-    needed = images * height * width * (bands + 1 + (0 if torch.cuda.is_available() else 4 * bands))
+    needed = local_ranks * images * height * width * (bands + 1 + (0 if torch.cuda.is_available() else 4 * bands))
+    # All ranks of the machine share its memory.
+    together = "" if local_ranks == 1 else f" for the {local_ranks} ranks of this machine"
     if needed > memory:
         raise UserError(
-            f"data.crop: {images} crops of {height} x {width} pixels on each rank take {_size(needed)} of memory, and "
-            f"{_size(memory)} are free; lower data.crop or the batches"
+            f"data.crop: {images} crops of {height} x {width} pixels on each rank take {_size(needed)} of memory"
+            f"{together}, and {_size(memory)} are free; lower data.crop or the batches"
         )
     if (message := lack_of_shared_memory(shared, local_ranks)) is not None:
         raise UserError(f"data.workers: {message}")
-    weights = _weight_bytes(config, classes)
+    weights = local_ranks * _weight_bytes(config, classes)
     if weights > memory:
         raise UserError(
-            f"model: its weights take {_size(weights)} on each rank, and {_size(memory)} of memory are free; lower "
-            "model.head_channels or model.projection_channels, or choose a smaller model.backbone"
+            f"model: its weights on each rank take {_size(weights)} of memory{together}, and {_size(memory)} are free; "
+            "lower model.head_channels or model.projection_channels, or choose a smaller model.backbone"
         )
 
 

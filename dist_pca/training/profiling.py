@@ -1,6 +1,7 @@
 """Where time goes, traces of a few steps, and what the device could do: phases, profiler, throughput and memory."""
 
 import logging
+import re
 import resource
 import sys
 import time
@@ -21,6 +22,7 @@ from dist_pca.resilience.watchdog import Phase, Watchdog
 
 _log = logging.getLogger("dist_pca.training")
 PEAK_TERAFLOPS = {
+    "GB200": (2500.0, 1250.0),
     "B200": (2250.0, 1100.0),
     "GH200": (989.4, 494.7),
     "H200": (989.4, 494.7),
@@ -31,18 +33,20 @@ PEAK_TERAFLOPS = {
     "A40": (149.7, 74.8),
     "A30": (165.0, 82.0),
     "A10": (125.0, 62.5),
+    "A10G": (70.0, 35.0),
     "L40S": (362.0, 183.0),
     "L40": (181.0, 90.5),
     "L4": (121.0, 60.0),
     "V100": (125.0, 15.7),
+    "V100S": (130.0, 16.4),
     "T4": (65.0, 8.1),
     "RTX 4090": (165.2, 82.6),
     "RTX 3090": (71.0, 35.6),
     "RTX A6000": (154.8, 77.4),
     "MI300X": (1307.4, 653.7),
 }
-"""Dense peak rates by a part of the device's name, the most specific first: of half precision accumulated in fp32, and
-of fp32 as PyTorch convolves it by default, which is TF32 where the device has it."""
+"""Dense peak rates by whole words of the device's name, the most specific first: of half precision accumulated in fp32,
+and of fp32 as PyTorch convolves it by default, which is TF32 where the device has it."""
 _MAX_PENDING = 256
 """Number of events after which those that have completed are read."""
 
@@ -226,7 +230,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    rates = next((rates for part, rates in PEAK_TERAFLOPS.items() if part.lower() in name.lower()), None)
+    # An RTX A4000 is no A40, and an A10G no A10.
+    rates = next((rates for words, rates in PEAK_TERAFLOPS.items() if re.search(rf"\b{words}\b", name, re.I)), None)
     return None if rates is None else 1e12 * rates[precision == "fp32"]
 
 

@@ -2,16 +2,20 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_pca import cores
 from dist_pca.config import RunConfig
 from dist_pca.data.collate import SharedMemoryBuffer
 from dist_pca.errors import UserError
+from dist_pca.model.segmenter import build_segmenter
 from dist_pca.shards.manifest import Manifest
 from dist_pca.tools.doctor import machine
+from dist_pca.training import limits
 from dist_pca.training.limits import check_room, shared_memory_bytes
 from tests.support.disk import small_disk
 from tests.support.networks import run_config
@@ -98,7 +102,7 @@ def test_validation_needs_room_too(shards: Manifest) -> None:
         ),
         (
             {"head_channels": 10**9},
-            r"^model: its weights take [\d,.]+ GB on each rank, and [\d,.]+ GB of memory are free",
+            r"^model: its weights on each rank take [\d,.]+ GB of memory, and [\d,.]+ GB are free",
         ),
         ({"head_channels": 10**14}, r"^model: a network of this size cannot be built \([^\n]*\)$"),
     ],
@@ -109,6 +113,19 @@ def test_sizes_beyond_the_machine_are_refused_in_a_line(
     run = config(shards, **keys)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
         check_room(run, 0, 3, world_size=1, local_ranks=1)
+
+
+def test_ranks_of_a_machine_share_its_memory(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(shards, workers=0, crop=(1, 1))
+    weights = sum(4 * tensor.numel() for tensor in build_segmenter(run.model, 3).state_dict().values())
+    large = config(shards, workers=0, crop=(512, 512))
+    # Eight images of either domain over four ranks: bytes, labels too, and without a GPU the network's fp32.
+    crops = 4 * 2 * (8 // 4) * 512 * 512 * (4 + (0 if torch.cuda.is_available() else 12))
+    for each, key, needed in ((run, "model", weights), (large, "data.crop", crops // 4)):
+        monkeypatch.setattr(limits, "available_memory", partial(int, 2 * max(needed, weights)))
+        check_room(each, 0, 3, world_size=4, local_ranks=1)
+        with pytest.raises(UserError, match=rf"^{key}: .* on each rank take [\d.]+ MB of memory for the 4 ranks of"):
+            check_room(each, 0, 3, world_size=4, local_ranks=4)
 
 
 def test_doctor_gives_memory_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,13 @@ def test_what_checkpointing_computes_anew_does_not_count(backbone: str) -> None:
         ("NVIDIA L40S", 362, 183),
         ("NVIDIA L4", 121, 60),
         ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+        ("NVIDIA A10", 125, 62.5),
+        ("NVIDIA A10G", 70, 35),
+        ("NVIDIA GB200", 2500, 1250),
+        ("NVIDIA GH200 480GB", 989.4, 494.7),
+        ("Tesla V100-SXM2-32GB", 125, 15.7),
+        ("Tesla V100S-PCIE-32GB", 130, 16.4),
+        ("AMD Instinct MI300X", 1307.4, 653.7),
     ],
 )
 def test_a_devices_peak_is_found_by_its_name(
@@ -201,9 +208,12 @@ def test_a_devices_peak_is_found_by_its_name(
     assert peak_flops(torch.device("cuda"), "fp32") == fp32 * 1e12
 
 
-def test_a_peak_that_is_not_known_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["Some Accelerator 9", "NVIDIA RTX A4000", "NVIDIA RTX A3000 Laptop GPU", "NVIDIA T400", "NVIDIA T4G"]
+)
+def test_a_peak_that_is_not_known_is_none(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert peak_flops(torch.device("cpu"), "fp32") is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Accelerator 9")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda"), "fp32") is None
 
 
