@@ -1,14 +1,26 @@
 """Ranks, and collectives over them, differentiable where a loss needs it. Needs torch alone."""
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dist_pca.errors import UserError
+from dist_pca.errors import LostProcess, UserError
 
 T = TypeVar("T")
+JOIN_TIMEOUT = timedelta(minutes=10)
+"""Time in which all ranks must have joined to run a network without training it."""
+WAIT_TIMEOUT = timedelta(days=1)
+"""Time for which a rank that has run the network on its images waits for the slowest, while a watchdog is open."""
+_ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+_MONITOR_TIMEOUT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
+_MONITOR_SECONDS = 480
+"""PyTorch's default of `_MONITOR_TIMEOUT`."""
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -21,15 +33,86 @@ def join_ranks() -> tuple[int, int, torch.device]:
 
     Returns:
         Rank, world size and device.
+
+    Raises:
+        UserError: this machine has fewer GPUs than processes.
+        LostProcess: not all ranks have joined in time.
     """
     size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.cuda.set_device(device)
     if size == 1:
         return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), size, device
+    # Not in every build of PyTorch, where this file may still be imported.
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    leave_nccl_errors_to_watchdog()
+    with joining(size, JOIN_TIMEOUT):
+        store, rank, size = next(iter(rendezvous("env://", timeout=JOIN_TIMEOUT)))
+        # The launcher's store outlives ranks that it restarts.
+        store = PrefixStore(f"dist_pca/join/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store.set(f"rank{rank}", "")
+        store.wait([f"rank{other}" for other in range(size)], JOIN_TIMEOUT)
+        # NCCL looks for rank 0 in the store as late as in the first collective.
+        store.set_timeout(WAIT_TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT_TIMEOUT)
+    return rank, size, device
+
+
+@contextmanager
+def joining(ranks: int, timeout: timedelta) -> Iterator[None]:
+    """Name ranks that do not join the process group in time as the cause of PyTorch's error.
+
+    Args:
+        ranks: Number of ranks.
+        timeout: Time that they have.
+
+    Raises:
+        LostProcess: not all of them have joined in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # PyTorch has no type of its own for it.
+        if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
+            raise
+        raise LostProcess(
+            f"not all {ranks} ranks have joined within {timeout.total_seconds():.0f} s; find one that is stopped "
+            "or cannot be reached, and start the run again"
+        ) from error
+
+
+def check_gpus(processes: int) -> None:
+    """Check that each process on this machine has a GPU of its own; else some would fail and others wait for them.
+
+    Raises:
+        UserError: there are fewer GPUs than processes.
+    """
+    gpus = torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(
+            f"{processes} processes need a GPU each, with only {gpus} visible on this machine; start {gpus} of them "
+            "(--processes, or num_processes in the launcher file), or put CUDA_VISIBLE_DEVICES= before the command to "
+            "use the CPU"
+        )
+
+
+def leave_nccl_errors_to_watchdog(seconds: float = 0.0) -> None:
+    """Keep PyTorch from aborting this process when NCCL loses a rank: `Watchdog` ends it, and says which rank.
+
+    To be called before a process group is made.
+
+    Args:
+        seconds: Time from the error to the abort by PyTorch, the last resort; no less than its default of 8 minutes.
+    """
+    # PyTorch's launcher sets 1 itself, so only 2 and 3 are known to be the user's.
+    if os.environ.get(_ERROR_HANDLING, "1") == "1":
+        os.environ[_ERROR_HANDLING] = "0"
+    os.environ.setdefault(_MONITOR_TIMEOUT, str(max(_MONITOR_SECONDS, math.ceil(seconds))))
 
 
 def rank() -> int:

@@ -133,6 +133,9 @@ def main(
     try:
         with Trainer(prepared, stop, validate, training_pictures) as trainer:
             code = trainer.train()
+            trainer.checkpoints.finish()
+            # Once the first rank has exited, the launcher ends those that still write logs or the report.
+            stop.ignore()
     except UserError as error:
         message = str(error) if error.EXIT_CODE == ExitCode.DIVERGED else f"rank {rank}: {error}"
         _fail(run.folder, error.EXIT_CODE, message)

@@ -16,6 +16,7 @@ import yaml
 
 from dist_pca.console import erase_live_view
 from dist_pca.cores import usable_cores
+from dist_pca.distributed import check_gpus
 from dist_pca.errors import UserError
 from dist_pca.resilience.exit_status import SUPERVISED, ExitCode, clear_exit_status, read_exit_status
 from dist_pca.resilience.launcher_settings import check_launcher_file
@@ -93,7 +94,12 @@ def launch(command: Sequence[str], folder: Path) -> int:
     Args:
         command: Built by `launch_command`.
         folder: The run folder, where the ranks write their exit status.
+
+    Raises:
+        UserError: this machine has fewer GPUs than processes, or the last exit status cannot be removed.
     """
+    if torch.cuda.is_available():
+        check_gpus(max(1, process_count(command) // machine_count(command)))
     try:
         clear_exit_status(folder)
     except OSError as error:
@@ -136,7 +142,7 @@ def launch(command: Sequence[str], folder: Path) -> int:
     if status is not None:
         return status.code
     if len(received) == 1:
-        # No rank had started, so nothing is lost.
+        # The ranks had not joined yet, so nothing is lost.
         return ExitCode.INTERRUPTED if received[0] == signal.SIGINT else ExitCode.SAVED
     if received:
         return 128 + received[-1]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import torch
 import yaml
 
 from dist_pca.errors import UserError, nearest
@@ -37,6 +38,8 @@ _NVME = "remove it and set training.offload.nvme_path"
 _DEBUG = "set it to false, since dist-pca checks its collectives itself"
 _NODES = "remove it, since runs train on GPUs or CPUs of nodes that are there"
 _MOE = "remove it, since no backbone has such layers"
+_ON_GPUS = Setting("use_cpu", "ACCELERATE_USE_CPU", _OFF, "put CUDA_VISIBLE_DEVICES= before the command instead")
+"""Refused by ranks that see GPUs: Accelerate takes these where it sets up DeepSpeed."""
 SETTINGS = (
     # Followed by the launcher itself.
     *(Setting(name) for name in ("num_processes", "num_machines", "machine_rank", "main_process_ip")),
@@ -105,7 +108,7 @@ def check_launcher(environment: Mapping[str, str]) -> set[str]:
     Raises:
         UserError: it has a setting that would be without effect.
     """
-    for setting in SETTINGS:
+    for setting in (*SETTINGS, *((_ON_GPUS,) if torch.cuda.is_available() else ())):
         value = environment.get(setting.variable or "")
         if value is not None:
             _check(setting, setting.name.removesuffix(".*"), value, f"launcher ({setting.variable})")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dist_pca.resilience.exit_status import ExitCode
+from dist_pca.resilience.exit_status import ExitCode, exit_process
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +26,14 @@ class StopRequest:
     """A request to stop, by signal or time limit, and its reduction over ranks.
 
     The first SIGINT, SIGTERM or SIGUSR1 requests a checkpoint after the current step. Another one, more than
-    `ECHO_SECONDS` later, ends this process at once, even inside a blocking call.
+    `ECHO_SECONDS` later, ends this process at once, even inside a blocking call. So does the first one until the ranks
+    have joined: nothing can be saved yet, and a rank may wait for another that will never come.
     """
 
     def __init__(self) -> None:
         """Handle signals from now on; only the main thread may call this."""
         self.reduced = self.step = 0
+        self._joined = self._waiting = self._ignoring = False
         self._requested = threading.Event()
         self._number = 0
         self._deadline = float("inf")
@@ -44,6 +46,17 @@ class StopRequest:
             signal.signal(number, _handled_by_thread)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
 
+    def joined(self) -> None:
+        """Save before ending from now on, as all ranks have joined and can agree on a step."""
+        self._joined = True
+
+    def ignore(self) -> None:
+        """Ignore signals from now on, as the run is saved and what this process has left to write is short.
+
+        A launcher sends SIGTERM to all ranks as soon as the first of them has exited.
+        """
+        self._ignoring = True
+
     def limit(self, seconds: float | None, environment: Mapping[str, str]) -> None:
         """Request a stop after this many seconds, or `SLURM_MARGIN` before SLURM ends the job, whichever is first."""
         ends = [time.time() + seconds] if seconds is not None else []
@@ -52,8 +65,12 @@ class StopRequest:
         self._deadline = min(ends, default=float("inf"))
 
     def wait(self, seconds: float) -> bool:
-        """Sleep, but no longer than until the first signal; returns whether there has been one."""
-        return self._requested.wait(seconds)
+        """Sleep, but no longer than until the first signal, which ends only that; returns whether there was one."""
+        self._waiting = True
+        try:
+            return self._requested.wait(seconds)
+        finally:
+            self._waiting = False
 
     def any_rank(self, step: int, device: "torch.device") -> bool:
         """Whether any rank has a request to stop after step `step` (from 1). Collective."""
@@ -81,8 +98,11 @@ class StopRequest:
         first = 0.0
         while True:
             for number in os.read(reader, 64):
-                if number not in SIGNALS:
+                if number not in SIGNALS or self._ignoring:
                     continue
+                if not self._joined and not self._waiting:
+                    # No exit.json: launchers also send this when another rank has failed, which is then the reason.
+                    exit_process(None, ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.SAVED)
                 if not self._requested.is_set():
                     self._number, first = number, time.monotonic()
                     self._requested.set()

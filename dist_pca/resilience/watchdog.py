@@ -1,18 +1,19 @@
 """The watchdog: if a rank dies or stalls, all others exit within a bounded time, and one line names rank and step.
 
 Each rank writes heartbeats with its phase into a store, from a thread of its own, and checks the next rank's heartbeat.
-Two of them also check their own progress: all ranks take the same steps, so if none progresses, the one with the least
-progress blocks the others. A rank that finds a failure writes a verdict into the store; all ranks read it and exit,
-even out of a collective. A rank that cannot reach the store any more takes the others for lost.
+Two of them also check everybody's progress once they make none themselves: all ranks take the same steps, so if none
+progresses, the one with the least progress blocks the others. A rank that finds a failure writes a verdict into the
+store; all ranks read it and exit, even out of a collective. A rank that cannot reach the store any more takes the
+others for lost.
 """
 
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, NoReturn
@@ -23,6 +24,7 @@ from typing_extensions import Self
 
 from dist_pca.console import print_error
 from dist_pca.errors import UserError
+from dist_pca.owner_file import Owner, is_alive, is_local, this_process
 from dist_pca.resilience.exit_status import ExitCode, exit_process, write_exit_status
 
 Phase = Literal[
@@ -41,6 +43,8 @@ Phase = Literal[
 ]
 _LOST_SHARE = 0.8
 """Share of the time-out after which a rank is lost; the rest is for the others to read the verdict."""
+_SURVEYS = 8
+"""Surveys of all ranks' progress in the time after which one is lost, by a rank that waits."""
 _PEER_ERRORS = ("gloo", "nccl", "connection", "socket")
 """Words in the error of a collective whose peer is gone."""
 
@@ -53,7 +57,14 @@ class Heartbeat(NamedTuple):
     step: int
     phase: Phase
     host: str
+    processes: str
     pid: int
+    started: float
+
+    @property
+    def owner(self) -> Owner:
+        """The process of the rank."""
+        return Owner(self.host, self.processes, self.pid, self.started)
 
 
 class Watchdog:
@@ -80,10 +91,13 @@ class Watchdog:
         self._lost_after, self._interval = _LOST_SHARE * timeout, min(1.0, timeout / 20)
         # One thread counts beats, and the main thread replaces the heartbeat; neither waits for the other.
         self._beat = 0
-        self._own = Heartbeat(0, 0, 0, "start", socket.gethostname(), os.getpid())
+        own = this_process()
+        self._own = Heartbeat(0, 0, 0, "start", own.host, own.processes, own.pid, own.started)
         # Seconds in which this thread ran, so that a pause of the whole machine counts as silence of no rank.
-        self._clock = self._moved_at = self._heard_at = self._answered_at = 0.0
+        self._clock = self._moved_at = self._surveyed_at = self._heard_at = self._answered_at = 0.0
         self._moved = self._heard = 0
+        # Progress of all ranks at the last survey, and beats at the first of the last few before one is lost.
+        self._progress: dict[int, int] = {}
         self._beats: dict[int, int] = {}
         # Without a launcher the parent is a shell, which may exit.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -144,7 +158,7 @@ class Watchdog:
                 self._read_verdict()
                 self._check_next_rank()
                 if self._surveys:
-                    self._check_own_progress()
+                    self._check_progress()
                 self._answered_at = self._clock
         with suppress(RuntimeError):
             self._publish()
@@ -167,27 +181,43 @@ class Watchdog:
         if heartbeat is None:
             # All ranks have joined the process group just before.
             if silent > self._lost_after:
-                self._report_lost(rank, Heartbeat(0, 0, 0, "start", "", 0), f"has not started within {silent:.0f} s")
+                never = Heartbeat(0, 0, 0, "start", host="", processes="", pid=0, started=0.0)
+                self._report_lost(rank, never, f"has not started within {silent:.0f} s")
             return
         if heartbeat.phase == "end":
             return
-        if heartbeat.host == self._own.host and not _is_alive(heartbeat.pid):
+        if is_local(heartbeat.owner, self._own.owner) and not self._is_alive(heartbeat.owner):
             self._report_lost(rank, heartbeat, "died")
         elif silent > self._lost_after:
             self._report_lost(rank, heartbeat, f"has not responded for {silent:.0f} s")
 
-    def _check_own_progress(self) -> None:
+    def _is_alive(self, owner: Owner) -> bool:
+        # Processes start by the clock of the machine, which may have been set since they wrote when.
+        shift = this_process().started - self._own.started
+        return is_alive(replace(owner, started=owner.started + shift))
+
+    def _check_progress(self) -> None:
         if self._own.progress != self._moved:
-            self._moved, self._moved_at = self._own.progress, self._clock
+            self._moved, self._moved_at, self._progress = self._own.progress, self._clock, {}
         still = self._clock - self._moved_at
-        if still < self._lost_after - 4 * self._interval or self._own.phase == "end":
+        late = still >= self._lost_after - 4 * self._interval
+        if not late:
             self._beats = {}
+        due = late or min(still, self._clock - self._surveyed_at) >= self._lost_after / _SURVEYS
+        if not due or self._own.phase == "end":
             return
+        self._surveyed_at = self._clock
         found = {rank: self._heartbeat(rank) for rank in range(self._size)}
         heartbeats = {
             rank: heartbeat for rank, heartbeat in found.items() if heartbeat is not None and heartbeat.phase != "end"
         }
-        if not self._beats:
+        before, self._progress = self._progress, {rank: heartbeat.progress for rank, heartbeat in heartbeats.items()}
+        if any(before.get(rank, progress) != progress for rank, progress in self._progress.items()):
+            # This rank waits for one that is at work, such as on more validation images.
+            self._moved_at, self._beats = self._clock, {}
+        elif not late:
+            return
+        elif not self._beats:
             self._beats = {rank: heartbeat.beat for rank, heartbeat in heartbeats.items()}
         elif still > self._lost_after:
             # Of ranks that wait in one collective, one without heartbeats is the cause.
@@ -210,7 +240,8 @@ class Watchdog:
         if self._raising and reporter == rank == self._rank:
             # The exception that is being raised reports it.
             return
-        if heartbeat.host == self._own.host and self._rank != rank != reporter:
+        local = is_local(heartbeat.owner, self._own.owner)
+        if local and self._rank != rank != reporter and self._is_alive(heartbeat.owner):
             # The launcher would wait for a stopped process.
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 lost = psutil.Process(heartbeat.pid)
@@ -227,10 +258,3 @@ class Watchdog:
             write_exit_status(self._folder, ExitCode.LOST_RANK, message)
         print_error(message)
         exit_process(self._folder, ExitCode.LOST_RANK)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
-    except psutil.NoSuchProcess:
-        return False

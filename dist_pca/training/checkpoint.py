@@ -220,7 +220,7 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self._finish()
+            self.finish()
         elif self._thread is not None:
             self._thread.join()
 
@@ -242,7 +242,7 @@ class CheckpointWriter:
             UserError: on every rank, the previous checkpoint could not be written.
         """
         began = time.perf_counter()
-        self._finish()
+        self.finish()
         tensors = _snapshot(parts)
         if dist.get_rank() == 0:
             values = {
@@ -269,9 +269,14 @@ class CheckpointWriter:
         done = torch.tensor(self._thread is None or not self._thread.is_alive(), device=self._device, dtype=torch.uint8)
         dist.broadcast(done, src=0)
         if done:
-            self._finish()
+            self.finish()
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written. Collective.
+
+        Raises:
+            UserError: on all ranks, it cannot be written.
+        """
         if not self._in_flight:
             return
         self._in_flight = False

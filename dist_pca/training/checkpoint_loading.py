@@ -1,5 +1,7 @@
-"""Loading from a checkpoint: that its files are its own, and weights into a network."""
+"""Loading from a checkpoint: the one that all ranks find, that its files are its own, and weights into a network."""
 
+import hashlib
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,9 +10,51 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from dist_pca.distributed import gather_objects
 from dist_pca.errors import UserError
-from dist_pca.training.checkpoint import abbreviate, read_state
+from dist_pca.training.checkpoint import abbreviate, latest_checkpoint, read_state
 from dist_pca.training.deepspeed import persistent_buffers
+
+
+def common_checkpoint(folder: Path) -> Path | None:
+    """Find the checkpoint from which all ranks resume. Collective.
+
+    Ranks that resumed from different ones would train on a mixture: weights of rank 0, and optimiser, moving average,
+    learning rate and samples of others.
+
+    Args:
+        folder: The run folder's `checkpoints`, which all ranks should see alike.
+
+    Returns:
+        The checkpoint; None if there is none.
+
+    Raises:
+        UserError: on every rank, they find different checkpoints, and the message names hosts, ranks and what each has
+            found; or none of those that are there can be read.
+    """
+    checkpoint, failure, found = None, None, "no checkpoint"
+    try:
+        checkpoint = latest_checkpoint(folder)
+        if checkpoint is not None:
+            digest = hashlib.sha256((checkpoint / "state.json").read_bytes()).hexdigest()
+            found = f"{checkpoint.name} with state.json {digest[:12]}"
+    except (UserError, OSError) as error:
+        failure = found = str(error)
+    ranks: dict[str, dict[str, list[str]]] = {}
+    for number, (host, what) in enumerate(gather_objects((socket.gethostname(), found))):
+        ranks.setdefault(what, {}).setdefault(host, []).append(str(number))
+    if len(ranks) > 1:
+        seen = (
+            f"{what} on {abbreviate([f'{host} (rank {abbreviate(numbers)})' for host, numbers in hosts.items()])}"
+            for what, hosts in ranks.items()
+        )
+        raise UserError(
+            f"{folder}: not the same on all ranks: {'; '.join(seen)}; set output to a folder that all machines share, "
+            "or wait until it is in sync, and start the run again"
+        )
+    if failure is not None:
+        raise UserError(failure)
+    return checkpoint
 
 
 def load_model(model: torch.nn.Module, checkpoint: Path, *, ema: bool = False) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from dist_pca.config import RunConfig
 from dist_pca.cores import usable_cores
-from dist_pca.errors import LostProcess, UserError
+from dist_pca.distributed import check_gpus, joining, leave_nccl_errors_to_watchdog
+from dist_pca.errors import UserError
 from dist_pca.resilience.watchdog import Watchdog
 from dist_pca.training.deepspeed import deepspeed_plugin, disable_cpu_reduction_kernel
 from dist_pca.training.deepspeed_config import LAUNCHER_FIELDS, deepspeed_config
@@ -39,7 +41,7 @@ def init_distributed(config: RunConfig) -> DistributedEnvironment:
         config: The run as `reconcile_launcher` returned it.
 
     Raises:
-        UserError: the processes that came up are not those that were launched.
+        UserError: the processes that came up are not those that were launched, or have no GPU each.
         LostProcess: not all of them have joined in time.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -57,10 +59,15 @@ def init_distributed(config: RunConfig) -> DistributedEnvironment:
     use_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     # Accelerate skips DeepSpeed altogether where this is set; DeepSpeed chooses the CPU by itself.
     os.environ.pop("ACCELERATE_USE_CPU", None)
-    if not use_cuda:
-        torch.set_num_threads(max(1, usable_cores() // local_size))
+    # The last resort: the watchdog has ended the run long before.
     backend, timeout = "nccl" if use_cuda else "gloo", timedelta(seconds=2 * config.training.stall_timeout)
-    try:
+    if use_cuda:
+        check_gpus(local_size)
+        leave_nccl_errors_to_watchdog(timeout.total_seconds())
+    else:
+        torch.set_num_threads(max(1, usable_cores() // local_size))
+    _set_default_timeout(timeout)
+    with joining(launched, timeout):
         if _restarts() > 0:
             # The launcher's store still holds the addresses of lost ranks, where new ones would look for each other.
             store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
@@ -68,30 +75,16 @@ def init_distributed(config: RunConfig) -> DistributedEnvironment:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         accelerator = Accelerator(
             deepspeed_plugin=deepspeed_plugin(deepspeed_config(config)),
-            kwargs_handlers=[
-                InitProcessGroupKwargs(
-                    backend=backend,
-                    # The last resort: the watchdog has ended the run long before.
-                    timeout=timeout,
-                )
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
             mixed_precision="no",
         )
-    except RuntimeError as error:
-        # PyTorch has no type of its own for ranks that do not join in time.
-        if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
-            raise
-        raise LostProcess(
-            f"not all {launched} ranks have joined within {timeout.total_seconds():.0f} s; find one that is stopped "
-            "or cannot be reached, and start the run again"
-        ) from error
     came_up = dist.get_world_size() if dist.is_initialized() else 1
     if came_up != launched or accelerator.num_processes != launched:
         raise UserError(
             f"the launcher started {launched} processes, but {came_up} joined the process group; start the run with "
             "`accelerate launch --config_file` and one of the files in launch/accelerate/"
         )
-    group = _node_group(launched, local_size)
+    group = _node_group(launched, local_size, timeout)
     return DistributedEnvironment(accelerator, dist.get_rank(), launched, accelerator.device, group)
 
 
@@ -119,13 +112,21 @@ def _restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def _node_group(size: int, local_size: int) -> dist.ProcessGroup | None:
+def _set_default_timeout(timeout: timedelta) -> None:
+    """Set the time-out of process groups that are made without one, as DeepSpeed makes all of its own."""
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        # The second is None in a PyTorch without NCCL.
+        if getattr(distributed_c10d, name, None) is not None:
+            setattr(distributed_c10d, name, timeout)
+
+
+def _node_group(size: int, local_size: int, timeout: timedelta) -> dist.ProcessGroup | None:
     if size == local_size:
         return None
     first = dist.get_rank() // local_size * local_size
     # Ranks of other nodes take no part, so that a start takes no longer with more of them.
     return dist.new_group(  # type: ignore[return-value]
-        list(range(first, first + local_size)), use_local_synchronization=True
+        list(range(first, first + local_size)), timeout=timeout, use_local_synchronization=True
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from dist_pca.data.randomness import Domain as DomainName
 from dist_pca.data.stream import stream
 from dist_pca.data.to_device import to_device
 from dist_pca.distributed import raise_on_all_ranks
+from dist_pca.errors import UserError
 from dist_pca.model.batch_norm import kept_statistics
 from dist_pca.model.frozen import AUTOCAST, FrozenBackbone
 from dist_pca.objective import Domains, objective
@@ -26,8 +28,8 @@ from dist_pca.resilience.preemption import StopRequest
 from dist_pca.resilience.watchdog import Watchdog
 from dist_pca.shards.manifest import Manifest
 from dist_pca.training.accumulation import Loss, MicroBatch, grad_cache, separate_losses
-from dist_pca.training.checkpoint import CheckpointWriter, State, latest_checkpoint, read_state
-from dist_pca.training.checkpoint_loading import check_files, load_model
+from dist_pca.training.checkpoint import CheckpointWriter, State, read_state
+from dist_pca.training.checkpoint_loading import check_files, common_checkpoint, load_model
 from dist_pca.training.checkpoint_parts import AveragePart, ModelPart, checkpoint_parts, restore
 from dist_pca.training.ema import init_ema, teacher_weights, update_ema
 from dist_pca.training.environment import connect_store, init_distributed
@@ -77,7 +79,7 @@ class Trainer:
         """Join the other ranks, and start the run or resume it from its newest checkpoint.
 
         Raises:
-            UserError: another job trains in the folder, or a checkpoint cannot be read.
+            UserError: another job trains in the folder, a checkpoint cannot be read, or ranks find different ones.
         """
         self.stop.limit(self.run.config.training.time_limit, os.environ)
         with ExitStack() as stack:
@@ -207,6 +209,7 @@ class Trainer:
     def _set_up(self, stack: ExitStack) -> None:
         run, config, training = self.run, self.run.config, self.run.config.training
         self.environment = init_distributed(config)
+        self.stop.joined()
         rank, world_size = self.environment.rank, self.environment.world_size
         self.device = self.environment.device
         watchdog = stack.enter_context(
@@ -219,7 +222,13 @@ class Trainer:
         flops = network_flops(run.model, run.model.backbone.options.bands, *config.data.crop)
         # Before a checkpoint's weights replace those that the run began with.
         self.pretrained = self._pretrained_backbone()
-        state = self._start_engine()
+        try:
+            checkpoint = common_checkpoint(config.folder / "checkpoints")
+        except UserError:
+            # Every rank reports it, in a folder that others may not see; an open watchdog would let one alone do so.
+            stack.close()
+            raise
+        state = self._start_engine(checkpoint)
         self.start_step = int(state["step"])
         # Batches that are given per rank are others on another number of ranks.
         used = state.get("samples", {})
@@ -274,10 +283,9 @@ class Trainer:
         autocast = AUTOCAST[self.run.config.training.precision]
         return FrozenBackbone(self.run.model, autocast=autocast).to(self.device)
 
-    def _start_engine(self) -> State:
-        """Build engine, optimiser and moving average, restored from the newest checkpoint; returns its `state.json`."""
+    def _start_engine(self, checkpoint: Path | None) -> State:
+        """Build engine, optimiser and moving average, restored from a checkpoint; returns its `state.json`."""
         config, model = self.run.config, self.run.model
-        checkpoint = latest_checkpoint(config.folder / "checkpoints")
         if checkpoint is not None:
             check_files(checkpoint)
             # Before DeepSpeed partitions the weights.

@@ -56,6 +56,19 @@ def test_a_launcher_file_that_names_no_processes_is_refused(tmp_path: Path) -> N
         process_count(launch_command("camvid", launcher=str(tmp_path / "mine.yaml")))
 
 
+def test_more_processes_than_gpus_are_refused_before_any_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = launch_command("camvid", launcher="accelerate/gpu_zero2")
+    command[1:3] = ["-c", "raise SystemExit(7)"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(UserError, match=r"^8 processes .* only 4 visible .* start 4 of them \(--processes"):
+        launch(command, tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert launch(command, tmp_path) == 7
+
+
 def test_the_exit_code_is_the_commands(tmp_path: Path) -> None:
     command = launch_command("camvid", launcher="accelerate/cpu")
     command[1:3] = ["-c", "raise SystemExit(7)"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 
@@ -112,6 +113,22 @@ def test_what_a_launcher_passes_on_is_refused_by_name_too(variable: str, value: 
     with pytest.raises(UserError, match=rf"^launcher \({variable}\): {name} would be without effect"):
         check_launcher({variable: value})
     check_launcher({variable: "no"})
+
+
+@pytest.mark.parametrize("value", ["true", "True", "1"])
+def test_ranks_that_see_gpus_refuse_to_be_kept_off_them_by_a_variable_alone(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(
+        UserError,
+        match=rf"^launcher \(ACCELERATE_USE_CPU\): use_cpu: {value} would be without effect in this run; put "
+        "CUDA_VISIBLE_DEVICES= before the command instead$",
+    ):
+        check_launcher({"ACCELERATE_USE_CPU": value})
+    check_launcher({"ACCELERATE_USE_CPU": "False"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_launcher({"ACCELERATE_USE_CPU": value})
 
 
 @pytest.mark.slow

@@ -17,12 +17,14 @@ from dist_pca.resilience.preemption import SLURM_MARGIN, StopRequest
 from dist_pca.resources import resource
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import build_streets, overrides
+from tests.test_distributed import free_port
 
 
 def leave_together(rank: int, world_size: int, number: int) -> tuple[int, str, int]:
     import torch
 
     stop = StopRequest()
+    stop.joined()
     for step in range(1, 200):
         if rank == 1 and step == 3:
             os.kill(os.getpid(), number)
@@ -58,6 +60,7 @@ def run_out_of_time(rank: int, world_size: int, environment: dict[str, str], sec
     import torch
 
     stop = StopRequest()
+    stop.joined()
     # The clocks of two machines differ.
     stop.limit(seconds if rank == 0 else None, environment)
     while not stop.any_rank(1, torch.device("cpu")):
@@ -81,7 +84,8 @@ def test_a_second_signal_ends_a_process_that_waits_in_native_code() -> None:
     # Sleeps stand for a collective that does not end: Python's own handlers would not run meanwhile. A signal ends one.
     code = (
         "import ctypes; from dist_pca.resilience import preemption; preemption.ECHO_SECONDS = 2.0; "
-        "stop = preemption.StopRequest(); print('ready', flush=True); [ctypes.CDLL(None).sleep(60) for _ in range(9)]"
+        "stop = preemption.StopRequest(); stop.joined(); print('ready', flush=True); "
+        "[ctypes.CDLL(None).sleep(60) for _ in range(9)]"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -93,6 +97,78 @@ def test_a_second_signal_ends_a_process_that_waits_in_native_code() -> None:
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("SIGTERM", ExitCode.SAVED), ("SIGUSR1", ExitCode.SAVED), ("SIGINT", ExitCode.INTERRUPTED)],
+)
+def test_until_the_ranks_have_joined_the_first_signal_ends_a_process(name: str, code: ExitCode) -> None:
+    # The sleeps stand for waiting for a rank that never joins.
+    script = (
+        "import ctypes; from dist_pca.resilience.preemption import StopRequest; stop = StopRequest(); "
+        "print('ready', flush=True); [ctypes.CDLL(None).sleep(60) for _ in range(9)]"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(getattr(signal, name))
+        try:
+            assert process.wait(timeout=5) == code
+        finally:
+            process.kill()
+
+
+def test_once_the_run_is_saved_signals_are_ignored() -> None:
+    script = (
+        "import os, signal, time; from dist_pca.resilience import preemption; preemption.ECHO_SECONDS = 0.1; "
+        "stop = preemption.StopRequest(); stop.joined(); os.kill(os.getpid(), signal.SIGTERM); assert stop.wait(5); "
+        "time.sleep(0.5); stop.ignore(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.5); print('written')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "written\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_another_to_join_ends_at_once_when_asked_to(tmp_path: Path) -> None:
+    build_streets(tmp_path)
+    port = free_port()
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment = os.environ | ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "dist_pca.train", "demo", *overrides(tmp_path, "alone")]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        # It is there that it waits for rank 1.
+        while not any(found.laddr.port == port for found in psutil.Process(process.pid).net_connections()):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(timeout=10) == ExitCode.SAVED
+        finally:
+            process.kill()
+    # Under a launcher, another rank's error may be the reason.
+    assert read_exit_status(tmp_path / "runs" / "alone") is None
+
+
+@pytest.mark.slow
+def test_a_launcher_that_ends_ranks_once_the_first_has_left_cuts_off_no_report(tmp_path: Path) -> None:
+    build_streets(tmp_path)
+    script = f"""
+import os, signal, time
+from dist_pca import train
+from dist_pca.resilience import preemption
+preemption.ECHO_SECONDS = 0.1
+def write_report(run):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    return "; the report is whole"
+train.write_report = write_report
+train.main("demo", {overrides(tmp_path, "reported", "training.steps=1")}, None)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == ExitCode.DONE, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("the report is whole")
 
 
 @pytest.mark.slow

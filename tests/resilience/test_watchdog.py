@@ -1,5 +1,6 @@
 """A rank that is killed, stopped or stuck ends the others in time, and one line names it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
+from dist_pca.owner_file import this_process
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
-from dist_pca.resilience.watchdog import Watchdog
+from dist_pca.resilience.watchdog import Heartbeat, Watchdog
 from tests.support.runs import build_streets, overrides
 
 TIMEOUT = 4.0
@@ -35,6 +37,14 @@ with Watchdog(store, int(rank), int(size), timeout=float(timeout), folder=Path(f
         raise UserError("shard-3.tar is damaged")
     watchdog.enter("backward")
     print("ready", flush=True)
+    if rank == "1" and fault in ("uneven", "halted"):
+        # A rank with more images to validate on, which may be stuck after some of them.
+        for _ in range(4 * int(float(timeout))):
+            watchdog.enter("validation")
+            time.sleep(0.5)
+    if fault == "uneven":
+        time.sleep((1 - int(rank)) * 2 * float(timeout))
+        sys.exit()
     if fault != "none":
         time.sleep(600)
     time.sleep(timedelta(seconds=int(rank)).total_seconds())
@@ -133,6 +143,52 @@ def test_a_rank_that_waits_for_its_data_is_named_and_not_those_that_wait_for_it(
     assert "rank 1 " in said[0]
     assert "has not progressed" in said[0]
     assert "in step 7, data" in said[0]
+
+
+@pytest.mark.slow
+def test_a_rank_may_wait_for_another_for_longer_than_the_time_limit_while_that_one_progresses(tmp_path: Path) -> None:
+    _store, ranks = start(tmp_path, 2, "uneven", wait_for=2)
+    assert [process.communicate(timeout=60)[1] for process in ranks] == ["", ""]
+    assert [process.returncode for process in ranks] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_rank_that_no_longer_progresses_is_found_in_time_by_one_that_has_waited_long(tmp_path: Path) -> None:
+    _store, ranks = start(tmp_path, 2, "halted", wait_for=2)
+    # Until rank 1 halts.
+    time.sleep(2 * TIMEOUT)
+    assert [process.poll() for process in ranks] == [None, None]
+    began = time.monotonic()
+    said = [line for process in ranks for line in process.communicate(timeout=60)[1].splitlines()]
+    assert time.monotonic() - began < 1.5 * TIMEOUT
+    assert len(said) == 1
+    assert "has not progressed" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"processes": "pid:[of another container]"}, "has not responded for"),
+        ({"host": "of-another-machine"}, "has not responded for"),
+        ({}, "died"),
+        # Another process has got its number since.
+        ({"pid": os.getpid(), "started": 1.0}, "died"),
+    ],
+    ids=["container", "machine", "here", "reused"],
+)
+def test_only_processes_that_can_be_looked_up_are(tmp_path: Path, change: dict[str, Any], what: str) -> None:
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    own = this_process()
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    heartbeat = Heartbeat(1, 1, 7, "backward", own.host, own.processes, ended.pid, own.started)._replace(**change)
+    store.set("heartbeat1", json.dumps(heartbeat))
+    command = [sys.executable, "-c", RANK, *map(str, (0, 2, store.port, TIMEOUT, tmp_path, "signal"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == ExitCode.LOST_RANK
+    assert f"process {heartbeat.pid}) {what}" in done.stderr
 
 
 @pytest.mark.slow

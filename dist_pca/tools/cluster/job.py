@@ -10,6 +10,7 @@ import typer
 from dist_pca.config import RunConfig
 from dist_pca.console import print_error
 from dist_pca.errors import UserError
+from dist_pca.files import last_step
 from dist_pca.options import Resume
 from dist_pca.resilience.exit_status import ExitCode, ExitStatus, clear_exit_status, read_exit_status
 from dist_pca.resources import resource
@@ -59,9 +60,15 @@ def judge(folder: Path, *, job: str, restart: int, signalled: bool) -> Verdict:
     if outcome is None:
         if 0 < planned_steps(folder) <= saved:
             return Verdict(ExitCode.DONE, f"{folder}: all {saved} steps are made")
-        if not signalled:
-            return Verdict(GAVE_UP, f"{folder}: ended without a word; see the logs in {folder / 'slurm'}")
-        outcome = ExitStatus(ExitCode.SAVED, f"{folder}: asked to stop before the first step")
+        silence = f"ended without a word; see the logs in {folder / 'slurm'}"
+        made = _last_step_of_start(folder, job, restart)
+        if made > 0:
+            # A node that is lost, or a signal that kills all ranks, leaves no rank to write exit.json.
+            outcome = ExitStatus(ExitCode.LOST_RANK, f"{folder}: had made step {made}, and {silence}")
+        elif signalled:
+            outcome = ExitStatus(ExitCode.SAVED, f"{folder}: asked to stop before the first step")
+        else:
+            return Verdict(GAVE_UP, f"{folder}: {silence}")
     if outcome.code not in (ExitCode.SAVED, ExitCode.LOST_RANK):
         return Verdict(outcome.code, outcome.message)
     fruitful = [start.restart for start in read_launch_log(folder) if start.job == job and start.step < saved]
@@ -71,6 +78,15 @@ def judge(folder: Path, *, job: str, restart: int, signalled: bool) -> Verdict:
             GAVE_UP, f"{outcome.message}; not started again: the last {fruitless} starts have saved no further step"
         )
     return Verdict(ExitCode.SAVED, outcome.message)
+
+
+def _last_step_of_start(folder: Path, job: str, restart: int) -> int:
+    """Last step that this start of a job has logged or saved; 0 if it has made none."""
+    launches = read_launch_log(folder)
+    if not launches or (launches[-1].job, launches[-1].restart) != (job, restart):
+        return 0
+    step = max(saved_step(folder), last_step(folder / "metrics.jsonl"))
+    return step if step > launches[-1].step else 0
 
 
 @app.command("begin")

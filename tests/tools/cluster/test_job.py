@@ -48,6 +48,32 @@ def test_an_end_that_nobody_explains_is_a_failure(tmp_path: Path) -> None:
     assert "slurm" in verdict.message
 
 
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_start_that_made_steps_and_ended_without_a_word_has_lost_a_rank(tmp_path: Path, signalled: bool) -> None:
+    run = make_run(tmp_path, told=40, saved=30, starts=(start(0, 0), start(30, 1)))
+    verdict = judge(run, job="7", restart=1, signalled=signalled)
+    assert verdict.code == ExitCode.SAVED
+    assert "had made step 40" in verdict.message
+
+
+@pytest.mark.parametrize(("told", "restart", "job"), [(30, 1, "7"), (40, 2, "7"), (40, 1, "8")])
+def test_a_start_that_made_no_step_is_not_credited_with_those_of_others(
+    tmp_path: Path, told: int, restart: int, job: str
+) -> None:
+    run = make_run(tmp_path, told=told, saved=30, starts=(start(0, 0), start(30, 1)))
+    assert judge(run, job=job, restart=restart, signalled=False).code == GAVE_UP
+
+
+def test_starts_that_crash_before_they_save_are_bounded(tmp_path: Path) -> None:
+    codes = []
+    for restart in range(4):
+        folder = tmp_path / str(restart)
+        folder.mkdir()
+        run = make_run(folder, told=20, starts=tuple(start(0, number) for number in range(restart + 1)))
+        codes.append(judge(run, job="7", restart=restart, signalled=False).code)
+    assert codes == [ExitCode.SAVED] * (FRUITLESS_STARTS - 1) + [GAVE_UP] * (5 - FRUITLESS_STARTS)
+
+
 def test_a_finished_run_that_is_started_again_is_done(tmp_path: Path) -> None:
     assert judge(make_run(tmp_path, saved=STEPS), job="7", restart=0, signalled=False).code == ExitCode.DONE
 

@@ -18,15 +18,13 @@ LINES = [line.text for line in shipped_lines("launch/slurm/") if not line.marked
 ON_CLUSTER = {
     # Two nodes, no GPUs, one partition, no accounts.
     r"((?<!\.)\bsbatch (?:-\S+ \S+ )*)": r"\1--gpus-per-node 0 --cpus-per-task 1 ",
-    r"--nodes 4": "--nodes 2",
     r"(dist-pca submit .*) --gpus-per-node 8": r"\1 --gpus-per-node 0 --cpus-per-node 1",
     r"SBATCH_PARTITION=\w+": "SBATCH_PARTITION=all",
     # The job before.
     r"afterok:4711": "afterok:$JOB",
     # Fewer tasks; of a sweep's one.
-    r"TASKS=32": "TASKS=2",
+    r"TASKS=8": "TASKS=2",
     r"(launch/slurm/sweep\.sbatch)": r"--array 4 \1",
-    r"training\.steps=20000": "training.steps=2",
 }
 """What is typed otherwise than it is printed, besides `SMALLER`."""
 
