@@ -30,7 +30,7 @@ def best_choice(
     """
     fitting = [
         prediction
-        for stage in (2, 1, 3)
+        for stage in stages(config)
         for variant in _variants(config, images)
         if (
             prediction := predict(
@@ -48,6 +48,14 @@ def best_choice(
         return width, objective.lovasz.scope == "world", -round(prediction.timing.step, 4)
 
     return max((prediction for prediction in fitting if prediction.timing.step <= limit), key=worth)
+
+
+def stages(config: RunConfig) -> tuple[int, ...]:
+    """ZeRO stages that the run may have, the preferred one first."""
+    offload = config.training.offload
+    if offload.moves_parameters or offload.optimizer == "nvme":
+        return (3,)
+    return (2, 1) if config.model.compile else (2, 1, 3)
 
 
 def as_overrides(prediction: Prediction) -> list[str]:

@@ -193,6 +193,8 @@ def plan(
         printer.print(report.sweep_table(swept), "", sep="\n")
     printer.print(report.advice(prediction, best), markup=False)
     printer.print(report.MEANING, style="dim", markup=False)
+    if run.training.grad_cache:
+        printer.print(report.GRAD_CACHE, style="yellow", markup=False)
     if count is None:
         printer.print(f"Classes: {DEFAULT_CLASSES}, as there are no shards to read them from; set it with --classes.")
 

@@ -185,18 +185,17 @@ def sweep(
     stage: int,
     largest: int,
 ) -> list[Prediction]:
-    """Predict 1, 2, 4, ... up to `largest` GPUs at constant images per GPU; multiple nodes are full nodes.
+    """Predict 1, 2, 4, ... GPUs of a node and 1, 2, 4, ... full nodes, up to `largest` GPUs.
 
-    The batch grows with the GPUs, and steps shrink so that as many images are seen.
+    Images per GPU are constant: the batch grows with the GPUs, and steps shrink so that as many images are seen.
     """
-    sizes, size = [], 1
-    while size <= largest:
-        sizes.append(size)
-        size *= 2
+    powers = [2**power for power in range(largest.bit_length())]
+    sizes = [size for size in powers if size < cluster.per_node]
+    sizes += [cluster.per_node * nodes for nodes in powers]
     clusters = [
         Cluster(cluster.gpu, ceil(size / cluster.per_node), min(size, cluster.per_node))
         for size in sizes
-        if size < cluster.per_node or size % cluster.per_node == 0
+        if size <= largest
     ]
     return [
         predict(

@@ -16,6 +16,11 @@ MEANING = (
     "have not been held to runs on GPUs: for good ones, measure a few steps and set those to what they reached."
 )
 """What the predictions are, and how far to trust them."""
+GRAD_CACHE = (
+    "training.grad_cache is not in these figures: it keeps the outputs of all micro-batches of an update, associates "
+    "them together and runs the network's forward pass twice. Measure a few steps before you rely on it."
+)
+"""What a prediction leaves out where micro-batches have one loss."""
 CANDIDATES = (
     "Under scope world, the operations of one GPU grow with the number of GPUs, and those of all GPUs with its square. "
     "Scope node keeps them constant. The budget keeps candidates from all nodes, and as many pixels of each image as "

@@ -14,7 +14,7 @@ from dist_pca.cli import app
 from dist_pca.config import AssociationConfig, RunConfig
 from dist_pca.errors import UserError
 from dist_pca.tools.planning import association, report
-from dist_pca.tools.planning.advice import SLOWER, as_overrides, best_choice
+from dist_pca.tools.planning.advice import SLOWER, as_overrides, best_choice, stages
 from dist_pca.tools.planning.association import Candidates
 from dist_pca.tools.planning.hardware import Assumptions, Cluster, find_gpu
 from dist_pca.tools.planning.live import LiveBytes
@@ -225,6 +225,27 @@ def test_a_sweep_keeps_images_per_gpu_and_images_in_all() -> None:
     assert [other.cluster.size for other in swept] == [2**power for power in range(11)]
     assert {other.steps * other.cluster.size for other in swept} == {8 * 1024}
     assert all(other.images == (1, 1) for other in swept)
+
+
+@pytest.mark.parametrize(
+    ("per_node", "sizes"), [(6, [1, 2, 4, 6, 12, 24, 48]), (3, [1, 2, 3, 6, 12, 24, 48]), (1, [1, 2, 4, 8])]
+)
+def test_a_sweep_goes_over_full_nodes_of_any_size(per_node: int, sizes: list[int]) -> None:
+    cluster = Cluster(find_gpu("h100"), 2, per_node)
+    swept = sweep(tiny(), network(), cluster, Assumptions(), images=(1, 1), stage=2, largest=max(sizes))
+    assert [other.cluster.size for other in swept] == sizes
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("training.offload.parameters=cpu", {3}),
+        ("model.compile=true", {1, 2}),
+        ("training.precision=bf16", {1, 2, 3}),
+    ],
+)
+def test_advice_takes_a_stage_that_the_run_may_have(key: str, expected: set[int]) -> None:
+    assert set(stages(tiny(key))) == expected
 
 
 def test_advice_fits_is_near_the_fastest_and_is_a_config() -> None:
