@@ -82,9 +82,12 @@ def object_url(location: str, name: str) -> str:
         location: URL of the folder, which may end in the shards to use.
         name: Name of the file.
     """
-    parts = urlsplit(_split(location)[0])
-    quoted = quote(name) if parts.scheme in ("http", "https") else name
-    return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{quoted}", parts.query, ""))
+    folder = _split(location)[0]
+    if not folder.startswith(("http://", "https://")):
+        # Names of objects may hold what ends a path elsewhere, such as # and ?.
+        return f"{folder.rstrip('/')}/{name}"
+    parts = urlsplit(folder)
+    return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{quote(name)}", parts.query, ""))
 
 
 def split_shards(location: str) -> tuple[str, list[str] | None]:

@@ -79,11 +79,9 @@ def _s3_body(url: str, start: int, timeout: float) -> Iterator[Body]:
     client = _s3_client(os.getpid(), timeout)
     from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError, IncompleteReadError
 
-    parts = urlsplit(url)
+    bucket, _, key = url.removeprefix("s3://").partition("/")
     try:
-        answer = client.get_object(
-            Bucket=parts.netloc, Key=parts.path[1:], **({"Range": f"bytes={start}-"} if start else {})
-        )
+        answer = client.get_object(Bucket=bucket, Key=key, **({"Range": f"bytes={start}-"} if start else {}))
         with closing(answer["Body"]) as stream:
             yield Body(_first_byte(answer.get("ContentRange")), stream.iter_chunks(_CHUNK))
     except ClientError as error:

@@ -236,7 +236,7 @@ def _locked_part(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = _temporary_path(path)
     while True:
-        part = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
+        part = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
         fcntl.flock(part, fcntl.LOCK_EX)
         if _is_at(part, temporary):
             break
@@ -308,7 +308,7 @@ def _removed_if_stale(part: Path) -> bool:
             if _is_at(file, part):
                 part.unlink()
             return True
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # It is another process's, or another user's.
         return False
     except FileNotFoundError:
         return True

@@ -42,7 +42,7 @@ def locked(path: Path, kind: int, busy: str = "") -> Iterator[int]:
     Raises:
         UserError: another process has the lock, and `kind` has LOCK_NB.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(handle, kind)

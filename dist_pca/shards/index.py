@@ -13,7 +13,7 @@ from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, describe_em
 from dist_pca.shards.pool import Progress, Report, run_jobs
 from dist_pca.shards.recipe import Coding, Recipe, Split
 from dist_pca.shards.sample import image_member
-from dist_pca.shards.walk import SampleSlice, walk
+from dist_pca.shards.walk import SampleSlice, visible_files, walk
 
 T = TypeVar("T")
 RECIPE = "index"
@@ -136,9 +136,9 @@ def _shards(folder: Path, force: bool) -> list[Path]:
     if (folder / MANIFEST_NAME).exists() and not force:
         raise UserError(f"shards {folder}: already has a {MANIFEST_NAME}; replace it with --force")
     for pattern in _COMPRESSED:
-        for path in sorted(folder.glob(pattern)):
+        for path in visible_files(folder, pattern):
             raise UserError(f"{path}: compressed, so single samples cannot be read; decompress it to a plain tar")
-    paths = sorted(folder.glob("*.tar"))
+    paths = visible_files(folder, "*.tar")
     if not paths:
         raise UserError(f"shards {folder}: no .tar in it; give the folder that holds the .tar files")
     return paths

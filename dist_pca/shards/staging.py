@@ -148,9 +148,10 @@ def _hold(held: ExitStack, out: Path, kind: int, fingerprint: str | None = None)
         others = "another build is writing there, of another recipe, options or raw files"
         busy = f"shards {out}: {others}; choose another --out"
     while True:
+        out.mkdir(parents=True, exist_ok=True)
         # A build that ends at this moment removes its folder, and the lock with it.
         with suppress(FileNotFoundError):
-            staging.mkdir(parents=True, exist_ok=True)
+            staging.mkdir(exist_ok=True)
             lock = staging / "lock"
             handle = held.enter_context(locked(lock, kind | fcntl.LOCK_NB, busy))
             if os.path.samestat(lock.stat(), os.fstat(handle)):

@@ -11,7 +11,7 @@ from dist_pca.shards.facts import image_shape, label_counts
 from dist_pca.shards.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest
 from dist_pca.shards.pool import Progress, Report, run_jobs
 from dist_pca.shards.sample import image_member, read_sample
-from dist_pca.shards.walk import walk
+from dist_pca.shards.walk import visible_files, walk
 
 _SAMPLES_PER_JOB = 64
 
@@ -100,7 +100,7 @@ def _parts(shard: Shard) -> Iterator[Shard]:
 
 def _folder_problems(manifest: Manifest) -> Iterator[Problem]:
     listed = [shard.name for shard in manifest.shards]
-    for path in sorted(manifest.folder.glob("*.tar")):
+    for path in visible_files(manifest.folder, "*.tar"):
         if path.name not in listed:
             yield Problem(path.name, "", f"not listed in {MANIFEST_NAME}")
     first: dict[str, str] = {}

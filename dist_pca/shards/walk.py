@@ -59,6 +59,11 @@ def walk(path: Path) -> list[SampleSlice]:
     return slices
 
 
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder by name; those that begin with a dot, such as the `._` files of macOS, are left out."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 class _Headers:
     """A file from which headers are read, but none of a size that no header has; `tarfile` reads them whole."""
 
@@ -89,6 +94,8 @@ def _group(path: Path, archive: tarfile.TarFile) -> tuple[list[SampleSlice], int
     end = 0
     for member in _members(path, archive):
         end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+        if member.isdir():
+            continue
         match = None if _META.match(member.name) else _MEMBER.fullmatch(member.name)
         if match is None:  # WebDataset skips it too
             continue
@@ -114,7 +121,7 @@ def _members(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         # With negative sizes, some versions of `tarfile` move backwards and never end.
         if member.size < 0:
             raise UserError(f"{path}: member {member.name!r}: has a negative size; copy the shard again")
-        if not member.isreg() or member.issparse():
+        if not (member.isreg() or member.isdir()) or member.issparse():
             raise UserError(f"{path}: member {member.name!r}: not a regular file; write the shard without it")
         if member.size > MAX_SAMPLE_BYTES:
             raise UserError(

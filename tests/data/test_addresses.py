@@ -104,6 +104,7 @@ def test_a_file_s_url_keeps_user_and_query_and_a_redacted_one_has_neither() -> N
     assert url == "https://user:sesame@host:8443/shards/shard%201.tar?signature=sesame"
     assert redact(url) == "https://host:8443/shards/shard%201.tar"
     assert object_url("s3://bucket", "shard 1.tar") == "s3://bucket/shard 1.tar"
+    assert object_url("s3://bucket/run#1/x/", "what?#1.tar") == "s3://bucket/run#1/x/what?#1.tar"
 
 
 @pytest.mark.parametrize("path", ["data/run#1", "what?", "//host/share", "me@home/x", ""])

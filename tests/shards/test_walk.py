@@ -82,7 +82,6 @@ def test_samples_are_those_webdataset_reads_and_each_slice_is_a_tar_of_one(
     [
         ("a.png", tarfile.SYMTYPE, "member 'a.png': not a regular file"),
         ("a.png", tarfile.LNKTYPE, "not a regular file"),
-        ("folder", tarfile.DIRTYPE, "member 'folder': not a regular file"),
         ("a.fifo", tarfile.FIFOTYPE, "not a regular file"),
         ("/etc/a.png", tarfile.REGTYPE, "member '/etc/a.png': the name is outside its folder"),
         ("b/../../a.png", tarfile.REGTYPE, "the name is outside its folder"),
@@ -95,6 +94,14 @@ def test_members_that_are_more_than_a_file_in_the_folder_are_refused(
     with pytest.raises(UserError, match=f"a.tar: .*{message}") as caught:
         walk(path)
     assert "\n" not in str(caught.value)
+
+
+def test_folders_of_a_tar_are_passed_over(tmp_path: Path) -> None:
+    folder = _info("d", tarfile.DIRTYPE)
+    members = [(folder, b""), (_info("d/a.png"), b"x"), (folder, b""), (_info("d/a.txt"), b"y"), (folder, b"")]
+    (found,) = walk(write_tar(tmp_path / "a.tar", members))
+    assert found.key == "d/a"
+    assert set(found.members) == {"png", "txt"}
 
 
 def test_sparse_members_are_refused(tmp_path: Path) -> None:
