@@ -1,5 +1,6 @@
 """Sections of what ran: result, time by phase, settings and environment."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -254,8 +255,7 @@ def _words(value: Any) -> str:
 def _redacted_word(word: str) -> str:
     if word.startswith("telemetry.tracker_options"):
         return f"{word.partition('=')[0]}=..."
-    key, equals, url = word.partition("=")
-    return f"{key}{equals}{redact(url)}"
+    return re.sub(r"\w+://[^\s,'\"\]}]+", lambda url: redact(url[0]), word)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -220,8 +220,10 @@ def _measured(readings: Sequence[Reading], reference: ReferenceValues | None) ->
     }
     if reference is not None and first.loss is not None:
         differences = [reading.gradient_difference for reading in readings if reading.gradient_difference is not None]
-        measured["loss_error"] = abs(first.loss - reference.loss) / abs(reference.loss)
-        measured["gradient_error"] = max(differences) / reference.largest_gradient
+        # Relative, which zero has no error in: of one pixel loss and gradients are 0.
+        if reference.loss and reference.largest_gradient:
+            measured["loss_error"] = abs(first.loss - reference.loss) / abs(reference.loss)
+            measured["gradient_error"] = max(differences) / reference.largest_gradient
     return measured
 
 

@@ -241,9 +241,11 @@ def _silence(folder: Path, now: float) -> float | None:
 
 
 def _job_state(job: str) -> str | None:
-    command = ["squeue", "--noheader", "--format=%T", f"--job={job}"]
+    command = ["squeue", "--noheader", "--format=%A %T", f"--job={job}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    # The last task of an array has the array's number, by which all of its tasks are listed.
+    states = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line.strip())
+    return states.get(job) or next(iter(states.values()), None)

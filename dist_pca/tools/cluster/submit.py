@@ -150,7 +150,7 @@ def outside_jobs(environment: Mapping[str, str]) -> dict[str, str]:
     Jobs inherit the environment from which they are submitted, and memory limits, bindings and GPUs of another job
     contradict their own.
     """
-    kept = ("SLURM_CONF",)
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
     return {name: value for name, value in environment.items() if name in kept or not name.startswith("SLURM_")}
 
 

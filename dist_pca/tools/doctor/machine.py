@@ -16,7 +16,7 @@ import torch.distributed as dist
 from dist_pca.config import RunConfig
 from dist_pca.console import counted
 from dist_pca.cores import available_memory, free_shared_memory, usable_cores
-from dist_pca.data.addresses import is_remote
+from dist_pca.data.addresses import is_remote, redact
 from dist_pca.data.cache import cache_settings, open_manifest
 from dist_pca.errors import UserError
 from dist_pca.tools.doctor.check import VERSIONS, Check
@@ -217,7 +217,9 @@ def shards(config: RunConfig, domain: str) -> Check:
         except OSError as error:
             return Check(name, "fail", f"{location}: {error}", "give this user the right to read it on every node")
         samples, count = samples + manifest.samples, count + len(manifest.shards)
-    return Check(name, "pass", f"{counted(samples, 'sample')} in {counted(count, 'shard')} of {', '.join(folders)}")
+    return Check(
+        name, "pass", f"{counted(samples, 'sample')} in {counted(count, 'shard')} of {', '.join(map(redact, folders))}"
+    )
 
 
 def _read_ends(files: Sequence[Path]) -> None:

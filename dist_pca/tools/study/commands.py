@@ -141,8 +141,8 @@ def study(
 
     Ctrl-C saves the run at work, and shows the table of what is there.
 
-    Exit codes: 0 all runs are trained and evaluated, 1 a run failed, 2 an error that you can fix, 75 checkpoint saved
-    and the study must be restarted, 130 checkpoint saved after Ctrl-C.
+    Exit codes: 0 all runs are trained and evaluated, 1 a run failed or, with --collect, is not done, 2 an error that
+    you can fix, 75 checkpoint saved and the study must be restarted, 130 checkpoint saved after Ctrl-C.
     """
     from dist_pca.resilience.launch import process_count, quote_command
     from dist_pca.tools.cluster.submit import train_directives

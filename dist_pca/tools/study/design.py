@@ -114,8 +114,8 @@ def is_study_file(path: Path) -> bool:
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         return False
     try:
-        return "config" in yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, TypeError):
+        return "config" in yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, TypeError, ValueError):
         return False
 
 
@@ -126,7 +126,7 @@ def read_study_file(path: Path) -> StudyFile:
         UserError: a key is unknown (the nearest is named) or a value has the wrong type.
     """
     try:
-        file = StudyFile.model_validate(yaml.safe_load(path.read_text()))
+        file = StudyFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise UserError(f"study {path}: {explain(error.errors(), StudyFile.model_fields)}") from None
     beside = path.parent / file.config

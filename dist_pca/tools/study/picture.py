@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from dist_pca.data.addresses import redact
 from dist_pca.tools.study.design import Study
 from dist_pca.tools.study.results import RunResult, Summary
 
@@ -35,7 +36,7 @@ def draw(study: Study, results: Sequence[RunResult], summaries: Sequence[Summary
         axes.set_yticks(range(rows), [variant.name for variant in study.variants])
         axes.set_ylim(rows - 0.5, -0.5)
         axes.set_xlabel("mIoU, per cent: each seed, and the mean")
-        axes.set_title(shards, fontsize=10, loc="left")
+        axes.set_title(redact(shards), fontsize=10, loc="left")
         axes.grid(visible=True, axis="x", color="#E5E5E5", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

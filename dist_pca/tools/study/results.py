@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_pca.config.aliases import rename_metrics
+from dist_pca.data.addresses import redact
 from dist_pca.evaluation.report import Scores
 from dist_pca.files import read_lines, write_whole
 from dist_pca.resilience.exit_status import ExitCode, read_exit_status
@@ -209,7 +210,7 @@ def _run_row(result: RunResult, shards: str) -> dict[str, Any]:
     return {
         "variant": result.variant,
         "seed": result.seed,
-        "shards": shards,
+        "shards": redact(shards),
         "run": str(result.folder),
         "step": result.step,
         "images": scores.images,
@@ -228,7 +229,7 @@ def _summary_row(summary: Summary) -> dict[str, Any]:
     differences = summary.class_differences
     return {
         "variant": summary.variant,
-        "shards": summary.shards,
+        "shards": redact(summary.shards),
         "seeds": summary.seeds,
         "mean_iou": summary.mean_iou,
         "lowest": summary.lowest,

@@ -10,6 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dist_pca.console import paths_in_common, plain_console
+from dist_pca.data.addresses import redact
 from dist_pca.errors import UserError
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def select(
         found = {"rule": rule, "images": images.samples, "chosen": rows[chosen], "regret": regret}
         typer.echo(json.dumps({**found, "candidates": rows}, indent=2))
         return
-    _print_table(rows, chosen, f"by {rule} on {images.samples:,} images of {target}")
+    _print_table(rows, chosen, f"by {rule} on {images.samples:,} images of {redact(target)}")
     if regret is not None:
         console.print(f"true mIoU is {100 * regret:.1f} points below the best candidate's", markup=False)
     run, checkpoint = candidates[chosen]

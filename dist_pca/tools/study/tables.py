@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from dist_pca.data.addresses import redact
 from dist_pca.files import write_whole
 from dist_pca.tools.bench.report import markdown_table, rich_table
 from dist_pca.tools.study.design import Study
@@ -21,7 +22,7 @@ def tables(study: Study, summaries: Sequence[Summary]) -> list[tuple[str, Rows]]
     found = []
     for shards in study.tests:
         own = [summary for summary in summaries if summary.shards == shards]
-        place = f"{study.out.name} on {shards}"
+        place = f"{study.out.name} on {redact(shards)}"
         if own:
             found.append((place, [_variant_row(summary, study.baseline) for summary in own]))
             found.append((f"{place}: IoU of each class, mean over seeds", _class_rows(own)))

@@ -129,10 +129,11 @@ def score_study(study: Study, manifests: Mapping[str, Manifest], *, say: Callabl
         say: Prints a line for the reader.
 
     Returns:
-        0, or `FAILED` where a run could not be scored.
+        0, or `FAILED` where a run has not made all steps or could not be scored.
     """
-    scored = [_score(run, manifests, say) for run in study.runs if is_finished(study.resolve(run))]
-    return ExitCode.DONE if all(scored) else FAILED
+    finished = [run for run in study.runs if is_finished(study.resolve(run))]
+    scored = [_score(run, manifests, say) for run in finished]
+    return ExitCode.DONE if all(scored) and len(finished) == len(study.runs) else FAILED
 
 
 def _score(run: PlannedRun, manifests: Mapping[str, Manifest], say: Callable[[str], None]) -> bool:

@@ -43,9 +43,9 @@ def start(step: int = 0, *, host: str = "elsewhere", process: int = 1, job: str 
     return Launch(time.time(), step, 2, host, process, 0.0, job)
 
 
-def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, state: str, job: str = "7") -> None:
     (folder / "bin").mkdir()
-    (folder / "bin/squeue").write_text(f"#!/bin/sh\necho {state}\n")
+    (folder / "bin/squeue").write_text(f"#!/bin/sh\necho {job} {state}\n")
     (folder / "bin/squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
 
@@ -104,6 +104,11 @@ def test_under_slurm_the_queue_decides(tmp_path: Path, monkeypatch: pytest.Monke
     fake_squeue(tmp_path, monkeypatch, queue)
     status = read_status(make_run(tmp_path, told=40, starts=(start(job="7"),)), time.time() + 10**6)
     assert (status.state, status.job, status.job_state) == (state, "7", queue)
+
+
+def test_the_last_task_of_an_array_is_told_from_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_squeue(tmp_path, monkeypatch, "RUNNING; echo 7 PENDING; echo 9 RUNNING", job="8")
+    assert read_status(make_run(tmp_path, told=40, starts=(start(job="7"),))).job_state == "PENDING"
 
 
 def test_a_saved_run_whose_job_waits_is_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
