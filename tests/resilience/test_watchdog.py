@@ -226,6 +226,7 @@ def test_a_run_that_loses_a_rank_exits_with_the_code_for_it(tmp_path: Path, name
     assert outcome.message.startswith("rank 1 ")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_while_it_starts_ends_the_run(tmp_path: Path) -> None:
     build_streets(tmp_path)

@@ -166,6 +166,7 @@ def test_a_run_goes_on_with_its_batch_on_fewer_ranks_of_the_same_memory(tmp_path
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_run_with_a_batch_for_each_rank_goes_on_with_it_and_with_the_next_samples_on_fewer_ranks(
     tmp_path: Path,

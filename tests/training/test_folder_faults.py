@@ -10,7 +10,6 @@ import pytest
 from tests.training.folder_faults import FILES
 
 pytestmark = pytest.mark.slow
-QUICK = ("checkpoints/latest",)
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +19,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "file", [file if file in QUICK else pytest.param(file, marks=pytest.mark.exhaustive) for file in FILES]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("file", FILES)
 def test_a_spoiled_file_costs_no_checkpoint_and_at_most_a_line(folder: Path, file: str) -> None:
     command = [sys.executable, "-m", "tests.training.folder_faults", str(folder), file]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)

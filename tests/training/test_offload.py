@@ -39,6 +39,7 @@ def test_what_is_offloaded_trains_and_goes_on_as_what_is_not(
     assert_equal(checkpoint, plain(config, 3), config)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_launcher_with_offload_trains_and_contradicts_a_run_without(tmp_path: Path) -> None:
     build_streets(tmp_path)

@@ -145,6 +145,7 @@ def lines(run: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in line.items() if name not in TIMING} for line in found]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_run_with_pictures_computes_the_same_as_one_without_and_ends_with_a_report(tmp_path: Path) -> None:
     build_streets(tmp_path)

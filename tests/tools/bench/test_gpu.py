@@ -79,6 +79,8 @@ def test_a_stage_that_takes_longer_is_cut_off_with_its_children_and_leaves_time_
     assert not any("time.sleep(76.5)" in " ".join(line) for line in lines)
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tests_that_are_cut_off_leave_the_outcomes_so_far_and_the_one_that_ran(tmp_path: Path) -> None:
     endless = TESTS + "\ndef test_waits():\n    import time; time.sleep(60)\n"
     record = measure_gpu(tmp_path / "record.json", 12 / 60, [some_tests(tmp_path, endless)], lambda line: None)

@@ -102,6 +102,7 @@ def test_a_job_submitted_from_within_another_follows_nothing_of_that_one(cluster
     assert start.world_size == 2
 
 
+@pytest.mark.exhaustive
 def test_a_job_that_runs_out_of_time_saves_is_requeued_and_finishes(
     cluster: Cluster, streets: Path, unbroken: Path
 ) -> None:
